@@ -1,0 +1,3 @@
+"""gguf-splitq: better low-bit GGUF files for llama.cpp."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,40 @@
+"""Every failure a user can cause or meet, one class per kind, each with its exit code.
+
+A message is one sentence that names the tensor or file, the cause and the next step.
+"""
+
+
+class SplitqError(Exception):
+    """Base of all expected failures; the command line prints the message and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(SplitqError):
+    """Options that contradict each other or the situation (an output that exists, an unknown type)."""
+
+    exit_code = 2
+
+
+class InputError(SplitqError):
+    """A file that is damaged, hostile, truncated, or holds NaN or Inf."""
+
+    exit_code = 3
+
+
+class UnsupportedError(SplitqError):
+    """A sound input that this version cannot handle (an unknown architecture, a pickle checkpoint)."""
+
+    exit_code = 4
+
+
+class ValidationFailed(SplitqError):
+    """A measured result past a limit that the caller set."""
+
+    exit_code = 5
+
+
+class EnvironmentFailed(SplitqError):
+    """The machine lacks something: a compiler, a built runtime, a network, disk space, memory."""
+
+    exit_code = 6

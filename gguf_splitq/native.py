@@ -1,0 +1,66 @@
+"""The C encoders and decoders of the built runtime (libggml-base), called through ctypes.
+
+ctypes releases the GIL during a call, so threads encode in parallel. Nothing here is needed for a
+correct result: every type of this project has a NumPy twin that gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import numpy as np
+
+_CONVERT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml/include/ggml.h."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The patched build's libggml-base, or None when the runtime has not been built."""
+    from . import runtime
+
+    path = runtime.library()
+    if path is None:
+        return None
+    lib = ctypes.CDLL(str(path))
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    return lib
+
+
+def encode(lib: ctypes.CDLL, gguf_id: int, rows: np.ndarray, importance: np.ndarray | None, row_bytes: int) -> np.ndarray:
+    """`ggml_quantize_chunk` over float32 rows [n_rows, n_cols]; returns uint8 [n_rows, row_bytes]."""
+    rows = np.ascontiguousarray(rows, np.float32)
+    out = np.empty((rows.shape[0], row_bytes), np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    assert weights is None or weights.shape == rows.shape[1:]
+    lib.ggml_quantize_chunk(
+        gguf_id, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None if weights is None else weights.ctypes.data
+    )
+    return out
+
+
+def decode(lib: ctypes.CDLL, gguf_id: int, data: np.ndarray, n_cols: int) -> np.ndarray:
+    """The type's `to_float` over uint8 [n_rows, row_bytes]; returns float32 [n_rows, n_cols]."""
+    data = np.ascontiguousarray(data)
+    out = np.empty((data.shape[0], n_cols), np.float32)
+    _CONVERT(lib.ggml_get_type_traits(gguf_id).contents.to_float)(data.ctypes.data, out.ctypes.data, out.size)
+    return out

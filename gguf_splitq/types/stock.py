@@ -1,0 +1,73 @@
+"""llama.cpp's own types, for embeddings, outputs, fallbacks and comparisons.
+
+Encoding runs in the built runtime's C library; the types that the `gguf` package can encode work without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import EnvironmentFailed
+from .base import TensorType
+
+# Upstream's encoders of these never look at an importance matrix.
+_UNWEIGHTED = {"f32", "f16", "bf16", "q8_0"}
+
+# name, general.file_type (include/llama.h, `enum llama_ftype`; the S or M mix stands for a K type)
+_FILE_TYPES = {
+    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9,
+    "q2_k": 21, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
+    "iq3_s": 26, "iq3_xxs": 23, "iq2_s": 28, "iq2_xs": 20, "iq2_xxs": 19, "iq1_s": 24, "iq1_m": 31,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StockType(TensorType):
+    """A type that unpatched llama.cpp knows; its NumPy code is the `gguf` package's."""
+
+    def encode(self, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        if self.name in _UNWEIGHTED:
+            return self.encode_numpy(rows)
+        return super().encode(rows, importance)
+
+    def encode_numpy(self, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        from gguf import GGMLQuantizationType, quants
+
+        try:
+            if importance is not None:
+                raise NotImplementedError
+            out = quants.quantize(np.ascontiguousarray(rows, np.float32), GGMLQuantizationType(self.gguf_id))
+        except NotImplementedError:
+            weighted = " with an importance matrix" if importance is not None else ""
+            raise EnvironmentFailed(
+                f"encoding to {self.name}{weighted} needs the C library of the patched llama.cpp, which is not built: "
+                "run `make runtime` or `gguf-splitq runtime build` first"
+            ) from None
+        return out.view(np.uint8)
+
+    def decode(self, data: np.ndarray) -> np.ndarray:
+        return self.decode_numpy(data) if self.name in _UNWEIGHTED else super().decode(data)
+
+    def decode_numpy(self, data: np.ndarray) -> np.ndarray:
+        from gguf import GGMLQuantizationType, quants
+
+        if self.name in ("f32", "f16"):
+            return np.ascontiguousarray(data).view(np.float32 if self.name == "f32" else np.float16).astype(np.float32)
+        return quants.dequantize(np.ascontiguousarray(data), GGMLQuantizationType(self.gguf_id))
+
+
+def stock_types() -> list[StockType]:
+    """Every stock type, with block sizes taken from the `gguf` package."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    types = []
+    for name, file_type in _FILE_TYPES.items():
+        gguf_type = GGMLQuantizationType[name.upper()]
+        block_size, block_bytes = GGML_QUANT_SIZES[gguf_type]
+        max_abs = 65504.0 if name == "f16" else None
+        types.append(
+            StockType(name, int(gguf_type), file_type, block_size, block_bytes, "llama.cpp", "stock type", max_abs)
+        )
+    return types
