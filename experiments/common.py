@@ -1,0 +1,90 @@
+"""What the measuring scripts share: llama.cpp's programs, options, tables."""
+
+import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gguf_splitq import convert as converter
+from gguf_splitq import runtime
+
+BUILD = Path("build")
+DEMO = Path("examples/demo")
+REF_A = Path("../shared/models/ref-a")
+TEXTS = Path("../shared/text")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser with the option that every script has."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    return p
+
+
+def model_and_texts(p: argparse.ArgumentParser) -> None:
+    """Adds --model, --text, --calib and --chunks; the default is ref-a with its texts where they are, else the demo."""
+    has_ref = REF_A.is_dir()
+    p.add_argument("--model", type=Path, default=REF_A if has_ref else DEMO)
+    p.add_argument("--text", type=Path, default=TEXTS / "eval.txt" if has_ref else DEMO / "eval.txt")
+    p.add_argument("--calib", type=Path, default=TEXTS / "calib.txt" if has_ref else DEMO / "calib.txt")
+    p.add_argument("--chunks", type=int, default=60, help="chunks of 512 tokens to measure on")
+
+
+def llama(program: str, *args) -> str:
+    """Runs one of the built programs quietly and returns its standard output; its messages are shown if it fails."""
+    command = [str(runtime.program(program)), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}\nfailed with exit code {done.returncode}")
+    return done.stdout
+
+
+def convert(model, type: str, outfile: Path, **options) -> Path:
+    """`gguf_splitq.convert.convert` into build/, over what an earlier run left there."""
+    outfile.parent.mkdir(parents=True, exist_ok=True)
+    return converter.convert(model, type, outfile=str(outfile), overwrite=True, **options)
+
+
+def quantize(f16: Path, type: str, outfile: Path, threads: int, *options) -> Path:
+    """The peer of `convert`: llama-quantize."""
+    llama("llama-quantize", *options, f16, outfile, type, threads)
+    return outfile
+
+
+def imatrix(f16: Path, text: Path, outfile: Path, threads: int, chunks: int = 100) -> Path:
+    """An importance matrix from `chunks` chunks of 512 tokens."""
+    llama("llama-imatrix", "-m", f16, "-f", text, "-o", outfile, "-c", 512, "--chunks", chunks, "-t", threads)
+    return outfile
+
+
+def speed(files: list[Path], threads: int, generate: int, prompt: int = 0, repetitions: int = 3) -> dict[Path, dict]:
+    """Tokens per second of each file in one llama-bench run: {file: {"tg": decode, "pp": prompt}}."""
+    models = [arg for file in files for arg in ("-m", file)]
+    runs = json.loads(
+        llama("llama-bench", *models, "-p", prompt, "-n", generate, "-r", repetitions, "-t", threads, "-o", "json")
+    )
+    found: dict[Path, dict] = {file: {} for file in files}
+    for run in runs:
+        found[Path(run["model_filename"])]["tg" if run["n_gen"] else "pp"] = run["avg_ts"]
+    return found
+
+
+def show(title: str, rows: list[dict], formats: dict[str, str]) -> None:
+    """Prints `rows`; `formats` maps each column's key to its format, a missing or None value prints as a dash."""
+    table = Table(*formats, title=title, title_justify="left", box=None)
+    for row in rows:
+        cells = [(row.get(key), spec) for key, spec in formats.items()]
+        table.add_row(*("-" if value is None else format(value, spec) for value, spec in cells))
+    Console(width=None if Console().is_terminal else 140).print(table)
+
+
+def save(name: str, content) -> None:
+    """Writes build/NAME.json."""
+    BUILD.mkdir(exist_ok=True)
+    path = BUILD / f"{name}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"written: {path}")

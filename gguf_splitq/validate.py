@@ -1,0 +1,216 @@
+"""How far a quantized file is from its F16 baseline: perplexity and KL divergence by the patched llama-perplexity.
+
+The baseline's log-probabilities go to a temporary file (two bytes per vocabulary entry for every second token of the
+text) which each comparison reads back; the file lives as long as the `Baseline` object that made it.
+"""
+
+import json
+import math
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+from . import runtime
+from .errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
+from .inspection import linear_bpw
+
+MIN_CTX = 256  # below this a one-chunk text gives fewer than the 100 values llama-perplexity wants for statistics
+BYTES_PER_TOKEN = 4  # of English text; only for saying beforehand how large the log-probabilities will be
+
+NUMBER = r" *[:=] *(-?(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf))"
+FIELDS = {  # key -> what llama-perplexity prints before the number (tools/perplexity/perplexity.cpp at the pin)
+    "ppl": r"Mean PPL\(Q\)" + NUMBER,
+    "mean_kld": r"Mean\s+KLD" + NUMBER,
+    "p99_kld": r"99\.0%\s+KLD" + NUMBER,
+    "top1": r"Same top p" + NUMBER,
+}
+
+
+def parse_base(output: str) -> float:
+    """Perplexity from the output of a run with --kl-divergence-base alone; EnvironmentFailed if it is not there."""
+    return _find(r"Final estimate: PPL" + NUMBER, output)
+
+
+def parse_comparison(output: str) -> dict:
+    """ppl, mean_kld, p99_kld (nats) and top1 (0..1) from a --kl-divergence run; EnvironmentFailed if one is missing."""
+    found = {key: _find(pattern, output) for key, pattern in FIELDS.items()}
+    return found | {"top1": found["top1"] / 100}
+
+
+class Baseline:
+    """The F16 model's log-probabilities on a text, measured on entry and thrown away on exit.
+
+    with Baseline(f16, text) as base:
+        base.compare(quantized)["mean_kld"]
+
+    Raises InputError (a file that does not load, a text shorter than two chunks), UsageError (a bad number),
+    EnvironmentFailed (no runtime, too little disk, a program that dies).
+    """
+
+    def __init__(self, file, text, ctx: int = 512, chunks: int | None = None, threads: int | None = None):
+        self.file, self.text, self.ctx, self.chunks, self.threads = Path(file), Path(text), ctx, chunks, threads
+        if ctx < MIN_CTX:
+            raise UsageError(f"a context of {ctx} is too short to measure on; give --ctx {MIN_CTX} or more")
+        for name, value in (("chunks", chunks), ("threads", threads)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value} leaves nothing to run; give 1 or more")
+        for path in (self.file, self.text):
+            if not path.is_file():
+                raise InputError(f"{path} is not a file; give an existing one")
+
+    def __enter__(self):
+        self._folder = tempfile.TemporaryDirectory(prefix="gguf-splitq-")
+        try:
+            self._measure()
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._folder.cleanup()
+
+    def _measure(self):
+        self._logits = Path(self._folder.name) / "base.logits"
+        self._check_space()
+        options = ["-f", self.text] + ([] if self.chunks is None else ["--chunks", self.chunks])
+        self.ppl = parse_base(self._run(self.file, *options))
+        with self._logits.open("rb") as f:
+            _, ctx, vocab, self.chunks = struct.unpack("<8sIii", f.read(20))
+        # One row per scored position: 16-bit codes padded to an even count, then two floats that scale them.
+        row_bytes = 2 * (2 * ((vocab + 1) // 2) + 4)
+        expected = 20 + self.chunks * (4 * ctx + (ctx - 1 - ctx // 2) * row_bytes)
+        if self._logits.stat().st_size != expected:  # the program does not notice a failed write
+            raise EnvironmentFailed(
+                f"{self._folder.name} ran full while the log-probabilities were written ({_size(expected)} needed); "
+                "give fewer --chunks or set TMPDIR to a larger disk"
+            )
+
+    def _check_space(self):
+        chunks = min(self.chunks or math.inf, max(self.text.stat().st_size // (BYTES_PER_TOKEN * self.ctx), 1))
+        needed = chunks * self.ctx * vocabulary(self.file)
+        free = shutil.disk_usage(self._folder.name).free
+        if needed > free:
+            raise EnvironmentFailed(
+                f"{self._folder.name} has {_size(free)} free and the baseline's log-probabilities need about "
+                f"{_size(needed)}; give fewer --chunks or set TMPDIR to a larger disk"
+            )
+
+    def compare(self, file) -> dict:
+        """Measures `file` against the baseline.
+
+        Returns ppl, ppl_base, ppl_ratio, mean_kld and p99_kld (nats), top1 (0..1), chunks, ctx, bpw (stored bits per
+        weight of the linear layers), size (bytes). A result that is not a number raises ValidationFailed.
+        """
+        file = Path(file)
+        if not file.is_file():
+            raise InputError(f"{file} is not a file; give an existing one")
+        found = parse_comparison(self._run(file, "--kl-divergence"))
+        if not all(map(math.isfinite, found.values())):
+            raise ValidationFailed(f"{file} computes NaN or Inf on {self.text}; check its checkpoint, convert again")
+        # The base perplexity that this run prints comes from log-probabilities clamped at 16 nats; self.ppl is exact.
+        return found | {
+            "ppl_base": self.ppl,
+            "ppl_ratio": found["ppl"] / self.ppl,
+            "chunks": self.chunks,
+            "ctx": self.ctx,
+            "bpw": linear_bpw(file),
+            "size": file.stat().st_size,
+        }
+
+    def _run(self, file: Path, *options) -> str:
+        """Runs llama-perplexity on `file`; returns all it printed."""
+        command = ["-m", file, "-c", self.ctx, "--kl-divergence-base", self._logits, *options]
+        command += [] if self.threads is None else ["-t", self.threads]
+        program = runtime.program("llama-perplexity")
+        done = subprocess.run([program, *map(str, command)], capture_output=True, text=True, errors="replace")
+        return check(done.returncode, f"{done.stdout}\n{done.stderr}", file, self.text)
+
+
+def check(returncode: int, output: str, file, text) -> str:
+    """Returns `output` of a llama-perplexity run on `file` and `text`, or raises what went wrong in it."""
+    if short := re.search(r"tokenizes to only (\d+) tokens", output):
+        raise InputError(f"{text} has only {short[1]} tokens, not two contexts; give more text or a smaller --ctx")
+    if vocabularies := re.search(r"inconsistent vocabulary (\(.*?\))", output):
+        raise InputError(f"{file} and its baseline differ in vocabulary {vocabularies[1]}; give files of one model")
+    if "unable to load model" in output:
+        raise InputError(f"{file} does not load in the patched llama.cpp; convert it again (it said: {_tail(output)})")
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        hint = {
+            "SIGILL": "rebuild for this machine with `gguf-splitq runtime build`",
+            "SIGKILL": "the machine probably ran out of memory",
+        }.get(name, f"it said: {_tail(output)}")
+        raise EnvironmentFailed(f"llama-perplexity was killed by {name} on {file}; {hint}")
+    if returncode:
+        raise EnvironmentFailed(f"llama-perplexity failed on {file} (exit code {returncode}); it said: {_tail(output)}")
+    return output
+
+
+def validate(
+    file, baseline, text, ctx=512, chunks=None, threads=None, max_kld=None, max_ppl_ratio=None, report=None
+) -> dict:
+    """Measures `file` against `baseline` on `text`, prints a table, and returns the dict of `Baseline.compare`.
+
+    report: a JSON file for the same dict. Raises ValidationFailed when the mean KL divergence is above max_kld (nats)
+    or the perplexity ratio above max_ppl_ratio, after table and report are written; otherwise as Baseline.
+    """
+    if report is not None and not Path(report).absolute().parent.is_dir():
+        raise UsageError(f"the folder of --report {report} does not exist; create it first")
+    with Baseline(baseline, text, ctx, chunks, threads) as base:
+        result = {"file": str(file), "baseline": str(baseline), "text": str(text)} | base.compare(file)
+    print_table([result])
+    if report is not None:
+        Path(report).write_text(json.dumps(result, indent=2) + "\n")
+    limits = {"mean_kld": ("mean KL divergence", max_kld), "ppl_ratio": ("perplexity ratio", max_ppl_ratio)}
+    for key, (what, limit) in limits.items():
+        if limit is not None and result[key] > limit:
+            raise ValidationFailed(f"{file} has a {what} of {result[key]:.5f}, above {limit}; choose a larger --type")
+    return result
+
+
+def print_table(results: list[dict]) -> None:
+    """One row per result of `validate` on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "bpw", "size", "perplexity", "ratio", "mean KLD", "99 % KLD", "top-1", box=None)
+    for r in results:
+        table.add_row(
+            Path(r["file"]).name,
+            f"{r['bpw']:.2f}",
+            _size(r["size"]),
+            f"{r['ppl']:.3f}",
+            f"{r['ppl_ratio']:.4f}",
+            f"{r['mean_kld']:.5f}",
+            f"{r['p99_kld']:.4f}",
+            f"{r['top1']:.1%}",
+        )
+    Console().print(table)
+
+
+def _find(pattern: str, output: str) -> float:
+    if match := re.search(pattern, output):
+        return float(match[1])
+    raise EnvironmentFailed(
+        "llama-perplexity printed no result; rebuild it with `gguf-splitq runtime build` if it is another version "
+        f"(it said: {_tail(output)})"
+    )
+
+
+def vocabulary(file) -> int:
+    from gguf import GGUFReader
+
+    return len(GGUFReader(file).fields["tokenizer.ggml.tokens"].data)
+
+
+def _tail(output: str, lines: int = 3) -> str:
+    return " | ".join([line.strip() for line in output.splitlines() if line.strip()][-lines:]) or "nothing"
+
+
+def _size(n: float) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
