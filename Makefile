@@ -1,0 +1,84 @@
+# Everything a person types. The llama.cpp source and build live in the cache that `gguf-splitq runtime path` names;
+# GGUF_SPLITQ_CACHE moves it, LLAMA_CPP_DIR gives the source instead of a download.
+
+PYTHON ?= python3
+# Upstream's conversion reads checkpoints with torch; a plain `torch` brings gigabytes of CUDA on some machines. Any will do.
+TORCH  ?= torch==2.13.0
+MODEL  ?= examples/demo
+TEXT   ?= examples/demo/eval.txt
+TYPE   ?= sq4
+# more options for the experiments, e.g. make demo ARGS="--type sq3 --type sq2"
+ARGS   ?=
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
+NAME := $(basename $(notdir $(patsubst %/,%,$(MODEL))))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test runtime perplexity bench quality paper-splitquant lint patches-check clean cross-tools
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: runtime ## a checkpoint becomes sq4 and is measured against its F16: one table
+	@$(PY) -m experiments.demo $(ARGS)
+
+test: $(VENV)/test.stamp cross-tools ## everything the tests need, then the tests
+	@$(PY) -c 'from gguf_splitq import runtime; runtime.build(tests=True)'
+	@$(PY) -m pytest
+
+runtime: $(VENV)/run.stamp ## fetch, patch and build llama.cpp
+	@$(PY) -c 'from gguf_splitq import runtime; runtime.build()'
+
+perplexity: runtime ## F16 against TYPE: make perplexity MODEL=... TYPE=... TEXT=...
+	@mkdir -p build
+	@$(PY) -m gguf_splitq convert "$(MODEL)" --type f16 --outfile "build/$(NAME)-f16.gguf" --overwrite
+	@$(PY) -m gguf_splitq convert "$(MODEL)" --type "$(TYPE)" --outfile "build/$(NAME)-$(TYPE).gguf" --overwrite
+	@$(PY) -m gguf_splitq validate "build/$(NAME)-$(TYPE).gguf" --baseline "build/$(NAME)-f16.gguf" --text "$(TEXT)"
+
+bench: runtime ## speed of conversion and of decoding, beside stock llama.cpp types
+	@$(PY) -m experiments.bench $(ARGS)
+
+quality: runtime ## perplexity and KL divergence of every type, beside stock llama.cpp types
+	@$(PY) -m experiments.quality $(ARGS)
+
+paper-splitquant: runtime ## SplitQuantV2's claim: split INT4 is close to FP16, plain INT4 is not
+	@$(PY) -m experiments.paper_splitquant $(ARGS)
+
+lint: $(VENV)/test.stamp ## ruff
+	@$(VENV)/bin/ruff check .
+
+patches-check: $(VENV)/run.stamp ## the patch series applies to a clean pinned tree, without fuzz
+	@$(PY) -c 'from gguf_splitq import runtime; print("applies:", *runtime.patches_check())'
+
+clean: ## remove the virtual environment and built files; the cache of llama.cpp stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+
+# cmake and ninja come from the package index when the system has none, or a cmake that is too old
+EXTRA_TOOLS = $(shell command -v ninja >/dev/null && \
+	printf '3.18\n%s\n' "$$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p')" | sort -VC || echo '[build]')
+
+$(PY):
+	@$(PYTHON) -m venv $(VENV) || { echo "No virtual environment; install python3-venv for $(PYTHON)." >&2; exit 1; }
+
+$(VENV)/run.stamp: pyproject.toml | $(PY)
+	@echo "Installing gguf-splitq and its dependencies into $(VENV)" >&2
+	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)' || echo "No $(TORCH) here; taking another torch" >&2
+	@$(PIP) -e '.$(EXTRA_TOOLS)'
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+# The ARM kernels are tested under emulation where these can be had; without them those tests skip and say so.
+CROSS_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+cross-tools:
+	@if [ "$$(uname -m)" = x86_64 ] && ! { command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64; } >/dev/null; then \
+		[ "$$(id -u)" = 0 ] && as_root= || as_root="sudo -n"; \
+		echo "Installing $(CROSS_PACKAGES)" >&2; \
+		{ $$as_root apt-get update -qq && $$as_root env DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends $(CROSS_PACKAGES); } >/dev/null 2>&1 \
+			|| echo "They cannot be installed here: the ARM tests will be skipped." >&2; \
+	fi

@@ -1,0 +1,14 @@
+"""Finds the data folders that travel with the package: `patches/` and `convert/`."""
+
+from pathlib import Path
+
+from .errors import EnvironmentFailed
+
+
+def folder(name: str) -> Path:
+    """The folder `name`, inside an installed wheel or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "data" / name, package.parent / name):
+        if candidate.is_dir():
+            return candidate
+    raise EnvironmentFailed(f"The data folder {name!r} is missing from this installation; install gguf-splitq again.")
