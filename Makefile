@@ -13,7 +13,7 @@ ARGS   ?=
 VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
-NAME := $(basename $(notdir $(patsubst %/,%,$(MODEL))))
+NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test runtime perplexity bench quality paper-splitquant lint patches-check clean cross-tools

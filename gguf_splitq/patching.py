@@ -75,20 +75,20 @@ def apply(tree: Path) -> None:
 def content_hash(tree: Path) -> str:
     """Git's tree hash of a folder's content, equal to `git rev-parse COMMIT^{tree}` of the commit it came from."""
     with tempfile.TemporaryDirectory() as scratch:
-        env = {"GIT_DIR": scratch, "GIT_WORK_TREE": str(tree)}
-        for command in (["init", "-q", "--bare"], ["add", "-A", "-f", "."], ["write-tree"]):
-            done = git(*command, cwd=tree, env=env)
+        inside = [f"--git-dir={scratch}", f"--work-tree={tree}"]
+        for command in (["init", "-q", "--bare", scratch], [*inside, "add", "-A", "-f", "."], [*inside, "write-tree"]):
+            done = git(*command, cwd=tree)
             if done.returncode:
-                raise EnvironmentFailed(f"git could not hash {tree} ({done.stderr.strip()}); free disk space.")
+                raise EnvironmentFailed(f"git cannot read all of {tree} ({done.stderr.strip()}); repair or replace it.")
     return done.stdout.strip()
 
 
-def git(*args: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def git(*args: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run git deaf to the user's settings and to a repository around `cwd`, in which `git apply` would skip files."""
     command = ["git", "-c", "safe.directory=*", *args]
-    own = isolated(cwd) | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"} | (env or {})
+    env = isolated(cwd) | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     try:
-        return subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, errors="replace")
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
         raise EnvironmentFailed("git is not installed, and patching llama.cpp needs it; install git.") from None
 

@@ -55,26 +55,13 @@ def fetch() -> Path:
 def build(tests: bool = False) -> Path:
     """The folder of built programs, built first where needed; `tests` adds upstream's test programs."""
     targets = PROGRAMS + (TESTS if tests else [])
-    home, source = _home(), fetch()
-    with _exclusive(f"{home.name}.lock"):
-        if not set(targets) <= _built():
-            cmake, ninja = _tool("cmake"), _tool("ninja")
-            cc, cxx = _compiler("CC", "cc", "gcc", "clang"), _compiler("CXX", "c++", "g++", "clang++")
-            _need_disk()
-            options = CMAKE_OPTIONS | {"CMAKE_MAKE_PROGRAM": ninja, "LLAMA_BUILD_COMMIT": _pin9()}
-            if _amx_is_broken(cc):
-                for name, variable in (("CMAKE_C_FLAGS", "CFLAGS"), ("CMAKE_CXX_FLAGS", "CXXFLAGS")):
-                    options[name] = " ".join([os.environ.get(variable, ""), *NO_AMX]).strip()
-            log, folder = home / "build.log", home / "build"
-            log.unlink(missing_ok=True)
-            env = patching.isolated(source) | {"CC": cc, "CXX": cxx}
-            # ccache, where installed, then also hits after a change of the patches, which changes the folder's name
-            env |= {"CCACHE_BASEDIR": str(home), "CCACHE_NOHASHDIR": "1"}
-            defines = [f"-D{key}={value}" for key, value in options.items()]
-            configure = [cmake, "-G", "Ninja", "-S", str(source), "-B", str(folder), *defines]
-            _run_logged(configure, log, env, "Configuring llama.cpp")
-            _run_logged([ninja, "-C", str(folder), "-j", str(_cores()), *targets], log, env, "Building llama.cpp")
-            (home / "built").write_text("\n".join(sorted(_built() | set(targets))) + "\n")
+    if not set(targets) <= _built():
+        cmake, ninja = _tool("cmake"), _tool("ninja")
+        compilers = {"CC": _compiler("CC", "cc", "gcc", "clang"), "CXX": _compiler("CXX", "c++", "g++", "clang++")}
+        source = fetch()
+        with _exclusive(f"{_home().name}.lock"):
+            if not set(targets) <= _built():  # another process may have built them meanwhile
+                _compile(source, targets, cmake, ninja, compilers)
     return path()
 
 
@@ -332,7 +319,7 @@ def _copy(source: Path, folder: Path) -> None:
 def _tool(name: str) -> str:
     """cmake or ninja, from PATH or from this Python's own environment, whichever is there and new enough."""
     beside = Path(sys.executable).parent / name
-    for candidate in filter(None, (shutil.which(name), shutil.which(beside))):
+    for candidate in filter(None, (shutil.which(name), shutil.which(str(beside)))):
         done = subprocess.run([candidate, "--version"], capture_output=True, text=True)
         version = tuple(map(int, re.findall(r"\d+", done.stdout)[:2]))
         if done.returncode == 0 and (name != "cmake" or version >= CMAKE_OLDEST):
@@ -354,6 +341,25 @@ def _compiler(variable: str, *names: str) -> str:
     raise EnvironmentFailed(
         f"{what} was not found, and building llama.cpp needs it; install one, for example `apt-get install g++`."
     )
+
+
+def _compile(source: Path, targets: list[str], cmake: str, ninja: str, compilers: dict[str, str]) -> None:
+    """Configure and build `targets`, adding them to the list of what is built. Call with the build's lock held."""
+    _need_disk()
+    home = source.parent
+    options = CMAKE_OPTIONS | {"CMAKE_MAKE_PROGRAM": ninja, "LLAMA_BUILD_COMMIT": _pin9()}
+    if _amx_is_broken(compilers["CC"]):
+        for name, variable in (("CMAKE_C_FLAGS", "CFLAGS"), ("CMAKE_CXX_FLAGS", "CXXFLAGS")):
+            options[name] = " ".join([os.environ.get(variable, ""), *NO_AMX]).strip()
+    # With these, ccache (used where installed) hits across changes of the patches, which change the folder's name.
+    env = patching.isolated(source) | compilers | {"CCACHE_BASEDIR": str(home), "CCACHE_NOHASHDIR": "1"}
+    log, folder = home / "build.log", home / "build"
+    log.unlink(missing_ok=True)
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    configure = [cmake, "-G", "Ninja", "-S", str(source), "-B", str(folder), *defines]
+    _run_logged(configure, log, env, "Configuring llama.cpp")
+    _run_logged([ninja, "-C", str(folder), "-j", str(_cores()), *targets], log, env, "Building llama.cpp")
+    (home / "built").write_text("\n".join(sorted(_built() | set(targets))) + "\n")
 
 
 # Asks the kernel for the tile registers and executes LDTILECFG and TILEZERO, given as bytes for older assemblers.
