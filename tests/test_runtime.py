@@ -1,0 +1,358 @@
+"""Fetching, patching and building llama.cpp, on a tiny stand-in for its tree: no network, no real build."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gguf_splitq import patching, runtime
+from gguf_splitq.errors import EnvironmentFailed
+
+PATCH = """Why: a test.
+
+--- a/src/names.txt
++++ b/src/names.txt
+@@ -1,3 +1,4 @@
+ one
+ two
++two and a half
+ three
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    """What stands for llama.cpp at the pin."""
+    source = tmp_path / "source"
+    for name, text in {"ggml/CMakeLists.txt": "project(ggml)\n", "src/names.txt": "one\ntwo\nthree\n"}.items():
+        (source / name).parent.mkdir(parents=True)
+        (source / name).write_text(text)
+    return source
+
+
+@pytest.fixture
+def commit(source):
+    """Makes a git checkout of `source`; the commit's id."""
+    git(source, "init", "-q")
+    git(source, "add", ".")
+    git(source, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "pin")
+    return git(source, "rev-parse", "HEAD")
+
+
+@pytest.fixture
+def patches(tmp_path, monkeypatch, source):
+    """A patches/ folder for that source, an empty cache, and LLAMA_CPP_DIR on the source."""
+    patches = tmp_path / "patches"
+    (patches / "files" / "src").mkdir(parents=True)
+    (patches / "files" / "src" / "own.c").write_text("int own;\n")
+    (patches / "names.patch").write_text(PATCH)
+    (patches / "series").write_text("# in order\nnames.patch\n")
+    write_pin(patches, tree=patching.content_hash(source))
+    monkeypatch.setattr(patching, "folder", lambda name: tmp_path / name)
+    monkeypatch.setenv("GGUF_SPLITQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(source))
+    return patches
+
+
+def write_pin(patches, **changes):
+    pin = {"repository": str(patches.parent / "nowhere"), "commit": "0123456789abcdef", "sdist": "no-such-package==0"}
+    pin |= {"sdist_sha256": "0" * 64, "sdist_folder": "vendor/llama.cpp"} | changes
+    (patches / "PIN").write_text("# the pin\n" + "".join(f"{key} = {value}\n" for key, value in pin.items()))
+
+
+def git(cwd, *args):
+    return subprocess.run(["git", *args], cwd=cwd, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def script(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_fetch_patches_a_copy_and_leaves_the_source_alone(source, patches):
+    before = patching.content_hash(source)
+    tree = runtime.fetch()
+    assert (tree / "src" / "names.txt").read_text() == "one\ntwo\ntwo and a half\nthree\n"
+    assert (tree / "src" / "own.c").read_text() == "int own;\n"
+    assert patching.content_hash(source) == before
+    assert runtime.tree() == tree
+    assert not list(runtime.cache().glob("tmp-*"))
+
+
+def test_fetch_takes_the_pinned_commit_of_a_checkout_not_its_edits(source, commit, patches):
+    write_pin(patches, commit=commit, tree=git(source, "rev-parse", "HEAD^{tree}"))
+    (source / "src" / "names.txt").write_text("edited\n")
+    (source / "build").mkdir()
+    (source / "build" / "big.o").write_text("x")
+    tree = runtime.fetch()
+    assert "two and a half" in (tree / "src" / "names.txt").read_text()
+    assert not (tree / "build").exists()
+    assert (source / "src" / "names.txt").read_text() == "edited\n"
+
+
+def test_checkout_without_the_pinned_commit_is_refused(commit, patches):
+    with pytest.raises(EnvironmentFailed, match="does not have commit 012345678; run `git fetch"):
+        runtime.fetch()
+
+
+def test_folder_that_differs_from_the_pin_is_refused(source, patches):
+    (source / "src" / "names.txt").write_text("one\ntwo\nthree\nfour\n")
+    with pytest.raises(EnvironmentFailed, match="is not llama.cpp 012345678"):
+        runtime.fetch()
+    assert not list(runtime.cache().glob("llama.cpp-*"))
+
+
+def test_folder_without_llama_cpp_is_refused(tmp_path, patches, monkeypatch):
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "absent"))
+    with pytest.raises(EnvironmentFailed, match="absent holds no llama.cpp source"):
+        runtime.fetch()
+
+
+def test_fetch_from_git(source, commit, patches, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP_DIR")
+    write_pin(patches, repository=source, commit=commit, tree=git(source, "rev-parse", "HEAD^{tree}"))
+    tree = runtime.fetch()
+    assert "two and a half" in (tree / "src" / "names.txt").read_text()
+    assert not (tree / ".git").exists()
+
+
+def test_no_source_at_all_names_each_and_the_next_step(patches, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP_DIR")
+    for name in ("PIP_NO_INDEX", "PIP_DISABLE_PIP_VERSION_CHECK"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(EnvironmentFailed) as caught:
+        runtime.fetch()
+    for part in ("nowhere", "no-such-package==0: ERROR", "LLAMA_CPP_DIR"):
+        assert part in str(caught.value)
+
+
+@pytest.fixture
+def sdist(tmp_path, source):
+    (source / ".git").write_text("gitdir: ../../.git/modules/vendor/llama.cpp\n")
+    archive = tmp_path / "package-1.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, "package-1/vendor/llama.cpp")
+        tar.add(source / "src", "package-1/elsewhere")
+    return archive
+
+
+def test_source_package_gives_only_the_tree(tmp_path, sdist, patches):
+    write_pin(patches, sdist_sha256=hashlib.sha256(sdist.read_bytes()).hexdigest())
+    runtime.extract_sdist(sdist, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ggml", "src"]
+
+
+def test_source_package_with_another_hash_is_refused(tmp_path, sdist, patches):
+    with pytest.raises(EnvironmentFailed, match="package-1.tar.gz has SHA-256 .*, not 0000"):
+        runtime.extract_sdist(sdist, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_apply_twice_is_a_no_op(source, patches):
+    patching.apply(source)
+    once = (source / "src" / "names.txt").read_text()
+    patching.apply(source)
+    assert (source / "src" / "names.txt").read_text() == once
+    (patches / "names.patch").write_text(PATCH.replace("half", "quarter"))
+    with pytest.raises(EnvironmentFailed, match="another patch series"):
+        patching.apply(source)
+
+
+@pytest.mark.parametrize("prepare", [runtime.fetch, runtime.patches_check])
+def test_patch_with_other_context_is_refused_by_name(patches, prepare):
+    (patches / "names.patch").write_text(PATCH.replace(" three", " THREE"))
+    with pytest.raises(EnvironmentFailed, match="^names.patch does not apply .* regenerate patches/names.patch"):
+        prepare()
+    with pytest.raises(EnvironmentFailed, match="runtime fetch"):
+        runtime.tree()
+
+
+def test_missing_patch_is_named(patches):
+    (patches / "series").write_text("names.patch\ngone.patch\n")
+    with pytest.raises(EnvironmentFailed, match="gone.patch"):
+        runtime.fetch()
+
+
+def test_without_a_series_the_tree_is_upstreams(source, patches):
+    shutil.rmtree(patches / "files")
+    (patches / "series").unlink()
+    assert (runtime.fetch() / "src" / "names.txt").read_text() == (source / "src" / "names.txt").read_text()
+
+
+def test_patches_are_applied_inside_another_repository(tmp_path, patches, monkeypatch):
+    git(tmp_path, "init", "-q")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert "two and a half" in (runtime.fetch() / "src" / "names.txt").read_text()
+
+
+def test_patches_check_notices_an_altered_cache(patches):
+    assert runtime.patches_check() == ["names.patch"]
+    next(runtime.cache().glob("llama.cpp-*/src/names.txt")).write_text("one\ntwo\nthree\nfour\n")
+    with pytest.raises(EnvironmentFailed, match="the cached tree is not llama.cpp"):
+        runtime.patches_check()
+
+
+def test_cache_key_follows_patches_and_files(patches):
+    trees = [runtime.fetch()]
+    for path in ("names.patch", "files/src/own.c"):
+        (patches / path).write_text((patches / path).read_text().replace("own", "mine").replace("half", "quarter"))
+        trees.append(runtime.fetch())
+    assert len(set(trees)) == 3
+    assert "quarter" in (trees[-1] / "src" / "names.txt").read_text()
+    (patches / "PIN").write_text((patches / "PIN").read_text() + "# a remark\n")
+    assert runtime.fetch() == trees[-1]
+
+
+def test_concurrent_fetches_agree(patches):
+    with ThreadPoolExecutor(4) as pool:
+        trees = set(pool.map(lambda _: runtime.fetch(), range(4)))
+    assert len(trees) == 1 and (trees.pop() / patching.STAMP).exists()
+
+
+def test_full_disk_is_reported_before_anything_is_written(patches, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 30))
+    with pytest.raises(EnvironmentFailed, match="1.0 GB free, and llama.cpp needs 2 GB"):
+        runtime.fetch()
+
+
+def test_unwritable_cache_is_reported(tmp_path, patches, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GGUF_SPLITQ_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(EnvironmentFailed, match="set GGUF_SPLITQ_CACHE"):
+        runtime.fetch()
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tools(tmp_path, patches, monkeypatch):
+    """Stand-ins for cmake, ninja and compilers; their arguments go to `calls`. Besides them PATH has only git."""
+    tools = tmp_path / "tools"
+    record = f'[ "$1" = --version ] && echo cmake version 3.25.1 && exit; echo "$(basename $0) $*" >> {tools}/calls'
+    script(tools / "cmake", record)
+    make = 'mkdir -p "$2/bin"; cd "$2/bin"; shift 4; echo "[1/1]"; touch libggml-base.so "$@"'
+    script(tools / "ninja", f"{record}; {make}")
+    for name in ("cc", "c++"):
+        script(tools / name, "exit 0")
+    for name in ("git", "sh", "basename", "mkdir", "touch"):
+        (tools / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setattr(runtime.sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(runtime, "_amx_is_broken", lambda cc: False)
+    for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    return tools
+
+
+def calls(tools):
+    return (tools / "calls").read_text().splitlines()
+
+
+def test_build_once_and_add_the_tests_when_asked(tools):
+    assert runtime.library() is None
+    folder = runtime.build()
+    assert runtime.path() == folder and runtime.program("llama-perplexity").parent == folder
+    assert runtime.library() == folder / "libggml-base.so"
+    with pytest.raises(EnvironmentFailed, match="test-gguf is not in"):
+        runtime.program("test-gguf")
+    assert len(calls(tools)) == 2
+    runtime.build()
+    assert len(calls(tools)) == 2
+    runtime.build(tests=True)
+    assert runtime.program("test-gguf").exists()
+    runtime.build()
+    assert len(calls(tools)) == 4
+
+
+def test_build_downloads_nothing_and_passes_flags_for_broken_amx(tools, monkeypatch):
+    monkeypatch.setattr(runtime, "_amx_is_broken", lambda cc: True)
+    monkeypatch.setenv("CFLAGS", "-g1")
+    runtime.build()
+    configure = calls(tools)[0]
+    for option in ("LLAMA_USE_PREBUILT_UI=OFF", "FETCHCONTENT_FULLY_DISCONNECTED=ON", "GGML_NATIVE=ON"):
+        assert f"-D{option}" in configure
+    assert "-DCMAKE_C_FLAGS=-g1 -mno-amx-tile -mno-amx-int8 -mno-amx-bf16" in configure
+    assert "-DCMAKE_CXX_FLAGS=-mno-amx-tile" in configure
+
+
+def test_failed_build_shows_the_end_of_its_log_and_is_not_taken_for_a_build(tools, capfd):
+    script(tools / "ninja", '[ "$1" = --version ] && echo 1.11 && exit; echo "fatal: no such thing"; exit 3')
+    with pytest.raises(EnvironmentFailed, match="Building llama.cpp failed with exit code 3; see .*build.log"):
+        runtime.build()
+    assert "fatal: no such thing" in capfd.readouterr().err
+    with pytest.raises(EnvironmentFailed, match="is not built; run `gguf-splitq runtime build`"):
+        runtime.path()
+    assert runtime.library() is None
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        ("c++", "A C\\+\\+ compiler was not found.*install one"),
+        ("cc", "A C compiler was not found.*install one"),
+        ("cmake", "cmake 3.18 or newer was not found.*pip install cmake"),
+        ("ninja", "ninja was not found.*pip install ninja"),
+        ("git", "git is not installed.*install git"),
+    ],
+)
+def test_missing_tool_is_named(tools, missing, message):
+    (tools / missing).unlink()
+    with pytest.raises(EnvironmentFailed, match=message):
+        runtime.build()
+
+
+def test_old_cmake_gives_way_to_the_one_beside_python(tmp_path, tools):
+    script(tools / "cmake", "echo cmake version 3.16.3")
+    with pytest.raises(EnvironmentFailed, match="cmake 3.18 or newer"):
+        runtime.build()
+    newer = script(tmp_path / "bin" / "cmake", "echo cmake version 4.1.0")
+    assert runtime._tool("cmake") == str(newer)
+
+
+def test_compiler_named_by_the_user(tools, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    with pytest.raises(EnvironmentFailed, match="CXX=no-such-compiler -O1 was not found"):
+        runtime.build()
+
+
+@pytest.mark.parametrize(
+    "listed, compiles, program, broken",
+    [
+        (True, True, "kill -ILL $$", True),
+        (True, True, "exit 0", False),
+        (True, False, "exit 0", False),
+        (False, True, "kill -ILL $$", False),
+    ],
+)
+def test_amx_is_broken_where_listed_and_faulting(tmp_path, patches, monkeypatch, listed, compiles, program, broken):
+    monkeypatch.setattr(runtime.platform, "machine", lambda: "x86_64")
+    runtime.cache().mkdir()
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : avx2 amx_tile\n" if listed else "flags : avx2\n")
+    write = f"for out; do :; done; printf '#!/bin/sh\\n{program}\\n' > $out; chmod +x $out"
+    cc = script(tmp_path / "tools" / "cc", write if compiles else "exit 1")
+    assert runtime._amx_is_broken(str(cc), cpuinfo) is broken
+
+
+def test_the_real_pin_is_complete():
+    pin = patching.pin()
+    assert len(bytes.fromhex(pin["sdist_sha256"])) == 32
+    assert len(pin["commit"]) >= 9 and "==" in pin["sdist"] and pin["sdist_folder"]
+    assert all(path.is_file() for path in patching.series())
+
+
+def test_cache_folder_variables(monkeypatch):
+    monkeypatch.delenv("GGUF_SPLITQ_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.sep + "xdg")
+    assert runtime.cache() == Path("/xdg/gguf-splitq")
+    monkeypatch.setenv("GGUF_SPLITQ_CACHE", "/elsewhere")
+    assert runtime.cache() == Path("/elsewhere")
