@@ -88,3 +88,17 @@ def save(name: str, content) -> None:
     path = BUILD / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
     print(f"written: {path}")
+
+
+def judge(claims: list[dict]) -> None:
+    """Prints each claim {"claim", "measured", "at_most" or "at_least" or neither} and exits with 1 if one is missed."""
+    missed = False
+    for c in claims:
+        low, high = c.get("at_least", 0), c.get("at_most", float("inf"))
+        kept = low <= c["measured"] <= high
+        missed |= not kept
+        limit = f"at most {high}" if "at_most" in c else f"at least {low}" if "at_least" in c else ""
+        verdict = ("kept" if kept else "MISSED") if limit else "reported"
+        print(f"{c['claim']}: {c['measured']:.3f}  {limit}  {verdict}")
+    if missed:
+        raise SystemExit(1)

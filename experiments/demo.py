@@ -1,4 +1,4 @@
-"""`make demo` and `make perplexity`: a checkpoint becomes F16 and low-bit GGUF files, measured side by side."""
+"""`make demo`: a checkpoint becomes F16 and low-bit GGUF files, measured side by side."""
 
 from pathlib import Path
 
