@@ -12,7 +12,7 @@ ARGS   ?=
 
 VENV := .venv
 PY   := $(VENV)/bin/python
-PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
+PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
@@ -24,12 +24,12 @@ help: ## this list
 demo: runtime ## a checkpoint becomes sq4 and is measured against its F16: one table
 	@$(PY) -m experiments.demo $(ARGS)
 
-test: $(VENV)/test.stamp cross-tools ## everything the tests need, then the tests
+test: $(VENV)/test.stamp runtime cross-tools ## everything the tests need, then the tests
 	@$(PY) -c 'from gguf_splitq import runtime; runtime.build(tests=True)'
 	@$(PY) -m pytest
 
 runtime: $(VENV)/run.stamp ## fetch, patch and build llama.cpp
-	@$(PY) -c 'from gguf_splitq import runtime; runtime.build()'
+	@$(PY) -m gguf_splitq runtime build
 
 perplexity: runtime ## F16 against TYPE: make perplexity MODEL=... TYPE=... TEXT=...
 	@mkdir -p build
@@ -50,7 +50,7 @@ lint: $(VENV)/test.stamp ## ruff
 	@$(VENV)/bin/ruff check .
 
 patches-check: $(VENV)/run.stamp ## the patch series applies to a clean pinned tree, without fuzz
-	@$(PY) -c 'from gguf_splitq import runtime; print("applies:", *runtime.patches_check())'
+	@$(PY) -m gguf_splitq runtime check
 
 clean: ## remove the virtual environment and built files; the cache of llama.cpp stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -2,10 +2,11 @@
 
 In the cache folder ($GGUF_SPLITQ_CACHE, else $XDG_CACHE_HOME/gguf-splitq, else ~/.cache/gguf-splitq):
     llama.cpp-<pin>/                the source as upstream has it
-    <pin>-<hash of patches>/        llama.cpp/ (patched), build/bin/ (programs), build.log, built (targets done)
+    <pin>-<hash of patches>/        llama.cpp/ (patched), build-<processor>/ (bin/, log, built: the targets done)
 Trees are made under a temporary name and renamed, so one that exists is whole; a lock keeps concurrent runs apart.
 """
 
+import functools
 import hashlib
 import os
 import platform
@@ -69,7 +70,7 @@ def path() -> Path:
     """The folder of built programs; EnvironmentFailed when they are not built for the present patches."""
     if not set(PROGRAMS) <= _built():
         raise EnvironmentFailed("The patched llama.cpp is not built; run `gguf-splitq runtime build` (`make runtime`).")
-    return _home() / "build" / "bin"
+    return _build_folder() / "bin"
 
 
 def program(name: str) -> Path:
@@ -83,7 +84,7 @@ def program(name: str) -> Path:
 def library() -> Path | None:
     """The built ggml-base shared library, which holds the quantizers; None when nothing is built."""
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
-    found = _home() / "build" / "bin" / f"libggml-base{suffix}"
+    found = _build_folder() / "bin" / f"libggml-base{suffix}"
     return found if _built() and found.exists() else None
 
 
@@ -124,8 +125,20 @@ def _pin9() -> str:
     return patching.pin()["commit"][:9]
 
 
+@functools.cache
+def _processor() -> str:
+    """Stands for what -march=native means here, since homes are shared between unlike machines."""
+    info = Path("/proc/cpuinfo")
+    features = re.search(r"^(flags|Features)\s*:.*", info.read_text(), re.MULTILINE) if info.exists() else None
+    return hashlib.sha256(f"{platform.machine()} {features and features[0]}".encode()).hexdigest()[:8]
+
+
+def _build_folder() -> Path:
+    return _home() / f"build-{_processor()}"
+
+
 def _built() -> set[str]:
-    stamp = _home() / "built"
+    stamp = _build_folder() / "built"
     return set(stamp.read_text().split()) if stamp.exists() else set()
 
 
@@ -346,20 +359,21 @@ def _compiler(variable: str, *names: str) -> str:
 def _compile(source: Path, targets: list[str], cmake: str, ninja: str, compilers: dict[str, str]) -> None:
     """Configure and build `targets`, adding them to the list of what is built. Call with the build's lock held."""
     _need_disk()
-    home = source.parent
+    folder = _build_folder()
     options = CMAKE_OPTIONS | {"CMAKE_MAKE_PROGRAM": ninja, "LLAMA_BUILD_COMMIT": _pin9()}
     if _amx_is_broken(compilers["CC"]):
         for name, variable in (("CMAKE_C_FLAGS", "CFLAGS"), ("CMAKE_CXX_FLAGS", "CXXFLAGS")):
             options[name] = " ".join([os.environ.get(variable, ""), *NO_AMX]).strip()
     # With these, ccache (used where installed) hits across changes of the patches, which change the folder's name.
-    env = patching.isolated(source) | compilers | {"CCACHE_BASEDIR": str(home), "CCACHE_NOHASHDIR": "1"}
-    log, folder = home / "build.log", home / "build"
+    env = patching.isolated(source) | compilers | {"CCACHE_BASEDIR": str(folder.parent), "CCACHE_NOHASHDIR": "1"}
+    folder.mkdir(exist_ok=True)
+    log = folder / "log"
     log.unlink(missing_ok=True)
     defines = [f"-D{name}={value}" for name, value in options.items()]
     configure = [cmake, "-G", "Ninja", "-S", str(source), "-B", str(folder), *defines]
     _run_logged(configure, log, env, "Configuring llama.cpp")
     _run_logged([ninja, "-C", str(folder), "-j", str(_cores()), *targets], log, env, "Building llama.cpp")
-    (home / "built").write_text("\n".join(sorted(_built() | set(targets))) + "\n")
+    (folder / "built").write_text("\n".join(sorted(_built() | set(targets))) + "\n")
 
 
 # Asks the kernel for the tile registers and executes LDTILECFG and TILEZERO, given as bytes for older assemblers.

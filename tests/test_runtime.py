@@ -286,7 +286,7 @@ def test_build_downloads_nothing_and_passes_flags_for_broken_amx(tools, monkeypa
 
 def test_failed_build_shows_the_end_of_its_log_and_is_not_taken_for_a_build(tools, capfd):
     script(tools / "ninja", '[ "$1" = --version ] && echo 1.11 && exit; echo "fatal: no such thing"; exit 3')
-    with pytest.raises(EnvironmentFailed, match="Building llama.cpp failed with exit code 3; see .*build.log"):
+    with pytest.raises(EnvironmentFailed, match="Building llama.cpp failed with exit code 3; see .*log"):
         runtime.build()
     assert "fatal: no such thing" in capfd.readouterr().err
     with pytest.raises(EnvironmentFailed, match="is not built; run `gguf-splitq runtime build`"):
