@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 
 from ..errors import UsageError
+from . import splitquant, sq4x
 from .base import TensorType
 
 __all__ = ["TensorType", "all_types", "by_id", "get", "register_with_gguf"]
 
-CUSTOM: list[TensorType] = []
+CUSTOM: list[TensorType] = [*splitquant.TYPES, *sq4x.TYPES]
 
 
 @functools.cache
