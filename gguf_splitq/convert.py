@@ -1,0 +1,187 @@
+"""Conversion: plan, validate, run, report."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from . import __version__, checkpoint, display, gguf_file, patching, plan, rewrite, types
+from .errors import UsageError
+from .gguf_file import Value
+from .imatrix import load as load_imatrix
+from .types import TensorType
+
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
+
+
+def convert(
+    model: str | Path,
+    type: str,
+    outfile: str | Path = "{name}-{type}.gguf",
+    tensor_type: Iterable[str] = (),
+    token_embedding_type: str | None = None,
+    output_tensor_type: str | None = None,
+    imatrix: str | Path | None = None,
+    dry_run: bool = False,
+    report: str | Path | None = None,
+    threads: int | None = None,
+    max_ram: str | int | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+) -> Path:
+    """Convert a checkpoint to a GGUF file of `type` and return the file's path.
+
+    model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
+    rules. imatrix: an importance matrix of llama-imatrix, in either format. dry_run: print the plan, write nothing.
+    report: a JSON file for the per-tensor errors. max_ram: bytes, or text like "2G". The output appears whole or not
+    at all, and is the same at any number of threads.
+    Raises the errors of `gguf_splitq.errors`.
+    """
+    target, limit = types.get(type), parse_size(max_ram)
+    threads = check_threads(threads)
+    matrix = load_imatrix(imatrix) if imatrix else None
+    rules = tuple(tensor_type)
+    folder = Path(tempfile.gettempdir()) if dry_run else output_folder(outfile)
+    with checkpoint.opened(model, folder, revision, dry_run) as source:
+        head = source.header
+        path = output_path(outfile, source.name, target.name)
+        if not dry_run:
+            check_output(path, source.files, overwrite)
+            check_output(report, [*source.files, path], overwrite=True)
+        importance = matrix.for_tensors(head.tensors) if matrix else {}
+        architecture = head.get("general.architecture", "")
+        entries = plan.make(
+            head.tensors, type, rules, token_embedding_type, output_tensor_type, architecture, importance
+        )
+        peak = peak_ram(source, entries, threads, limit)
+        if dry_run:
+            display.show_plan(path, entries)
+            return path
+        display.say(f"writing {path}, in at most about {gguf_file.mib(peak)} of memory")
+        kv = head.kv | (matrix.metadata() if matrix else {})
+        kv = metadata(kv, target, options(rules, token_embedding_type, output_tensor_type, imatrix))
+        with display.Progress() as progress, source.data(progress.read) as file:
+            progress.start(entries)
+            entries, stats = rewrite.rewrite(file, entries, kv, path, importance, threads, limit, progress.done)
+    result = {
+        "file": path.name,
+        "size": path.stat().st_size,
+        "bpw": plan.bpw(entries),
+        **{key: kv[f"gguf_splitq.{key}"].python for key in ("version", "type", "llama_cpp")},
+        "options": json.loads(kv["gguf_splitq.options"].python),
+        "fallbacks": plan.fallbacks(entries),
+        "without_importance": [e.name for e in entries if e.quantized and e.name not in importance] if matrix else None,
+        "tensors": [tensor_report(e, s, e.name in importance) for e, s in zip(entries, stats, strict=True)],
+    }
+    display.show_summary(path, entries, stats, result)
+    write_report(report, result)
+    return path
+
+
+def output_folder(outfile: str | Path) -> Path:
+    """The folder an output goes to; UsageError when there is none."""
+    folder = Path(outfile) if Path(outfile).is_dir() else Path(outfile).parent
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such folder: make it or choose another --outfile")
+    return folder
+
+
+def output_path(outfile: str | Path, name: str, type: str) -> Path:
+    """The template filled in; a folder takes the default name. A precision at the end of the input's name goes."""
+    template = str(Path(outfile) / "{name}-{type}.gguf") if Path(outfile).is_dir() else str(outfile)
+    name = re.sub(r"[-.](f32|f16|bf16)$", "", name, flags=re.IGNORECASE)
+    return Path(template.replace("{name}", name).replace("{type}", type))
+
+
+def check_output(path: str | Path | None, inputs: Sequence[Path], overwrite: bool) -> None:
+    """UsageError when `path` is an input, is a folder, or exists without `overwrite`."""
+    if path is None or not (path := Path(path)).exists():
+        return
+    if any(file.exists() and path.samefile(file) for file in inputs):
+        raise UsageError(f"{path}: the output would replace its own input: choose another name")
+    if path.is_dir() or not overwrite:
+        what = "folder" if path.is_dir() else "file"
+        raise UsageError(f"{path}: there is already a {what}: pass --overwrite or another name")
+
+
+def check_threads(threads: int | None) -> int:
+    """The number of worker threads, by default the CPUs this process may use."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads} leaves nobody to work: give 1 or more")
+    return threads or rewrite.default_threads()
+
+
+def parse_size(size: str | int | None) -> int | None:
+    """Bytes from text such as "1500M" or "2G" (powers of 1024)."""
+    if size is None or isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", size.strip(), re.IGNORECASE)
+    if not match:
+        raise UsageError(f"--max-ram {size!r} is not a size: write e.g. 1500M or 2G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def peak_ram(source: checkpoint.Source, entries: Sequence[plan.Entry], threads: int, limit: int | None) -> int:
+    """Bytes of memory the whole run needs at most, the converter process included; UsageError when above `limit`."""
+    largest = max((e.tensor.n_bytes for e in entries), default=0)
+    child = checkpoint.ADAPTER_RAM + 3 * largest if source.child else 0
+    if limit is not None and child > limit:
+        raise UsageError(f"--max-ram {gguf_file.mib(limit)} is too small: reading this needs {gguf_file.mib(child)}")
+    return max(child, rewrite.peak_ram(entries, threads, rewrite.window_size(entries, threads, limit)))
+
+
+def options(
+    tensor_type: Sequence[str],
+    token_embedding_type: str | None,
+    output_tensor_type: str | None,
+    imatrix: str | Path | None,
+) -> dict:
+    """What of the command line decides the output's bytes, defaults left out; files by name, not by path."""
+    given = {
+        "imatrix": Path(imatrix).name if imatrix else None,
+        "output_tensor_type": output_tensor_type,
+        "tensor_type": list(tensor_type),
+        "token_embedding_type": token_embedding_type,
+    }
+    return {key: value for key, value in given.items() if value}
+
+
+def metadata(kv: Mapping[str, Value], target: TensorType, options: dict) -> dict[str, Value]:
+    """The input's metadata with what describes this file put in."""
+    return {key: value for key, value in kv.items() if key != "general.alignment"} | {
+        "general.file_type": Value.of(target.file_type),
+        "general.quantization_version": Value.of(QUANTIZATION_VERSION),
+        "gguf_splitq.version": Value.of(__version__),
+        "gguf_splitq.type": Value.of(target.name),
+        "gguf_splitq.llama_cpp": Value.of(patching.pin()["commit"]),
+        "gguf_splitq.options": Value.of(json.dumps(options, sort_keys=True)),
+    }
+
+
+def tensor_report(entry: plan.Entry, stats: rewrite.Stats, weighted: bool) -> dict:
+    """One tensor's row of the JSON report; errors are relative to the input's values, seconds are of all threads."""
+    return {
+        "name": entry.name,
+        "shape": list(entry.tensor.shape),
+        "source": entry.source_name,
+        "type": entry.target_name,
+        "reason": entry.fallback or entry.reason,
+        "bytes": entry.n_bytes,
+        "bpw": entry.bpw,
+        "importance": weighted,
+        "rmse": stats.rmse,
+        "sqnr_db": stats.sqnr_db,
+        "largest_error": stats.largest,
+        "seconds": round(stats.seconds, 4),
+    }
+
+
+def write_report(path: str | Path | None, result: dict) -> None:
+    if path is not None:
+        try:
+            Path(path).write_text(json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise gguf_file.disk_error(error, Path(path), 0) from error

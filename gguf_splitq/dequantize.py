@@ -1,0 +1,57 @@
+"""Back from quantized tensors to floats: a GGUF that any llama.cpp reads, so that nobody is locked in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import display, gguf_file, plan, rewrite, types
+from .convert import check_output, check_threads, metadata, output_folder, output_path
+from .errors import UnsupportedError, UsageError
+from .gguf_file import Tensor
+
+
+def dequantize(
+    file: str | Path,
+    outfile: str | Path | None = None,
+    type: str = "f16",
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write `file` with every quantized tensor as `type` (f16, bf16 or f32) and return the new file's path.
+
+    outfile: may hold {name} and {type}; by default {name}-{type}.gguf in the current folder. Tensors that are floats
+    already stay as they are. Raises UsageError, InputError, UnsupportedError, EnvironmentFailed.
+    """
+    target, threads = types.get(type), check_threads(threads)
+    if target.name not in plan.FLOATS:
+        raise UsageError(f"--type {target.name} is not a float type: choose f16, bf16 or f32")
+    outfile = outfile or "{name}-{type}.gguf"
+    output_folder(outfile)
+    with gguf_file.read(file) as source:
+        path = output_path(outfile, Path(file).stem, target.name)
+        check_output(path, source.files, overwrite)
+        entries = make_plan(source.tensors, target)
+        kv = metadata(source.kv, target, {"dequantized_from": source.get("gguf_splitq.type", "a GGUF")})
+        with display.Progress() as progress:
+            progress.start(entries)
+            rewrite.rewrite(source, entries, kv, path, threads=threads, done=progress.done)
+    display.say(f"{path}: {gguf_file.mib(path.stat().st_size)}")
+    return path
+
+
+def make_plan(tensors: Sequence[Tensor], target: types.TensorType) -> list[plan.Entry]:
+    """Quantized tensors to `target`, floats and integers as they are; UnsupportedError for a type without a decoder."""
+    entries = []
+    for tensor in tensors:
+        name = gguf_file.type_name(tensor.type_id)
+        if gguf_file.sizes()[tensor.type_id][1] == 1:
+            same = types.get(name) if name in plan.FLOATS else None
+            entries.append(plan.Entry(tensor, same, "not quantized"))
+            continue
+        try:
+            types.by_id(tensor.type_id)
+        except KeyError:
+            raise UnsupportedError(f"tensor {tensor.name!r}: {name} is unknown here: use llama-quantize") from None
+        entries.append(plan.Entry(tensor, target, "--type"))
+    return entries

@@ -1,0 +1,95 @@
+"""What a conversion shows: the plan, a progress bar on a terminal or plain lines elsewhere, and the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from . import gguf_file, plan
+from .rewrite import Stats
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that does not cut lines when nobody looks at it."""
+    found = Console(stderr=stderr, highlight=False, markup=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, markup=False, width=160)
+
+
+def say(line: str) -> None:
+    """A line for the person who waits; results go to standard output, this does not."""
+    console(stderr=True).print(line, soft_wrap=True)
+
+
+def show_plan(path: Path, entries: Sequence[plan.Entry]) -> None:
+    console().print(f"{path}\n{plan.text(entries)}", end="", soft_wrap=True)
+
+
+def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stats], result: dict) -> None:
+    """One row per type, then what did not go as asked."""
+    table = Table(title=f"{path}: {gguf_file.mib(result['size'])}, {result['bpw']:.3f} bpw")
+    table.add_column("type")
+    for column in ("tensors", "weights", "size", "bpw", "SQNR dB", "largest error"):
+        table.add_column(column, justify="right")
+    for name in dict.fromkeys(e.target_name for e in entries):
+        chosen = [(e, s) for e, s in zip(entries, stats, strict=True) if e.target_name == name]
+        total = Stats()
+        for _, s in chosen:
+            total.add(s)
+        size = sum(e.n_bytes for e, _ in chosen)
+        noise = "exact" if total.sqnr_db is None else f"{total.sqnr_db:.2f}"
+        row = [len(chosen), f"{total.weights:,}", gguf_file.mib(size), f"{plan.bpw(e for e, _ in chosen):.3f}", noise]
+        table.add_row(name, *map(str, row), f"{total.largest:.3g}")
+    out = console()
+    out.print(table)
+    for cause, count in result["fallbacks"].items():
+        out.print(f"fallback, {count} tensors: {cause}")
+    if result["without_importance"]:
+        count = len(result["without_importance"])
+        out.print(f"no importance data for {count} quantized tensors, {result['without_importance'][0]} first")
+
+
+class Progress:
+    """A context: `read` while the checkpoint is being read, `start`, then `done` after each tensor."""
+
+    def __init__(self):
+        self.console = console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+        self.task, self.finished, self.total = None, 0, 0
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def read(self, done: int, total: int) -> None:
+        """Bytes of the checkpoint read so far."""
+        if self.task is None:
+            self.task = self.bar.add_task("reading", total=total)
+            self._plain(f"reading {gguf_file.mib(total)} with llama.cpp's converter")
+        self.bar.update(self.task, completed=done)
+
+    def start(self, entries: Sequence[plan.Entry]) -> None:
+        self.total = len(entries)
+        self.task = self.bar.add_task("encoding", total=sum(e.tensor.n_weights for e in entries))
+
+    def done(self, entry: plan.Entry, stats: Stats) -> None:
+        self.finished += 1
+        self.bar.update(self.task, advance=entry.tensor.n_weights)
+        noise = "" if stats.sqnr_db is None else f"  {stats.sqnr_db:.2f} dB"
+        shape = "x".join(map(str, entry.tensor.shape))
+        counter = f"[{self.finished:>{len(str(self.total))}}/{self.total}]"
+        self._plain(f"{counter} {entry.name}  {shape}  {entry.source_name} -> {entry.target_name}{noise}")
+
+    def _plain(self, line: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(line, soft_wrap=True)

@@ -1,0 +1,398 @@
+"""GGUF files: a strict reader of headers, bounded reads of tensor rows, and an atomic writer.
+
+The header is parsed here, not by `gguf.GGUFReader`, because that class trusts what it reads: a 49-byte file can make
+it loop over 2^62 entries. Every length is checked against the bytes that are left before it is used, and the layout
+rules are those of llama.cpp's own loader (ggml/src/gguf.cpp): tensors lie one after another, each start padded to the
+alignment, nothing overlaps and nothing is left out. Metadata values are kept as stored bytes, so that copying them
+changes nothing. Tensor data is read by `pread`, never mapped, which keeps the resident memory bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import math
+import os
+import re
+import secrets
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from . import types
+from .errors import EnvironmentFailed, InputError, UnsupportedError
+
+ALIGNMENT = 32  # of every file written here: llama-quantize's COPY breaks files with any other value
+MAX_HEADER = 1 << 28  # bytes; the largest vocabularies need about 2^24
+MAX_NAME = 64  # GGML_MAX_NAME, the closing zero byte included
+MAX_DIMS = 4  # GGML_MAX_DIMS
+
+# GGUF value type ids -> struct format
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_U32, _STRING, _ARRAY = 4, 8, 9
+
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metadata value as stored: GGUF value type and little-endian bytes (an array's own type and count included)."""
+
+    type: int
+    raw: bytes
+
+    @classmethod
+    def of(cls, value: int | str) -> Value:
+        """A u32 from an int, a string from a str."""
+        if isinstance(value, int):
+            return cls(_U32, struct.pack("<I", value))
+        return cls(_STRING, _string(value))
+
+    @property
+    def python(self) -> int | float | bool | str | list:
+        """The value as Python's own type."""
+        if self.type != _ARRAY:
+            return _unpack(self.type, self.raw, 0)[0]
+        item_type, count = struct.unpack_from("<IQ", self.raw)
+        items, at = [], 12
+        for _ in range(count):
+            item, at = _unpack(item_type, self.raw, at)
+            items.append(item)
+        return items
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies. shape is NumPy's order (columns last), offset counts from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    offset: int
+    n_bytes: int
+    file: Path
+
+    @property
+    def n_cols(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_weights // self.n_cols
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.n_bytes // self.n_rows
+
+
+@dataclass
+class Gguf:
+    """A checked GGUF file, or a set of shards seen as one."""
+
+    path: Path
+    kv: dict[str, Value]
+    tensors: list[Tensor]
+    files: list[Path]
+    size: int  # bytes of all files
+    _open: dict[Path, BinaryIO] = field(default_factory=dict)
+
+    def get(self, key: str, default=None):
+        """A metadata value as Python's own type, or `default`."""
+        return self.kv[key].python if key in self.kv else default
+
+    def read_rows(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
+        """Rows [first, first + count) of a tensor as stored: uint8 [count, row_bytes]. Threads may call this at once.
+
+        Raises InputError when the file has become shorter since its header was read.
+        """
+        data = np.empty((count, tensor.row_bytes), np.uint8)
+        view, offset = memoryview(data).cast("B"), tensor.offset + first * tensor.row_bytes
+        try:
+            if tensor.file not in self._open:
+                self._open[tensor.file] = open(tensor.file, "rb", buffering=0)
+            while len(view):
+                n = os.preadv(self._open[tensor.file].fileno(), [view], offset)
+                if n == 0:
+                    raise InputError(f"{tensor.file}: the file ends inside tensor {tensor.name!r}: copy it again")
+                view, offset = view[n:], offset + n
+        except OSError as error:
+            cause = f"tensor {tensor.name!r} cannot be read ({error.strerror})"
+            raise InputError(f"{tensor.file}: {cause}: check the disk") from error
+        return data
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def __enter__(self) -> Gguf:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+@functools.cache
+def sizes() -> dict[int, tuple[str, int, int]]:
+    """ggml type id -> (name, weights per block, bytes per block), of every type that can be read or written."""
+    from gguf import GGML_QUANT_SIZES
+
+    types.register_with_gguf()
+    ours = {t.gguf_id: t.name for t in types.all_types()}
+    return {int(t): (ours.get(int(t), t.name.lower()), *GGML_QUANT_SIZES[t]) for t in GGML_QUANT_SIZES}
+
+
+def type_name(type_id: int) -> str:
+    return sizes()[type_id][0]
+
+
+def read(path: str | Path, data: bool = True) -> Gguf:
+    """Read and check the header of a GGUF file; a file named *-00001-of-000NN.gguf brings its other shards along.
+
+    data: False for a file that is still being written, whose tensor data need not be there yet.
+    Raises InputError for damage of any kind, UnsupportedError for big-endian files and unknown tensor types.
+    """
+    path = Path(path)
+    shards = _shards(path)
+    parts = [_read_one(shard, data) for shard in shards]
+    kv = {k: v for k, v in parts[0][0].items() if not k.startswith("split.")}
+    tensors = [t for _, part in parts for t in part]
+    names = set()
+    for tensor in tensors:
+        if tensor.name in names:
+            raise InputError(f"{path}: tensor {tensor.name!r} is there twice: the file is damaged, get it again")
+        names.add(tensor.name)
+    declared = parts[0][0].get("split.count")
+    if declared is not None and declared.python not in (0, 1, len(shards)):
+        raise InputError(
+            f"{path}: the file is one of {declared.python} shards: give the first, named NAME-00001-of-NNNNN.gguf, "
+            "with the others beside it"
+        )
+    return Gguf(path, kv, tensors, shards, sum(p.stat().st_size for p in shards))
+
+
+def header(kv: dict[str, Value], tensors: list[tuple[str, tuple[int, ...], int]]) -> bytes:
+    """Everything before the tensor data, padded; tensors are (name, NumPy shape, type id) in file order.
+
+    Its length does not depend on the type ids, so it can be written last over a gap left for it.
+    """
+    out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(kv)))
+    for key, value in kv.items():
+        out += _string(key) + struct.pack("<I", value.type) + value.raw
+    offset = 0
+    for name, shape, type_id in tensors:
+        out += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), type_id, offset)
+        offset += padded(n_bytes(shape, type_id))
+    return bytes(out.ljust(padded(len(out)), b"\0"))
+
+
+def n_bytes(shape: tuple[int, ...], type_id: int) -> int:
+    """Stored bytes of a tensor, padding left out; rows must divide into the type's blocks."""
+    _, block, block_bytes = sizes()[type_id]
+    return math.prod(shape) // block * block_bytes
+
+
+def padded(size: int, alignment: int = ALIGNMENT) -> int:
+    return -(-size // alignment) * alignment
+
+
+@contextlib.contextmanager
+def atomic(path: Path, needed: int) -> Iterator[BinaryIO]:
+    """A file that appears under `path` only when the block ends well, was synced, and reads back as a sound GGUF.
+
+    needed: bytes the file will take, for the check of free space and the message when the disk fills.
+    Raises EnvironmentFailed when the folder cannot be written to or is too small. Nothing is left behind on any
+    exception, KeyboardInterrupt included.
+    """
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        require_space(path.parent, needed)
+        with open(temp, "xb", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _check_written(temp, path)
+        os.replace(temp, path)
+    except OSError as error:
+        raise disk_error(error, path, needed) from error
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """EnvironmentFailed unless `folder` has `needed` bytes free."""
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    if free < needed:
+        raise EnvironmentFailed(
+            f"{folder}: {mib(needed)} are needed and {mib(free)} are free: make room or choose another --outfile"
+        )
+
+
+def disk_error(error: OSError, path: Path, needed: int) -> EnvironmentFailed:
+    """The one sentence for a write that failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return EnvironmentFailed(
+            f"{path}: the disk filled up while {mib(needed)} were being written: make room or choose another --outfile"
+        )
+    return EnvironmentFailed(f"{path}: cannot be written ({error.strerror or error}): check the folder and its rights")
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _check_written(temp: Path, path: Path) -> None:
+    """EnvironmentFailed unless the file reads back as a GGUF whose tensors fill it to the last byte."""
+    with contextlib.suppress(InputError):
+        tensors = read(temp).tensors
+        if not tensors or tensors[-1].offset + padded(tensors[-1].n_bytes) == temp.stat().st_size:
+            return
+    raise EnvironmentFailed(f"{path}: the file does not read back as it was written: check the disk")
+
+
+def _shards(path: Path) -> list[Path]:
+    match = _SHARD.match(path.name)
+    if not match or match[3] == "00001":
+        return [path]
+    stem, number, count = match.groups()
+    if number != "00001":
+        raise InputError(f"{path}: this is shard {number} of {count}: give the first, {stem}-00001-of-{count}.gguf")
+    return [path.with_name(f"{stem}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+
+
+def _read_one(path: Path, data: bool) -> tuple[dict[str, Value], list[Tensor]]:
+    """(metadata, tensors) of one file."""
+    try:
+        with open(path, "rb") as file:
+            return _Header(path, file).parse(data)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: a name in the header is not UTF-8: the file is damaged, get it again") from error
+
+
+class _Header:
+    """One pass over a header; `left` is what may still be read, and nothing is read beyond it."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file = path, file
+        self.size = os.fstat(file.fileno()).st_size
+        self.left = min(self.size, MAX_HEADER)
+
+    def fail(self, what: str) -> InputError:
+        return InputError(f"{self.path}: {what}: the file is damaged or not a GGUF file, get it again")
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.left:
+            raise self.fail(f"the header ends inside {what} ({count} bytes wanted, {self.left} left)")
+        self.left -= count
+        return self.file.read(count)
+
+    def number(self, fmt: str, what: str) -> int:
+        return struct.unpack("<" + fmt, self.take(struct.calcsize("<" + fmt), what))[0]
+
+    def string(self, what: str) -> bytes:
+        return self.take(self.number("Q", what), what)
+
+    def parse(self, data: bool) -> tuple[dict[str, Value], list[Tensor]]:
+        if self.take(4, "the magic number") != b"GGUF":
+            raise self.fail("the first four bytes are not 'GGUF'")
+        version = self.number("I", "the version")
+        if version in (2 << 24, 3 << 24):
+            raise UnsupportedError(f"{self.path}: big-endian GGUF files are not handled: convert it to little-endian")
+        if version not in (2, 3):
+            raise UnsupportedError(f"{self.path}: GGUF version {version} is not handled: make the file anew")
+        n_tensors, n_kv = self.number("Q", "the tensor count"), self.number("Q", "the metadata count")
+        if 24 * n_tensors + 13 * n_kv > self.left:
+            raise self.fail(f"{n_tensors} tensors and {n_kv} metadata entries do not fit into {self.left} bytes")
+        kv = {}
+        for _ in range(n_kv):
+            key = self.string("a metadata key").decode()
+            if key in kv:
+                raise self.fail(f"metadata key {key!r} is there twice")
+            kv[key] = self.value(key)
+        alignment = kv.get("general.alignment", Value.of(ALIGNMENT))
+        if alignment.type != _U32 or alignment.python.bit_count() != 1 or alignment.python > 1 << 20:
+            raise self.fail("general.alignment is not a power of two")
+        infos = [self.tensor_info() for _ in range(n_tensors)]
+        return kv, self.place(infos, alignment.python, data)
+
+    def value(self, key: str) -> Value:
+        what = f"metadata {key!r}"
+        kind = self.number("I", what)
+        if kind in _SCALARS:
+            return Value(kind, self.take(struct.calcsize(_SCALARS[kind]), what))
+        if kind == _STRING:
+            return Value(kind, _string(self.string(what)))
+        if kind != _ARRAY:
+            raise self.fail(f"{what} has the unknown type {kind}")
+        head = self.take(12, what)
+        item, count = struct.unpack("<IQ", head)
+        if item in _SCALARS:
+            return Value(kind, head + self.take(count * struct.calcsize(_SCALARS[item]), what))
+        if item != _STRING:
+            raise self.fail(f"{what} is an array of the unknown type {item}")
+        if count * 8 > self.left:
+            raise self.fail(f"{what} claims {count} strings in {self.left} bytes")
+        return Value(kind, head + b"".join(_string(self.string(what)) for _ in range(count)))
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        """(name, NumPy shape, type id, offset from the start of the data)."""
+        name = self.string("a tensor name")
+        if not 0 < len(name) < MAX_NAME:
+            raise self.fail(f"a tensor name has {len(name)} bytes where 1 to {MAX_NAME - 1} are allowed")
+        name = name.decode()
+        what = f"tensor {name!r}"
+        n_dims = self.number("I", what)
+        if n_dims > MAX_DIMS:
+            raise self.fail(f"{what} has {n_dims} dimensions where {MAX_DIMS} are allowed")
+        shape = tuple(self.number("Q", what) for _ in range(n_dims))[::-1]
+        type_id, offset = self.number("I", what), self.number("Q", what)
+        if math.prod(shape) not in range(1, 1 << 63):
+            raise self.fail(f"{what} has the impossible shape {list(shape)}")
+        if type_id not in sizes():
+            raise UnsupportedError(f"{self.path}: {what} has type {type_id}, which is unknown here: use a newer one")
+        if shape and shape[-1] % sizes()[type_id][1]:
+            raise self.fail(f"{what} has rows of {shape[-1]} that do not divide into blocks of {type_name(type_id)}")
+        return name, shape, type_id, offset
+
+    def place(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int, data: bool) -> list[Tensor]:
+        """Absolute offsets, each checked to be where the one before it ends."""
+        start = padded(self.file.tell(), alignment)
+        expected, tensors = 0, []
+        for name, shape, type_id, offset in infos:
+            if offset != expected:
+                raise self.fail(
+                    f"tensor {name!r} starts at {offset} where {expected} is due (overlap or bad alignment)"
+                )
+            size = n_bytes(shape, type_id)
+            if data and start + offset + size > self.size:
+                missing = start + offset + size - self.size
+                raise self.fail(f"tensor {name!r} reaches {missing} bytes past the end of the file (truncated)")
+            tensors.append(Tensor(name, shape, type_id, start + offset, size, self.path))
+            expected += padded(size, alignment)
+        return tensors
+
+
+def _string(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(data)) + data
+
+
+def _unpack(kind: int, raw: bytes, at: int) -> tuple[int | float | bool | str, int]:
+    """(value, position after it) of a scalar or string at `at`."""
+    if kind == _STRING:
+        (length,) = struct.unpack_from("<Q", raw, at)
+        end = at + 8 + length
+        return raw[at + 8 : end].decode(errors="replace"), end
+    return struct.unpack_from("<" + _SCALARS[kind], raw, at)[0], at + struct.calcsize(_SCALARS[kind])

@@ -1,0 +1,88 @@
+"""What is in a GGUF file: types, bits per weight and size, by type and by kind of tensor."""
+
+from __future__ import annotations
+
+import json as json_module
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.table import Table
+
+from . import display, gguf_file, plan
+from .gguf_file import Tensor
+
+_KEYS = ("general.architecture", "general.name", "general.size_label", "general.file_type", "gguf_splitq.", "quantize.")
+
+
+def inspect(file: str | Path, json: bool = False) -> dict:
+    """Print (a table, or JSON) and return what `file` holds; reads the header only.
+
+    Keys: file, size (bytes), tensors, weights, bpw, linear_bpw (see `linear_bpw`), metadata, types and kinds; the last
+    two are lists of rows with tensors, weights, bytes and bpw. Raises InputError and UnsupportedError.
+    """
+    with gguf_file.read(file) as source:
+        everything = _row(source.tensors)
+        result = {
+            "file": str(file),
+            "size": source.size,
+            "tensors": everything["tensors"],
+            "weights": everything["weights"],
+            "bpw": everything["bpw"],
+            "linear_bpw": _linear_bpw(source),
+            "metadata": {key: source.get(key) for key in source.kv if key.startswith(_KEYS)},
+            "types": _groups(source.tensors, lambda t: {"type": gguf_file.type_name(t.type_id)}),
+            "kinds": _groups(source.tensors, lambda t: {"kind": kind(t.name), "type": gguf_file.type_name(t.type_id)}),
+        }
+    if json:
+        print(json_module.dumps(result, indent=1))
+    else:
+        _show(result)
+    return result
+
+
+def linear_bpw(file: str | Path) -> float:
+    """Stored bits per weight over the weights of linear layers: no embeddings, no output, no norms. 0 if none."""
+    with gguf_file.read(file) as source:
+        return _linear_bpw(source)
+
+
+def kind(name: str) -> str:
+    """A tensor's role: its name without the number of its block, e.g. blk.*.attn_q.weight."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _linear_bpw(source: gguf_file.Gguf) -> float:
+    architecture = source.get("general.architecture", "")
+    return _row([t for t in source.tensors if plan.is_linear(t, architecture)])["bpw"]
+
+
+def _groups(tensors: Iterable[Tensor], key) -> list[dict]:
+    groups: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tuple(key(tensor).items()), []).append(tensor)
+    return [dict(names) | _row(group) for names, group in groups.items()]
+
+
+def _row(tensors: list[Tensor]) -> dict:
+    size, weights = sum(t.n_bytes for t in tensors), sum(t.n_weights for t in tensors)
+    return {"tensors": len(tensors), "weights": weights, "bytes": size, "bpw": 8 * size / weights if weights else 0.0}
+
+
+def _show(result: dict) -> None:
+    out = display.console()
+    out.print(
+        f"{result['file']}: {gguf_file.mib(result['size'])}, {result['weights']:,} weights, {result['bpw']:.3f} bpw, "
+        f"linear layers {result['linear_bpw']:.3f} bpw",
+        soft_wrap=True,
+    )
+    for key, value in result["metadata"].items():
+        out.print(f"  {key} = {value}", soft_wrap=True)
+    for title, rows in (("by type", result["types"]), ("by kind", result["kinds"])):
+        table = Table(title=title)
+        for column in rows[0] if rows else ():
+            table.add_column(column, justify="left" if column in ("kind", "type") else "right")
+        for row in rows:
+            size, rate = gguf_file.mib(row["bytes"]), f"{row['bpw']:.3f}"
+            table.add_row(*map(str, (row | {"weights": f"{row['weights']:,}", "bytes": size, "bpw": rate}).values()))
+        out.print(table)

@@ -1,0 +1,220 @@
+"""The plan of a conversion: which type each tensor gets, and why. Pure: no file is touched here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from . import types
+from .errors import UnsupportedError, UsageError
+from .gguf_file import Tensor, n_bytes, type_name
+from .types import TensorType
+
+FLOATS = ("f32", "f16", "bf16")
+
+# Names of 2-D weights that llama.cpp never quantizes, because they are small or because its kernels want floats:
+# tensor_allows_quantization in src/llama-quant.cpp at the pin.
+_KEPT = (
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
+    "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
+    "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_v0.weight", "time_mix_v1.weight",
+    "time_mix_v2.weight", "time_mix_a0.weight", "time_mix_a1.weight", "time_mix_a2.weight", "time_mix_g1.weight",
+    "time_mix_g2.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight",
+    "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd",
+    ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
+)  # fmt: skip
+_KEPT_WHOLE = ("position_embd.weight", "token_types.weight")
+_KEPT_BY_ARCHITECTURE = {
+    "glm5-next": (
+        "hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate",
+        "indexer_compressor_ape", "ssm_f_a.weight", "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight",
+        "ssm_beta.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight",
+    ),
+}  # fmt: skip
+
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+
+# What a row that does not divide falls back to (f16 when that does not divide either). Stock types as upstream's
+# tensor_type_fallback in src/llama-quant.cpp; sq4x is this project's own rule.
+_FALLBACK = {
+    "sq4x": "q8_0", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+    "iq1_s": "iq4_nl", "iq1_m": "iq4_nl", "iq2_xxs": "iq4_nl", "iq2_xs": "iq4_nl", "iq2_s": "iq4_nl",
+    "iq3_xxs": "iq4_nl", "iq3_s": "iq4_nl", "iq4_xs": "iq4_nl",
+}  # fmt: skip
+
+# Stock types whose encoder is useless, or aborts, without an importance matrix (tensor_requires_imatrix, same file).
+_NEEDS_IMPORTANCE = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor's decision; `fallback` names the cause when the type asked for could not be used."""
+
+    tensor: Tensor
+    target: TensorType | None  # None: copied as stored, a type this project does not encode (integers)
+    reason: str
+    fallback: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def source_name(self) -> str:
+        return type_name(self.tensor.type_id)
+
+    @property
+    def target_id(self) -> int:
+        return self.tensor.type_id if self.target is None else self.target.gguf_id
+
+    @property
+    def target_name(self) -> str:
+        return type_name(self.target_id)
+
+    @property
+    def copied(self) -> bool:
+        return self.target_id == self.tensor.type_id
+
+    @property
+    def quantized(self) -> bool:
+        return self.target is not None and self.target.name not in FLOATS
+
+    @property
+    def n_bytes(self) -> int:
+        return n_bytes(self.tensor.shape, self.target_id)
+
+    @property
+    def bpw(self) -> float:
+        return 8 * self.n_bytes / self.tensor.n_weights
+
+
+def quantizable(tensor: Tensor, architecture: str = "") -> bool:
+    """Whether llama.cpp would quantize this tensor at all (2-D or more, a weight, not on its list of exceptions)."""
+    name = tensor.name
+    kept = (*_KEPT, *_KEPT_BY_ARCHITECTURE.get(architecture, ()))
+    # The dimensions that count are those above 1 in front: ggml_n_dims ignores leading ones.
+    n_dims = len(tensor.shape) - next((i for i, n in enumerate(tensor.shape) if n > 1), len(tensor.shape))
+    return n_dims >= 2 and name.endswith("weight") and name not in _KEPT_WHOLE and not any(k in name for k in kept)
+
+
+def is_linear(tensor: Tensor, architecture: str = "") -> bool:
+    """A quantizable weight that is neither an embedding nor the output: what "linear layers only" measures."""
+    return quantizable(tensor, architecture) and tensor.name not in (*_EMBEDDINGS, "output.weight")
+
+
+def make(
+    tensors: Sequence[Tensor],
+    type: str,
+    tensor_type: Iterable[str] = (),
+    token_embedding_type: str | None = None,
+    output_tensor_type: str | None = None,
+    architecture: str = "",
+    importance: Collection[str] = (),
+) -> list[Entry]:
+    """Decide every tensor's type. tensor_type: `REGEX=TYPE` rules, searched in the name, the first match wins.
+
+    Embeddings and output get q8_0 unless told otherwise or unless `type` is larger anyway; an explicit embedding or
+    output type beats the rules, and a tied embedding takes the output's, as in llama-quantize.
+    importance: names of the tensors that the importance matrix covers.
+    Raises UsageError for bad rules and missing importance, UnsupportedError for a file that is quantized already.
+    """
+    base = types.get(type)
+    large = base if base.bpw > types.get("q8_0").bpw else types.get("q8_0")
+    rules = [_Rule(text) for text in tensor_type]
+    embedding = types.get(token_embedding_type) if token_embedding_type else None
+    output = types.get(output_tensor_type) if output_tensor_type else None
+    tied = not any(t.name == "output.weight" for t in tensors)
+
+    def choose(tensor: Tensor) -> tuple[TensorType, str]:
+        rule = next((r for r in rules if r.pattern.search(tensor.name)), None)
+        if tensor.name == "output.weight" and output:
+            return output, "--output-tensor-type"
+        if tensor.name in _EMBEDDINGS and embedding and not (rule and tensor.name == "per_layer_token_embd.weight"):
+            return embedding, "--token-embedding-type"
+        if rule:
+            rule.used = True
+            return rule.type, f"--tensor-type {rule.text}"
+        if tensor.name in _EMBEDDINGS:
+            return (output, "--output-tensor-type, tied") if tied and output else (large, "embeddings")
+        return (large, "output") if tensor.name == "output.weight" else (base, "--type")
+
+    def decide(tensor: Tensor) -> Entry:
+        source = type_name(tensor.type_id)
+        if not quantizable(tensor, architecture):
+            if source in FLOATS and len(tensor.shape) <= 1:
+                return Entry(tensor, types.get("f32"), "one dimension")
+            return Entry(tensor, types.get(source) if source in FLOATS else None, "never quantized")
+        if source not in FLOATS:
+            raise UnsupportedError(
+                f"tensor {tensor.name!r} is already quantized ({source}): convert from the F32, F16 or BF16 original"
+            )
+        entry = Entry(tensor, *choose(tensor))
+        entry = replace(entry, **_fit(entry.target, tensor.n_cols))
+        if entry.target.name in _NEEDS_IMPORTANCE and tensor.name not in importance:
+            raise UsageError(f"type {entry.target.name} for {tensor.name!r} needs importance data: pass --imatrix")
+        return entry
+
+    entries = [decide(tensor) for tensor in tensors]
+    for rule in rules:
+        if not rule.used:
+            raise UsageError(f"--tensor-type {rule.text!r} decides no tensor: check the pattern with --dry-run")
+    return entries
+
+
+def widen(entry: Entry, largest: float) -> Entry:
+    """The entry again with a type that holds weights as large as `largest`, which the planned one does not."""
+    for name in ("q8_0", "f16", "f32"):
+        wider = types.get(name)
+        if entry.tensor.n_cols % wider.block_size == 0 and (wider.max_abs is None or largest <= wider.max_abs):
+            break
+    cause = f"a weight of {largest:.6g} is beyond {entry.target.name}'s {entry.target.max_abs:g}"
+    return replace(entry, target=wider, fallback=f"{cause}: {entry.target.name} -> {wider.name}")
+
+
+def bpw(entries: Iterable[Entry]) -> float:
+    """Stored bits per weight over all the entries."""
+    sizes = [(e.n_bytes, e.tensor.n_weights) for e in entries]
+    return 8 * sum(size for size, _ in sizes) / max(1, sum(weights for _, weights in sizes))
+
+
+def text(entries: Sequence[Entry]) -> str:
+    """The plan as lines: name, shape, types, bytes, reason; then totals and fallbacks."""
+    lines = [
+        f"{e.name:<40} {'x'.join(map(str, e.tensor.shape)):>16} {e.source_name:>5} -> {e.target_name:<7} "
+        f"{e.n_bytes:>13,} B  {e.fallback or e.reason}"
+        for e in entries
+    ]
+    size, weights = sum(e.n_bytes for e in entries), sum(e.tensor.n_weights for e in entries)
+    lines.append(f"{len(entries)} tensors, {weights:,} weights, {size:,} bytes, {bpw(entries):.3f} bpw")
+    lines += [f"fallback, {count} tensors: {cause}" for cause, count in fallbacks(entries).items()]
+    return "\n".join(lines) + "\n"
+
+
+def fallbacks(entries: Iterable[Entry]) -> dict[str, int]:
+    """Cause -> number of tensors that could not have the type asked for."""
+    return dict(Counter(e.fallback for e in entries if e.fallback))
+
+
+class _Rule:
+    def __init__(self, text: str):
+        pattern, found, name = text.rpartition("=")
+        if not (pattern and found):
+            raise UsageError(f"--tensor-type {text!r} is not of the form REGEX=TYPE: write e.g. ffn_down=q8_0")
+        try:
+            self.pattern = re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"--tensor-type {text!r} is not a regular expression ({error}): correct it") from error
+        self.text, self.type, self.used = text, types.get(name), False
+
+
+def _fit(target: TensorType, n_cols: int) -> dict:
+    """`target` and `fallback` of an entry whose rows have `n_cols` weights."""
+    if n_cols % target.block_size == 0:
+        return {"target": target}
+    wider = types.get(_FALLBACK.get(target.name, "f16"))
+    if n_cols % wider.block_size:
+        wider = types.get("f16")
+    cause = f"a row of {n_cols} is not a multiple of {target.block_size}"
+    return {"target": wider, "fallback": f"{cause}: {target.name} -> {wider.name}"}

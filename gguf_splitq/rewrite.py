@@ -1,0 +1,251 @@
+"""Rewriting a GGUF file tensor by tensor: rows are read, encoded and measured in threads, and written in order.
+
+A tensor is cut into chunks of whole rows, always at the same places, so that neither the bytes nor the statistics
+depend on the number of threads. At most `window` chunks are in memory at a time, whatever the size of a tensor. Inside
+a chunk, everything is done on pieces that stay in a core's cache.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import gguf_file, plan, types
+from .errors import InputError, UsageError
+from .gguf_file import Gguf, Tensor, Value
+
+CHUNK = 1 << 18  # weights read, encoded and written as one
+PIECE = 1 << 16  # weights converted and measured at once: 256 KiB as float32
+BASE_RAM = 256 << 20  # bytes: the interpreter, its libraries and the metadata
+
+
+@dataclass
+class Stats:
+    """The error of one tensor: sums over all its weights in float64, the largest error, worker seconds."""
+
+    weights: int = 0
+    signal: float = 0.0
+    error: float = 0.0
+    largest: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, other: Stats) -> None:
+        self.weights += other.weights
+        self.signal += other.signal
+        self.error += other.error
+        self.largest = max(self.largest, other.largest)
+        self.seconds += other.seconds
+
+    @property
+    def rmse(self) -> float:
+        return math.sqrt(self.error / self.weights)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise; None when there is no error (or no signal) to relate."""
+        return 10 * math.log10(self.signal / self.error) if self.error and self.signal else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One chunk to encode."""
+
+    entry: plan.Entry
+    first: int
+    count: int
+    importance: np.ndarray | None  # float32 [n_cols]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One encoded chunk; `data` is None when a weight was as large as `too_large`, beyond the type's reach."""
+
+    data: np.ndarray | None
+    stats: Stats
+    too_large: float = 0.0
+
+
+def rewrite(
+    source: Gguf,
+    entries: Sequence[plan.Entry],
+    kv: Mapping[str, Value],
+    outfile: Path,
+    importance: Mapping[str, np.ndarray] | None = None,
+    threads: int = 1,
+    max_ram: int | None = None,
+    done: Callable[[plan.Entry, Stats], None] = lambda entry, stats: None,
+) -> tuple[list[plan.Entry], list[Stats]]:
+    """Write `outfile` with every tensor in the type its entry names; returns the entries as they came out and errors.
+
+    importance: tensor name -> float32 [experts * n_cols], missing names allowed. done: called after each tensor.
+    A tensor with a weight beyond its type's reach is encoded again in a wider one (`plan.widen`).
+    Raises InputError for NaN or Inf (naming the place) and EnvironmentFailed when the disk fails.
+    """
+    importance = importance or {}
+    final, measured = [], []
+    pool = ThreadPoolExecutor(threads, "encode")
+    try:
+        window = window_size(entries, threads, max_ram)
+        expected = header_size(kv, entries) + sum(gguf_file.padded(e.n_bytes) for e in entries)
+        with gguf_file.atomic(outfile, expected) as out:
+            out.seek(header_size(kv, entries))
+            stream = _in_order(pool, source, (j for e in entries for j in _jobs(e, importance.get(e.name))), window)
+            for entry in entries:
+                start = out.tell()
+                stats, too_large = _write(out, entry, stream)
+                if too_large:
+                    entry = plan.widen(entry, too_large)
+                    out.seek(start)
+                    again = _jobs(entry, importance.get(entry.name))
+                    stats, _ = _write(out, entry, _in_order(pool, source, again, window))
+                out.write(b"\0" * (gguf_file.padded(entry.n_bytes) - entry.n_bytes))
+                final.append(entry)
+                measured.append(stats)
+                done(entry, stats)
+            out.truncate()
+            out.seek(0)
+            out.write(gguf_file.header(kv, [(e.name, e.tensor.shape, e.target_id) for e in final]))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return final, measured
+
+
+def header_size(kv: Mapping[str, Value], entries: Sequence[plan.Entry]) -> int:
+    """Bytes before the tensor data; the types do not matter to it."""
+    return len(gguf_file.header(kv, [(e.name, e.tensor.shape, e.target_id) for e in entries]))
+
+
+def default_threads() -> int:
+    """The CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_ram(entries: Sequence[plan.Entry], threads: int, window: int) -> int:
+    """An upper estimate in bytes of what `rewrite` keeps in memory."""
+    return BASE_RAM + window * max((_chunk_ram(e) for e in entries), default=0) + threads * 8 * 4 * PIECE
+
+
+def window_size(entries: Sequence[plan.Entry], threads: int, max_ram: int | None) -> int:
+    """How many chunks may be in memory: enough to keep every thread busy, or what `max_ram` bytes allow.
+
+    Raises UsageError when not even one chunk fits.
+    """
+    window = 2 * threads + 2
+    if max_ram is None:
+        return window
+    while window > 1 and peak_ram(entries, threads, window) > max_ram:
+        window -= 1
+    if (least := peak_ram(entries, threads, window)) > max_ram:
+        raise UsageError(f"--max-ram {gguf_file.mib(max_ram)} is too small: this model needs {gguf_file.mib(least)}")
+    return window
+
+
+def to_float32(raw: np.ndarray, type_id: int) -> np.ndarray:
+    """Rows as stored, uint8 [n_rows, row_bytes] -> float32 [n_rows, n_cols]; may be a view of `raw`."""
+    name = gguf_file.type_name(type_id)
+    if name == "f32":
+        return raw.view(np.float32)
+    if name == "bf16":
+        return np.left_shift(raw.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
+    if name == "f16":
+        # Exponent and mantissa moved to float32's places, then rescaled by the difference of the biases: exact for
+        # every finite value, and eight times as fast as NumPy's astype. Inf and NaN come out at 2^16 or more.
+        bits = np.left_shift(raw.view(np.int16), 16, dtype=np.int32)
+        bits >>= 3
+        bits &= np.int32(-0x70002000)  # 0x8fffe000: the sign's two copies go
+        values = bits.view(np.float32)
+        values *= np.float32(2.0**112)
+        return values if values.max() < 65536 and values.min() > -65536 else raw.view(np.float16).astype(np.float32)
+    return types.by_id(type_id).decode(raw)
+
+
+def encode(source: Gguf, job: Job) -> Chunk:
+    """Read, encode and measure one chunk. Threads run this."""
+    started = time.perf_counter()
+    tensor, target = job.entry.tensor, job.entry.target
+    raw = source.read_rows(tensor, job.first, job.count)
+    stats = Stats(weights=job.count * tensor.n_cols)
+    if target is None:
+        return Chunk(raw, stats)
+    limit = math.inf if target.max_abs is None else target.max_abs
+    out = raw if job.entry.copied else np.empty((job.count, target.row_bytes(tensor.n_cols)), np.uint8)
+    step = max(1, PIECE // tensor.n_cols)
+    for at in range(0, job.count, step):
+        rows = to_float32(raw[at : at + step], tensor.type_id)
+        largest = float(max(rows.max(), -rows.min()))  # NaN and Inf come through
+        if not math.isfinite(largest):
+            raise _not_finite(tensor, rows, job.first + at)
+        if largest > limit:
+            return Chunk(None, stats, largest)
+        if job.entry.copied:
+            continue
+        out[at : at + step] = target.encode(rows, job.importance)
+        error = target.decode(out[at : at + step])
+        error -= rows
+        stats.largest = max(stats.largest, float(error.max()), -float(error.min()))
+        stats.error += float(np.square(error, out=error).sum(dtype=np.float64))
+        stats.signal += float(np.square(rows, out=error).sum(dtype=np.float64))
+    stats.seconds = time.perf_counter() - started
+    return Chunk(out, stats)
+
+
+def _write(out, entry: plan.Entry, stream: Iterator[Chunk]) -> tuple[Stats, float]:
+    """Take a tensor's chunks from the stream and write them; (statistics, the largest weight beyond reach or 0)."""
+    total, too_large = Stats(), 0.0
+    for _ in _ranges(entry.tensor):
+        chunk = next(stream)
+        total.add(chunk.stats)
+        too_large = max(too_large, chunk.too_large)
+        if not too_large:
+            out.write(chunk.data)
+    return total, too_large
+
+
+def _in_order(pool: ThreadPoolExecutor, source: Gguf, jobs: Iterator[Job], window: int) -> Iterator[Chunk]:
+    """Results in the order of the jobs, with at most `window` of them under way or waiting."""
+    waiting = deque()
+    for job in jobs:
+        waiting.append(pool.submit(encode, source, job))
+        if len(waiting) >= window:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _jobs(entry: plan.Entry, importance: np.ndarray | None) -> Iterator[Job]:
+    per_matrix = entry.tensor.shape[-2] if len(entry.tensor.shape) > 1 else 1
+    by_matrix = None if importance is None else importance.reshape(-1, entry.tensor.n_cols)
+    for first, count in _ranges(entry.tensor):
+        yield Job(entry, first, count, None if by_matrix is None else by_matrix[first // per_matrix])
+
+
+def _ranges(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of each chunk; none crosses from one expert's matrix into the next."""
+    per_matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+    step = max(1, CHUNK // tensor.n_cols)
+    for matrix in range(0, tensor.n_rows, per_matrix):
+        for first in range(matrix, matrix + per_matrix, step):
+            yield first, min(step, matrix + per_matrix - first)
+
+
+def _chunk_ram(entry: plan.Entry) -> int:
+    """Bytes of one chunk in memory, stored and encoded."""
+    rows = min(entry.tensor.n_rows, max(1, CHUNK // entry.tensor.n_cols))
+    return rows * (entry.tensor.row_bytes + entry.n_bytes // entry.tensor.n_rows)
+
+
+def _not_finite(tensor: Tensor, rows: np.ndarray, first: int) -> InputError:
+    row, column = np.argwhere(~np.isfinite(rows))[0]
+    value = "NaN" if np.isnan(rows[row, column]) else "Inf"
+    return InputError(
+        f"{tensor.file.name}: tensor {tensor.name!r} holds {value} at row {first + row}, column {column}: "
+        "the checkpoint is damaged, get it again"
+    )
