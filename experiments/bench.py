@@ -16,7 +16,7 @@ from gguf_splitq import runtime
 from gguf_splitq.inspection import linear_bpw
 
 from . import models
-from .common import BUILD, convert, judge, parser, quantize, save, show, speed
+from .common import BUILD, convert, judge, parser, quantize, run, save, show, speed
 
 OURS = ["sq4", "sq3", "sq2", "sq4x"]
 PEERS = ["IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K_S", "Q3_K_S", "Q2_K"]
@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

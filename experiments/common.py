@@ -1,16 +1,19 @@
 """What the measuring scripts share: llama.cpp's programs, options, tables."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from gguf_splitq import convert as converter
-from gguf_splitq import runtime
+from gguf_splitq import display, runtime
+from gguf_splitq.errors import SplitqError
 
 BUILD = Path("build")
 DEMO = Path("examples/demo")
@@ -23,6 +26,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     return p
+
+
+def run(main) -> None:
+    """Calls `main`; an expected failure ends in its one sentence and exit code."""
+    try:
+        main()
+    except SplitqError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 def model_and_texts(p: argparse.ArgumentParser) -> None:
@@ -45,8 +57,10 @@ def llama(program: str, *args) -> str:
 
 def convert(model, type: str, outfile: Path, **options) -> Path:
     """`gguf_splitq.convert.convert` into build/, over what an earlier run left there."""
+    print(f"converting {model} to {type}", flush=True)
     outfile.parent.mkdir(parents=True, exist_ok=True)
-    return converter.convert(model, type, outfile=str(outfile), overwrite=True, **options)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return converter.convert(model, type, outfile=outfile, overwrite=True, **options)
 
 
 def quantize(f16: Path, type: str, outfile: Path, threads: int, *options) -> Path:
@@ -75,11 +89,11 @@ def speed(files: list[Path], threads: int, generate: int, prompt: int = 0, repet
 
 def show(title: str, rows: list[dict], formats: dict[str, str]) -> None:
     """Prints `rows`; `formats` maps each column's key to its format, a missing or None value prints as a dash."""
-    table = Table(*formats, title=title, title_justify="left", box=None)
+    table = Table(*formats, title=title, title_justify="left")
     for row in rows:
         cells = [(row.get(key), spec) for key, spec in formats.items()]
         table.add_row(*("-" if value is None else format(value, spec) for value, spec in cells))
-    Console(width=None if Console().is_terminal else 140).print(table)
+    display.console().print(table)
 
 
 def save(name: str, content) -> None:

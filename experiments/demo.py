@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gguf_splitq.validate import Baseline
 
-from .common import BUILD, DEMO, convert, parser, save, show, speed
+from .common import BUILD, DEMO, convert, parser, run, save, show, speed
 
 
 def main() -> None:
@@ -45,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,7 +12,7 @@ import numpy as np
 from gguf_splitq import gguf_file
 from gguf_splitq.validate import Baseline
 
-from .common import BUILD, convert, judge, model_and_texts, parser, save, show
+from .common import BUILD, convert, judge, model_and_texts, parser, run, save, show
 
 CLUSTER_BITS = 2  # which of the three clusters a weight is in
 FORMATS = {"method": "", "bpw": ".2f", "ppl": ".3f", "ppl_ratio": ".4f", "mean_kld": ".5f", "top1": ".1%"}
@@ -33,7 +33,7 @@ def linear_tight(w: np.ndarray, bits: int) -> np.ndarray:
 
 
 def boundaries(w: np.ndarray) -> np.ndarray:
-    """Midpoints between the centres of one-dimensional k-means, k = 3, over all weights: Lloyd's steps on sorted data."""
+    """Midpoints between the centres of one-dimensional k-means (k = 3) on all weights: Lloyd's steps on sorted data."""
     values = np.sort(w, axis=None).astype(np.float64)
     sums = np.concatenate([[0], np.cumsum(values)])
     cuts = np.array([len(values) // 6, len(values) * 5 // 6])
@@ -99,7 +99,7 @@ def main() -> None:
         rows.append({"method": "sq4x (per group, real type)", **base.compare(sq4x)})
 
     show(f"{args.model} on {base.chunks} chunks of {args.text}", rows, FORMATS)
-    print("bpw of SplitQuantV2 is packed, cluster + code; the published three dense layers are 12 bpw at INT4, 6 at INT2.")
+    print("bpw of SplitQuantV2 is packed: cluster + code; the published three dense layers take 12 at INT4, 6 at INT2.")
     kld = {row["method"]: row["mean_kld"] for row in rows}
     plain = kld["INT4 per tensor"]
     claims = [
@@ -111,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 from gguf_splitq.validate import Baseline
 
 from . import models
-from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parser, quantize, save, show
+from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
 
 OURS = ["sq4", "sq3", "sq2", "sq4x"]
 PEERS = ["Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ2_XS"]
@@ -87,4 +87,4 @@ def ratio(ours: str, peer: str, with_imatrix: str, kld: dict) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

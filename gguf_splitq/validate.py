@@ -14,8 +14,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from . import runtime
+from rich.table import Table
+
+from . import display, gguf_file, runtime
 from .errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
+from .gguf_file import mib
 from .inspection import linear_bpw
 
 MIN_CTX = 256  # below this a one-chunk text gives fewer than the 100 values llama-perplexity wants for statistics
@@ -54,13 +57,13 @@ class Baseline:
     def __init__(self, file, text, ctx: int = 512, chunks: int | None = None, threads: int | None = None):
         self.file, self.text, self.ctx, self.chunks, self.threads = Path(file), Path(text), ctx, chunks, threads
         if ctx < MIN_CTX:
-            raise UsageError(f"a context of {ctx} is too short to measure on; give --ctx {MIN_CTX} or more")
+            raise UsageError(f"--ctx {ctx}: too short to measure on: give {MIN_CTX} or more")
         for name, value in (("chunks", chunks), ("threads", threads)):
             if value is not None and value < 1:
-                raise UsageError(f"--{name} {value} leaves nothing to run; give 1 or more")
-        for path in (self.file, self.text):
-            if not path.is_file():
-                raise InputError(f"{path} is not a file; give an existing one")
+                raise UsageError(f"--{name} {value}: nothing would run: give 1 or more")
+        self.vocabulary = len(gguf_file.read(self.file).get("tokenizer.ggml.tokens", []))
+        if not self.text.is_file():
+            raise InputError(f"{text}: there is no such file: give a text to measure on")
 
     def __enter__(self):
         self._folder = tempfile.TemporaryDirectory(prefix="gguf-splitq-")
@@ -86,18 +89,18 @@ class Baseline:
         expected = 20 + self.chunks * (4 * ctx + (ctx - 1 - ctx // 2) * row_bytes)
         if self._logits.stat().st_size != expected:  # the program does not notice a failed write
             raise EnvironmentFailed(
-                f"{self._folder.name} ran full while the log-probabilities were written ({_size(expected)} needed); "
+                f"{self._folder.name}: the disk filled up while {mib(expected)} of log-probabilities were written: "
                 "give fewer --chunks or set TMPDIR to a larger disk"
             )
 
     def _check_space(self):
         chunks = min(self.chunks or math.inf, max(self.text.stat().st_size // (BYTES_PER_TOKEN * self.ctx), 1))
-        needed = chunks * self.ctx * vocabulary(self.file)
+        needed = chunks * self.ctx * self.vocabulary
         free = shutil.disk_usage(self._folder.name).free
         if needed > free:
             raise EnvironmentFailed(
-                f"{self._folder.name} has {_size(free)} free and the baseline's log-probabilities need about "
-                f"{_size(needed)}; give fewer --chunks or set TMPDIR to a larger disk"
+                f"{self._folder.name}: about {mib(needed)} of log-probabilities are to come and {mib(free)} are free: "
+                "give fewer --chunks or set TMPDIR to a larger disk"
             )
 
     def compare(self, file) -> dict:
@@ -106,20 +109,18 @@ class Baseline:
         Returns ppl, ppl_base, ppl_ratio, mean_kld and p99_kld (nats), top1 (0..1), chunks, ctx, bpw (stored bits per
         weight of the linear layers), size (bytes). A result that is not a number raises ValidationFailed.
         """
-        file = Path(file)
-        if not file.is_file():
-            raise InputError(f"{file} is not a file; give an existing one")
+        bpw, size = linear_bpw(file), gguf_file.read(file).size
         found = parse_comparison(self._run(file, "--kl-divergence"))
         if not all(map(math.isfinite, found.values())):
-            raise ValidationFailed(f"{file} computes NaN or Inf on {self.text}; check its checkpoint, convert again")
+            raise ValidationFailed(f"{file}: computes NaN or Inf on {self.text}: check its checkpoint, convert again")
         # The base perplexity that this run prints comes from log-probabilities clamped at 16 nats; self.ppl is exact.
         return found | {
             "ppl_base": self.ppl,
             "ppl_ratio": found["ppl"] / self.ppl,
             "chunks": self.chunks,
             "ctx": self.ctx,
-            "bpw": linear_bpw(file),
-            "size": file.stat().st_size,
+            "bpw": bpw,
+            "size": size,
         }
 
     def _run(self, file: Path, *options) -> str:
@@ -134,20 +135,20 @@ class Baseline:
 def check(returncode: int, output: str, file, text) -> str:
     """Returns `output` of a llama-perplexity run on `file` and `text`, or raises what went wrong in it."""
     if short := re.search(r"tokenizes to only (\d+) tokens", output):
-        raise InputError(f"{text} has only {short[1]} tokens, not two contexts; give more text or a smaller --ctx")
+        raise InputError(f"{text}: only {short[1]} tokens, not two contexts: give more text or a smaller --ctx")
     if vocabularies := re.search(r"inconsistent vocabulary (\(.*?\))", output):
-        raise InputError(f"{file} and its baseline differ in vocabulary {vocabularies[1]}; give files of one model")
+        raise InputError(f"{file}: its vocabulary is not the baseline's {vocabularies[1]}: give files of one model")
     if "unable to load model" in output:
-        raise InputError(f"{file} does not load in the patched llama.cpp; convert it again (it said: {_tail(output)})")
+        raise InputError(f"{file}: llama.cpp does not load it ({_tail(output)}): convert it again")
     if returncode < 0:
         name = signal.Signals(-returncode).name
         hint = {
             "SIGILL": "rebuild for this machine with `gguf-splitq runtime build`",
-            "SIGKILL": "the machine probably ran out of memory",
-        }.get(name, f"it said: {_tail(output)}")
-        raise EnvironmentFailed(f"llama-perplexity was killed by {name} on {file}; {hint}")
+            "SIGKILL": "it probably ran out of memory, use a smaller model or machine with more",
+        }.get(name, f"its last words were {_tail(output)!r}")
+        raise EnvironmentFailed(f"{file}: llama-perplexity was killed by {name}: {hint}")
     if returncode:
-        raise EnvironmentFailed(f"llama-perplexity failed on {file} (exit code {returncode}); it said: {_tail(output)}")
+        raise EnvironmentFailed(f"{file}: llama-perplexity failed with exit code {returncode}: {_tail(output)}")
     return output
 
 
@@ -160,7 +161,7 @@ def validate(
     or the perplexity ratio above max_ppl_ratio, after table and report are written; otherwise as Baseline.
     """
     if report is not None and not Path(report).absolute().parent.is_dir():
-        raise UsageError(f"the folder of --report {report} does not exist; create it first")
+        raise UsageError(f"--report {report}: its folder does not exist: create it first")
     with Baseline(baseline, text, ctx, chunks, threads) as base:
         result = {"file": str(file), "baseline": str(baseline), "text": str(text)} | base.compare(file)
     print_table([result])
@@ -169,48 +170,35 @@ def validate(
     limits = {"mean_kld": ("mean KL divergence", max_kld), "ppl_ratio": ("perplexity ratio", max_ppl_ratio)}
     for key, (what, limit) in limits.items():
         if limit is not None and result[key] > limit:
-            raise ValidationFailed(f"{file} has a {what} of {result[key]:.5f}, above {limit}; choose a larger --type")
+            raise ValidationFailed(f"{file}: its {what} of {result[key]:.5f} is above {limit}: choose a larger type")
     return result
 
 
 def print_table(results: list[dict]) -> None:
     """One row per result of `validate` on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("file", "bpw", "size", "perplexity", "ratio", "mean KLD", "99 % KLD", "top-1", box=None)
+    table = Table("file", "bpw", "size", "perplexity", "ratio", "mean KLD", "99 % KLD", "top-1")
     for r in results:
         table.add_row(
             Path(r["file"]).name,
             f"{r['bpw']:.2f}",
-            _size(r["size"]),
+            mib(r["size"]),
             f"{r['ppl']:.3f}",
             f"{r['ppl_ratio']:.4f}",
             f"{r['mean_kld']:.5f}",
             f"{r['p99_kld']:.4f}",
             f"{r['top1']:.1%}",
         )
-    Console().print(table)
+    display.console().print(table)
 
 
 def _find(pattern: str, output: str) -> float:
     if match := re.search(pattern, output):
         return float(match[1])
     raise EnvironmentFailed(
-        "llama-perplexity printed no result; rebuild it with `gguf-splitq runtime build` if it is another version "
-        f"(it said: {_tail(output)})"
+        f"llama-perplexity printed no result ({_tail(output)}): rebuild it with `gguf-splitq runtime build` if it is "
+        "another version"
     )
-
-
-def vocabulary(file) -> int:
-    from gguf import GGUFReader
-
-    return len(GGUFReader(file).fields["tokenizer.ggml.tokens"].data)
 
 
 def _tail(output: str, lines: int = 3) -> str:
     return " | ".join([line.strip() for line in output.splitlines() if line.strip()][-lines:]) or "nothing"
-
-
-def _size(n: float) -> str:
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
