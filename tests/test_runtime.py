@@ -273,6 +273,13 @@ def test_build_once_and_add_the_tests_when_asked(tools):
     assert len(calls(tools)) == 4
 
 
+def test_build_is_not_used_on_another_processor(tools, monkeypatch):
+    runtime.build()
+    monkeypatch.setattr(runtime, "_processor", lambda: "another")
+    with pytest.raises(EnvironmentFailed, match="is not built"):
+        runtime.path()
+
+
 def test_build_downloads_nothing_and_passes_flags_for_broken_amx(tools, monkeypatch):
     monkeypatch.setattr(runtime, "_amx_is_broken", lambda cc: True)
     monkeypatch.setenv("CFLAGS", "-g1")
