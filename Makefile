@@ -24,8 +24,8 @@ help: ## this list
 demo: runtime ## a checkpoint becomes sq4 and is measured against its F16: one table
 	@$(PY) -m experiments.demo $(ARGS)
 
-test: $(VENV)/test.stamp runtime cross-tools ## everything the tests need, then the tests
-	@$(PY) -c 'from gguf_splitq import runtime; runtime.build(tests=True)'
+test: $(VENV)/test.stamp cross-tools ## everything the tests need, then the tests
+	@$(PY) -m gguf_splitq runtime build --tests
 	@$(PY) -m pytest
 
 runtime: $(VENV)/run.stamp ## fetch, patch and build llama.cpp

@@ -359,7 +359,7 @@ def _compiler(variable: str, *names: str) -> str:
 def _compile(source: Path, targets: list[str], cmake: str, ninja: str, compilers: dict[str, str]) -> None:
     """Configure and build `targets`, adding them to the list of what is built. Call with the build's lock held."""
     _need_disk()
-    folder = _build_folder()
+    folder = source.parent / _build_folder().name  # not below _home(): patches/ may have changed since `source` was made
     options = CMAKE_OPTIONS | {"CMAKE_MAKE_PROGRAM": ninja, "LLAMA_BUILD_COMMIT": _pin9()}
     if _amx_is_broken(compilers["CC"]):
         for name, variable in (("CMAKE_C_FLAGS", "CFLAGS"), ("CMAKE_CXX_FLAGS", "CXXFLAGS")):
@@ -373,7 +373,7 @@ def _compile(source: Path, targets: list[str], cmake: str, ninja: str, compilers
     configure = [cmake, "-G", "Ninja", "-S", str(source), "-B", str(folder), *defines]
     _run_logged(configure, log, env, "Configuring llama.cpp")
     _run_logged([ninja, "-C", str(folder), "-j", str(_cores()), *targets], log, env, "Building llama.cpp")
-    (folder / "built").write_text("\n".join(sorted(_built() | set(targets))) + "\n")
+    (folder / "built").write_text("\n".join(targets) + "\n")
 
 
 # Asks the kernel for the tile registers and executes LDTILECFG and TILEZERO, given as bytes for older assemblers.
