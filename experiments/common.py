@@ -19,6 +19,7 @@ BUILD = Path("build")
 DEMO = Path("examples/demo")
 REF_A = Path("../shared/models/ref-a")
 TEXTS = Path("../shared/text")
+HEADINGS = {"ppl": "perplexity", "ppl_ratio": "/ F16", "mean_kld": "mean KLD", "p99_kld": "99 % KLD", "top1": "top-1"}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -89,10 +90,13 @@ def speed(files: list[Path], threads: int, generate: int, prompt: int = 0, repet
 
 def show(title: str, rows: list[dict], formats: dict[str, str]) -> None:
     """Prints `rows`; `formats` maps each column's key to its format, a missing or None value prints as a dash."""
-    table = Table(*formats, title=title, title_justify="left")
+    table = Table()
+    for key, spec in formats.items():
+        table.add_column(HEADINGS.get(key, key), justify="right" if spec else "left")
     for row in rows:
         cells = [(row.get(key), spec) for key, spec in formats.items()]
         table.add_row(*("-" if value is None else format(value, spec) for value, spec in cells))
+    print(f"\n{title}")
     display.console().print(table)
 
 

@@ -24,6 +24,7 @@ FORMATS = {
     "p99_kld": ".4f",
     "top1": ".1%",
 }
+NARROW_FORMATS = {"type": "", "bpw": ".2f", "mean_kld": ".5f"}
 
 
 def make(f16: Path, type: str, matrix: Path | None, threads: int) -> Path:
@@ -63,7 +64,7 @@ def main() -> None:
     matrix = imatrix(narrow, DEMO / "calib.txt", BUILD / "quality" / "narrow-imatrix.gguf", args.threads, chunks=4)
     with Baseline(narrow, DEMO / "eval.txt", chunks=2, threads=args.threads) as base:
         narrow_rows = measure(narrow, base, OURS + NARROW_PEERS, [matrix], args.threads)
-    show("576-wide rows, random weights: stored size, and that it runs", narrow_rows, {"type": "", "bpw": ".2f"})
+    show("576-wide rows, random weights: stored size, and that it runs", narrow_rows, NARROW_FORMATS)
 
     kld = {(row["type"], row["imatrix"]): row["mean_kld"] for row in rows}
     bpw = {row["type"]: row["bpw"] for row in narrow_rows}
