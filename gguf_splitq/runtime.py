@@ -357,9 +357,9 @@ def _compiler(variable: str, *names: str) -> str:
 
 
 def _compile(source: Path, targets: list[str], cmake: str, ninja: str, compilers: dict[str, str]) -> None:
-    """Configure and build `targets`, adding them to the list of what is built. Call with the build's lock held."""
+    """Configure and build `targets`, and record them as built. Call with the build's lock held."""
     _need_disk()
-    folder = source.parent / _build_folder().name  # not below _home(): patches/ may have changed since `source` was made
+    folder = source.parent / _build_folder().name  # beside the source, should patches/ have changed meanwhile
     options = CMAKE_OPTIONS | {"CMAKE_MAKE_PROGRAM": ninja, "LLAMA_BUILD_COMMIT": _pin9()}
     if _amx_is_broken(compilers["CC"]):
         for name, variable in (("CMAKE_C_FLAGS", "CFLAGS"), ("CMAKE_CXX_FLAGS", "CXXFLAGS")):
