@@ -60,11 +60,12 @@ def opened(
             yield Source(re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name), file, file.files)
         return
     shards, outtype = check_folder(path)
+    hub_name = "" if Path(model).exists() else name  # a downloaded folder is named by a hash
     total = sum(shard.stat().st_size for shard in shards)
     if not header_only:
         gguf_file.require_space(scratch, total)
     with temporary_folder(scratch, name) as temp:
-        with _Child(path, temp / "model.gguf", outtype, name, total, header_only) as child:
+        with _Child(path, temp / "model.gguf", outtype, hub_name, total, header_only) as child:
             yield Source(name, child.header(), [*shards, path / "config.json"], child)
 
 
