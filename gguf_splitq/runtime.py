@@ -100,7 +100,7 @@ def patches_check() -> list[str]:
     """Apply the series to a clean copy of the pinned tree, without fuzz; returns the patches' names."""
     with _exclusive("fetch.lock"):
         pristine = _pristine()
-        _verify(pristine, "the cached tree")
+        _verify(pristine, str(pristine))
         with _scratch() as scratch:
             _copy(pristine, scratch / "llama.cpp")
             patching.apply(scratch / "llama.cpp")

@@ -195,7 +195,7 @@ def test_patches_are_applied_inside_another_repository(tmp_path, patches, monkey
 def test_patches_check_notices_an_altered_cache(patches):
     assert runtime.patches_check() == ["names.patch"]
     next(runtime.cache().glob("llama.cpp-*/src/names.txt")).write_text("one\ntwo\nthree\nfour\n")
-    with pytest.raises(EnvironmentFailed, match="the cached tree is not llama.cpp"):
+    with pytest.raises(EnvironmentFailed, match="cache.llama.cpp-012345678 is not llama.cpp"):
         runtime.patches_check()
 
 
