@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -77,14 +78,14 @@ def imatrix(f16: Path, text: Path, outfile: Path, threads: int, chunks: int = 10
 
 
 def speed(files: list[Path], threads: int, generate: int, prompt: int = 0, repetitions: int = 3) -> dict[Path, dict]:
-    """Tokens per second of each file in one llama-bench run: {file: {"tg": decode, "pp": prompt}}."""
+    """Median tokens per second of each file in one llama-bench run: {file: {"tg": decode, "pp": prompt}}."""
     models = [arg for file in files for arg in ("-m", file)]
     runs = json.loads(
         llama("llama-bench", *models, "-p", prompt, "-n", generate, "-r", repetitions, "-t", threads, "-o", "json")
     )
     found: dict[Path, dict] = {file: {} for file in files}
     for run in runs:
-        found[Path(run["model_filename"])]["tg" if run["n_gen"] else "pp"] = run["avg_ts"]
+        found[Path(run["model_filename"])]["tg" if run["n_gen"] else "pp"] = statistics.median(run["samples_ts"])
     return found
 
 

@@ -14,7 +14,8 @@ from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parse
 OURS = ["sq4", "sq3", "sq2", "sq4x"]
 PEERS = ["Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ2_XS"]
 NEEDS_IMATRIX = {"IQ2_XS"}  # llama-quantize refuses it without
-NARROW_PEERS = ["Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ2_XS"]
+USES_NO_DATA = {"sq4x"}
+NARROW = ["sq4", "sq3", "sq2", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ2_XS"]
 FORMATS = {
     "type": "",
     "imatrix": "",
@@ -42,10 +43,11 @@ def measure(f16: Path, base: Baseline, types: list[str], matrices: list[Path | N
     rows = []
     for type in types:
         for matrix in matrices:
-            if matrix is not None or type not in NEEDS_IMATRIX:
-                result = base.compare(make(f16, type, matrix, threads))
-                rows.append({"type": type, "imatrix": "yes" if matrix else "no", **result})
-                print(f"{type:8}{'with' if matrix else 'no':>5} imatrix  mean KLD {result['mean_kld']:.5f}", flush=True)
+            if type in (USES_NO_DATA if matrix else NEEDS_IMATRIX):
+                continue
+            result = base.compare(make(f16, type, matrix, threads))
+            rows.append({"type": type, "imatrix": "yes" if matrix else "no", **result})
+            print(f"{type:8}{'with' if matrix else 'no':>5} imatrix  mean KLD {result['mean_kld']:.5f}", flush=True)
     return rows
 
 
@@ -63,7 +65,7 @@ def main() -> None:
     narrow = convert(models.random_llama("narrow", **models.NARROW), "f16", BUILD / "quality" / "narrow-f16.gguf")
     matrix = imatrix(narrow, DEMO / "calib.txt", BUILD / "quality" / "narrow-imatrix.gguf", args.threads, chunks=4)
     with Baseline(narrow, DEMO / "eval.txt", chunks=2, threads=args.threads) as base:
-        narrow_rows = measure(narrow, base, OURS + NARROW_PEERS, [matrix], args.threads)
+        narrow_rows = measure(narrow, base, NARROW, [matrix], args.threads)
     show("576-wide rows, random weights: stored size, and that it runs", narrow_rows, NARROW_FORMATS)
 
     kld = {(row["type"], row["imatrix"]): row["mean_kld"] for row in rows}
