@@ -47,7 +47,7 @@ def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stat
     out = console()
     out.print(table)
     for cause, count in result["fallbacks"].items():
-        out.print(f"fallback, {count} tensors: {cause}")
+        out.print(f"fallback x{count}: {cause}")
     if result["without_importance"]:
         count = len(result["without_importance"])
         out.print(f"no importance data for {count} quantized tensors, {result['without_importance'][0]} first")

@@ -18,7 +18,7 @@ import re
 import secrets
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -103,7 +103,9 @@ class Gguf:
     tensors: list[Tensor]
     files: list[Path]
     size: int  # bytes of all files
-    _open: dict[Path, BinaryIO] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._open = {path: open(path, "rb", buffering=0) for path in self.files}
 
     def get(self, key: str, default=None):
         """A metadata value as Python's own type, or `default`."""
@@ -117,8 +119,6 @@ class Gguf:
         data = np.empty((count, tensor.row_bytes), np.uint8)
         view, offset = memoryview(data).cast("B"), tensor.offset + first * tensor.row_bytes
         try:
-            if tensor.file not in self._open:
-                self._open[tensor.file] = open(tensor.file, "rb", buffering=0)
             while len(view):
                 n = os.preadv(self._open[tensor.file].fileno(), [view], offset)
                 if n == 0:
@@ -132,7 +132,6 @@ class Gguf:
     def close(self) -> None:
         for file in self._open.values():
             file.close()
-        self._open.clear()
 
     def __enter__(self) -> Gguf:
         return self

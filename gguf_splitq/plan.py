@@ -188,7 +188,7 @@ def text(entries: Sequence[Entry]) -> str:
     ]
     size, weights = sum(e.n_bytes for e in entries), sum(e.tensor.n_weights for e in entries)
     lines.append(f"{len(entries)} tensors, {weights:,} weights, {size:,} bytes, {bpw(entries):.3f} bpw")
-    lines += [f"fallback, {count} tensors: {cause}" for cause, count in fallbacks(entries).items()]
+    lines += [f"fallback x{count}: {cause}" for cause, count in fallbacks(entries).items()]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,119 @@
+"""The plan against golden text files; `SPLITQ_GOLDEN=write pytest tests/test_plan.py` writes them anew."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gguf_splitq import plan
+from gguf_splitq.errors import UnsupportedError, UsageError
+from gguf_splitq.gguf_file import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+F32, F16, Q4_0, BF16, I32 = 0, 1, 2, 30, 26
+
+
+def tensors(shapes, type_id=F16):
+    return [
+        Tensor(name, shape, F32 if len(shape) == 1 and type_id != Q4_0 else type_id, 0, 0, Path("m.gguf"))
+        for name, shape in shapes.items()
+    ]
+
+
+LLAMA = tensors(
+    {
+        "token_embd.weight": (1000, 576),
+        "blk.0.attn_norm.weight": (576,),
+        "blk.0.attn_q.weight": (576, 576),
+        "blk.0.attn_k.weight": (192, 576),
+        "blk.0.ffn_down.weight": (576, 1536),
+        "blk.0.ffn_gate_inp.weight": (8, 576),
+        "blk.0.ffn_up_exps.weight": (8, 1536, 576),
+        "blk.0.odd.weight": (16, 100),
+        "blk.0.ssm_conv1d.weight": (64, 4),
+        "output_norm.weight": (576,),
+        "output.weight": (1000, 576),
+    }
+)
+TIED = [t for t in LLAMA if t.name != "output.weight"]
+
+CASES = {
+    "sq4": (LLAMA, dict(type="sq4")),
+    "sq4x": (LLAMA, dict(type="sq4x")),
+    "f16": (LLAMA, dict(type="f16")),
+    "q4_k": (LLAMA, dict(type="Q4_K")),
+    "mixed": (
+        LLAMA,
+        dict(
+            type="sq3",
+            tensor_type=[r"blk\.0\.attn_(q|k)=q8_0", "ffn_.*exps=SQ2"],
+            token_embedding_type="q6_k",
+            output_tensor_type="sq4",
+        ),
+    ),
+    "tied": (TIED, dict(type="sq2", output_tensor_type="bf16")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_plan(name):
+    given, options = CASES[name]
+    text = plan.text(plan.make(given, **options))
+    path = GOLDEN / f"plan-{name}.txt"
+    if os.environ.get("SPLITQ_GOLDEN") == "write":
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_planning_changes_nothing_and_is_repeatable():
+    before = list(LLAMA)
+    assert plan.make(LLAMA, "sq4") == plan.make(LLAMA, "sq4")
+    assert before == LLAMA
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(type="sq5"), "sq5"),
+        (dict(type="sq4", tensor_type=["attn_q"]), "REGEX=TYPE"),
+        (dict(type="sq4", tensor_type=["=q8_0"]), "REGEX=TYPE"),
+        (dict(type="sq4", tensor_type=["attn_(q=q8_0"]), "regular expression"),
+        (dict(type="sq4", tensor_type=["attn_q=q9"]), "q9"),
+        (dict(type="sq4", tensor_type=["nowhere=q8_0"]), "nowhere"),
+        (dict(type="sq4", tensor_type=["attn=q8_0", "attn_q=sq2"]), "attn_q=sq2"),  # never its turn
+        (dict(type="sq4", tensor_type=["attn_norm=q8_0"]), "attn_norm"),  # never quantized
+        (dict(type="iq2_xs"), "--imatrix"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, words):
+    with pytest.raises(UsageError, match=words):
+        plan.make(LLAMA, **options)
+
+
+def test_importance_satisfies_types_that_need_it():
+    shapes = {"blk.0.attn_q.weight": (256, 256)}
+    entries = plan.make(tensors(shapes), "iq2_xs", importance=shapes)
+    assert [e.target_name for e in entries] == ["iq2_xs"]
+
+
+def test_quantized_input_is_refused():
+    with pytest.raises(UnsupportedError, match="already quantized .q4_0."):
+        plan.make(tensors({"blk.0.attn_q.weight": (64, 64)}, Q4_0), "sq4")
+
+
+def test_rows_of_one_count_as_one_dimension():
+    entries = plan.make(tensors({"blk.0.a.weight": (1, 64), "blk.0.b.weight": (64, 1)}), "f32")
+    assert [e.target_name for e in entries] == ["f16", "f32"]
+
+
+def test_integers_are_copied():
+    (entry,) = plan.make(tensors({"blk.0.ffn_gate_tid2eid.weight": (8, 64)}, I32), "sq4")
+    assert entry.copied and entry.target_name == "i32"
+
+
+def test_widening_takes_a_type_that_fits():
+    shapes = {"blk.0.attn_q.weight": (64, 64), "blk.0.odd.weight": (64, 33)}
+    q, odd = plan.make(tensors(shapes, F32), "f16")
+    assert plan.widen(q, 70000.0).target_name == "q8_0"
+    assert plan.widen(odd, 70000.0).target_name == "f32"
+    assert "70000" in plan.widen(q, 70000.0).fallback
