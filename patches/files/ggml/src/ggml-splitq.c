@@ -17,8 +17,23 @@
 #define SPLITQ_CLONES
 #endif
 
+// Inlined, so that each clone and each codebook gets code of its own.
+#if defined(__GNUC__)
+#define SPLITQ_INLINE inline __attribute__((always_inline))
+#else
+#define SPLITQ_INLINE inline
+#endif
+
+// Short loops around or inside vector code must vanish for it to become vector code.
+#if defined(__GNUC__)
+#define SPLITQ_UNROLL _Pragma("GCC unroll 16")
+#else
+#define SPLITQ_UNROLL
+#endif
+
 // Sum of 2^n floats, halves added to halves: the order that whole-array code can follow.
-static inline float tree_sum(float * v, int n) {
+static SPLITQ_INLINE float tree_sum(float * v, int n) {
+    SPLITQ_UNROLL
     for (int half = n/2; half > 0; half /= 2) {
         for (int j = 0; j < half; ++j) {
             v[j] += v[j + half];
@@ -27,12 +42,12 @@ static inline float tree_sum(float * v, int n) {
     return v[0];
 }
 
-static inline float clamped(float v, float limit) {
+static SPLITQ_INLINE float clamped(float v, float limit) {
     return v > limit ? limit : v < -limit ? -limit : v + 0.0f; // + 0: no negative zeros
 }
 
 // Index of the largest scale not above y (y >= 0), 0 to 127.
-static inline int scale_below(float y) {
+static SPLITQ_INLINE int scale_below(float y) {
     if (y < 8*SPLITQ_SCALE_ULP) {
         return (int) (y * (1/SPLITQ_SCALE_ULP));
     }
@@ -43,9 +58,9 @@ static inline int scale_below(float y) {
 }
 
 // One block: the scale byte with the least squared error, weighted by `weight`, and its codes.
-static inline uint8_t encode_block(const float * x, const float * weight, uint8_t * codes,
+static SPLITQ_INLINE uint8_t encode_block(const float * x, const float * weight, uint8_t * codes,
                                    const int8_t * levels, const int n_levels, const int steps_down, const int steps_up) {
-    float w[SPLITQ_QK], scaled[SPLITQ_QK], level[SPLITQ_QK], error[SPLITQ_QK];
+    float w[SPLITQ_QK], error[SPLITQ_QK];
 
     float abs_max = 0.0f;
     for (int j = 0; j < SPLITQ_QK; ++j) {
@@ -66,18 +81,13 @@ static inline uint8_t encode_block(const float * x, const float * weight, uint8_
             const float d   = splitq_scale[code + mirror];
             const float inv = 1.0f/d;
             for (int j = 0; j < SPLITQ_QK; ++j) {
-                scaled[j] = w[j]*inv;
-                level[j]  = levels[0];
-            }
-            for (int i = 1; i < n_levels; ++i) {
-                const float middle = (levels[i - 1] + levels[i])*0.5f;
-                const float rise   = levels[i] - levels[i - 1];
-                for (int j = 0; j < SPLITQ_QK; ++j) {
-                    level[j] += scaled[j] > middle ? rise : 0.0f;
+                const float scaled = w[j]*inv;
+                float level = levels[0];
+                SPLITQ_UNROLL
+                for (int i = 1; i < n_levels; ++i) {
+                    level += scaled > (levels[i - 1] + levels[i])*0.5f ? (float) (levels[i] - levels[i - 1]) : 0.0f;
                 }
-            }
-            for (int j = 0; j < SPLITQ_QK; ++j) {
-                const float r = w[j] - d*level[j];
+                const float r = w[j] - d*level;
                 error[j] = weight[j]*r*r;
             }
             const float sum = tree_sum(error, SPLITQ_QK);

@@ -1,0 +1,32 @@
+"""Upstream's own tests, with this project's types in their lists, pass on the patched tree."""
+
+import subprocess
+
+import pytest
+
+from gguf_splitq import types
+
+
+def run(runtime_programs, *command: str) -> str:
+    done = subprocess.run([runtime_programs / command[0], *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, output[-3000:]
+    return output
+
+
+def test_quantize_fns(runtime_programs):
+    output = run(runtime_programs, "test-quantize-fns", "-v")
+    for tensor_type in types.CUSTOM:
+        assert f"Testing {tensor_type.name}\n" in output
+
+
+@pytest.mark.parametrize("operation", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS"])
+def test_backend_ops(runtime_programs, operation):
+    # -b CPU compares the CPU back end with its reference path, which a lone back end needs asking for
+    output = run(runtime_programs, "test-backend-ops", "test", "-b", "CPU", "-o", operation)
+    for tensor_type in types.CUSTOM:
+        assert f"{operation}(type{'' if operation == 'GET_ROWS' else '_a'}={tensor_type.name}," in output
+
+
+def test_gguf(runtime_programs):
+    run(runtime_programs, "test-gguf")
