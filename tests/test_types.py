@@ -80,13 +80,6 @@ def test_error_on_gaussian_weights(tensor_type):
     assert 10 * np.log10((error**2).sum() / (rows**2).sum()) < ERROR_CEILING[tensor_type.name]
 
 
-@pytest.mark.parametrize("name", ["sq4", "sq3", "sq2"])
-def test_encoding_what_was_decoded_loses_nothing_more(name):
-    tensor_type = types.get(name)
-    first = tensor_type.decode_numpy(tensor_type.encode_numpy(weights("gaussian")))
-    np.testing.assert_array_equal(tensor_type.decode_numpy(tensor_type.encode_numpy(first)), first)
-
-
 def test_importance_moves_the_error_to_columns_that_matter_less():
     rows = weights("gaussian")
     importance = np.where(np.arange(COLUMNS) % 2, np.float32(100), np.float32(1))
