@@ -112,9 +112,9 @@ def write_in_pieces(gguf, lazy, torch) -> None:
                 for at in range(0, rows.shape[0], step):
                     piece = rows[at : at + step].contiguous()
                     if stored.get(piece.dtype) == self.qtype.name:
-                        piece.view(torch.uint8).numpy().tofile(out)
+                        out.write(piece.view(torch.uint8).numpy())
                     else:
-                        quantize(piece.to(torch.float32).numpy(), self.qtype).tofile(out)
+                        out.write(quantize(piece.to(torch.float32).numpy(), self.qtype))
                 del part, rows, piece
             assert out.tell() - start == self.nbytes
 

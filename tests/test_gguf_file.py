@@ -132,8 +132,9 @@ def test_writing_agrees_with_upstreams_reader(tmp_path):
     data = {"a.weight": crafted.weights(3, 5), "b.weight": crafted.weights(7, seed=1)}
     kvs = {"general.architecture": Value.of("llama"), "general.file_type": Value.of(7), "empty": Value.of("")}
     head = gguf_file.header(kvs, [(name, array.shape, F32) for name, array in data.items()])
+    body = [array.tobytes().ljust(gguf_file.padded(array.nbytes), b"\0") for array in data.values()]
     with gguf_file.atomic(tmp_path / "m.gguf", 0) as file:
-        file.write(head + b"".join(array.tobytes().ljust(gguf_file.padded(array.nbytes), b"\0") for array in data.values()))
+        file.write(head + b"".join(body))
     fields, tensors = crafted.read_gguf(tmp_path / "m.gguf")
     assert (fields["general.architecture"], fields["general.file_type"], fields["empty"]) == ("llama", 7, "")
     for name, array in data.items():
