@@ -61,7 +61,7 @@ class Baseline:
         for name, value in (("chunks", chunks), ("threads", threads)):
             if value is not None and value < 1:
                 raise UsageError(f"--{name} {value}: nothing would run: give 1 or more")
-        self.vocabulary = len(gguf_file.read(self.file).get("tokenizer.ggml.tokens", []))
+        self.vocabulary = _vocabulary(gguf_file.read(self.file))
         if not self.text.is_file():
             raise InputError(f"{text}: there is no such file: give a text to measure on")
 
@@ -83,7 +83,7 @@ class Baseline:
         options = ["-f", self.text] + ([] if self.chunks is None else ["--chunks", self.chunks])
         self.ppl = parse_base(self._run(self.file, *options))
         with self._logits.open("rb") as f:
-            _, ctx, vocab, self.chunks = struct.unpack("<8sIii", f.read(20))
+            _, ctx, vocab, self.chunks = struct.unpack("<8sIii", f.read(20).ljust(20, b"\0"))
         # One row per scored position: 16-bit codes padded to an even count, then two floats that scale them.
         row_bytes = 2 * (2 * ((vocab + 1) // 2) + 4)
         expected = 20 + self.chunks * (4 * ctx + (ctx - 1 - ctx // 2) * row_bytes)
@@ -102,6 +102,7 @@ class Baseline:
                 f"{self._folder.name}: about {mib(needed)} of log-probabilities are to come and {mib(free)} are free: "
                 "give fewer --chunks or set TMPDIR to a larger disk"
             )
+        display.say(f"measuring {self.file}: about {mib(needed)} go to {self._folder.name}, {mib(free)} are free")
 
     def compare(self, file) -> dict:
         """Measures `file` against the baseline.
@@ -109,7 +110,12 @@ class Baseline:
         Returns ppl, ppl_base, ppl_ratio, mean_kld and p99_kld (nats), top1 (0..1), chunks, ctx, bpw (stored bits per
         weight of the linear layers), size (bytes). A result that is not a number raises ValidationFailed.
         """
-        bpw, size = linear_bpw(file), gguf_file.read(file).size
+        header = gguf_file.read(file)
+        if _vocabulary(header) != self.vocabulary:
+            raise InputError(
+                f"{file}: its vocabulary has {_vocabulary(header)} tokens and the baseline's {self.vocabulary}: "
+                "give files of one model"
+            )
         found = parse_comparison(self._run(file, "--kl-divergence"))
         if not all(map(math.isfinite, found.values())):
             raise ValidationFailed(f"{file}: computes NaN or Inf on {self.text}: check its checkpoint, convert again")
@@ -119,8 +125,8 @@ class Baseline:
             "ppl_ratio": found["ppl"] / self.ppl,
             "chunks": self.chunks,
             "ctx": self.ctx,
-            "bpw": bpw,
-            "size": size,
+            "bpw": linear_bpw(file),
+            "size": header.size,
         }
 
     def _run(self, file: Path, *options) -> str:
@@ -136,8 +142,6 @@ def check(returncode: int, output: str, file, text) -> str:
     """Returns `output` of a llama-perplexity run on `file` and `text`, or raises what went wrong in it."""
     if short := re.search(r"tokenizes to only (\d+) tokens", output):
         raise InputError(f"{text}: only {short[1]} tokens, not two contexts: give more text or a smaller --ctx")
-    if vocabularies := re.search(r"inconsistent vocabulary (\(.*?\))", output):
-        raise InputError(f"{file}: its vocabulary is not the baseline's {vocabularies[1]}: give files of one model")
     if "unable to load model" in output:
         raise InputError(f"{file}: llama.cpp does not load it ({_tail(output)}): convert it again")
     if returncode < 0:
@@ -189,6 +193,10 @@ def print_table(results: list[dict]) -> None:
             f"{r['top1']:.1%}",
         )
     display.console().print(table)
+
+
+def _vocabulary(header: gguf_file.Gguf) -> int:
+    return len(header.get("tokenizer.ggml.tokens", []))
 
 
 def _find(pattern: str, output: str) -> float:

@@ -43,11 +43,16 @@ Same top p: 74.902 ± 1.358 %
 @pytest.fixture
 def files(tmp_path):
     """Two files that exist, for the paths on which no program runs."""
-    model, text = tmp_path / "model.gguf", tmp_path / "text.txt"
-    vocabulary = Value(9, struct.pack("<IQ", 0, 4096) + bytes(4096))  # an array of 4096 bytes in place of strings
-    model.write_bytes(gguf_file.header({"tokenizer.ggml.tokens": vocabulary}, []))
+    text = tmp_path / "text.txt"
     text.write_text("a text")
-    return model, text
+    return empty_model(tmp_path / "model.gguf", 4096), text
+
+
+def empty_model(path, vocabulary: int):
+    """A GGUF without tensors; bytes stand in for the vocabulary's strings."""
+    tokens = Value(9, struct.pack("<IQ", 0, vocabulary) + bytes(vocabulary))
+    path.write_bytes(gguf_file.header({"tokenizer.ggml.tokens": tokens}, []))
+    return path
 
 
 def test_reads_a_base_run():
@@ -77,7 +82,6 @@ def test_unknown_output_shows_its_last_lines(missing):
     "returncode, output, error, words",
     [
         (0, "the data file you provided tokenizes to only 37 tokens", InputError, "t.txt: only 37 tokens"),
-        (0, "kl_divergence: inconsistent vocabulary (4096 vs 32000)", InputError, r"m.gguf: .*\(4096 vs 32000\)"),
         (1, "llama_perplexity: unable to load model", InputError, "m.gguf: llama.cpp does not load"),
         (1, "some\nlast line", EnvironmentFailed, "exit code 1.*last line"),
         (-signal.SIGILL, "", EnvironmentFailed, "m.gguf: .*SIGILL: rebuild"),
@@ -132,7 +136,7 @@ def test_names_the_signal_that_killed_the_program(files, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(tmp_path_factory, runtime_programs):
     """F16 and sq4 files of the demo model, and its text."""
     from gguf_splitq.convert import convert
 
@@ -169,6 +173,13 @@ def test_command_line_exits_5_past_a_limit(demo, capsys):
     arguments = ["validate", sq4, "--baseline", f16, "--text", text, "--chunks", "1", "--max-kld", "1e-6"]
     assert cli.main(arguments) == ValidationFailed.exit_code
     assert "above 1e-06" in capsys.readouterr().err
+
+
+def test_a_file_of_another_model_is_bad_input(demo, tmp_path):
+    f16, _, text = demo
+    other = empty_model(tmp_path / "other.gguf", 100)
+    with validate.Baseline(f16, text, chunks=1) as base, pytest.raises(InputError, match="100 tokens and .* 4096"):
+        base.compare(other)
 
 
 def test_a_short_text_is_bad_input(demo, tmp_path):
