@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print("gguf-splitq: interrupted; nothing was written", file=sys.stderr)
+        print("gguf-splitq: interrupted; no incomplete file is left", file=sys.stderr)
         return 128 + signal.SIGINT
     except _Terminated as error:
-        print("gguf-splitq: terminated; nothing was written", file=sys.stderr)
+        print("gguf-splitq: terminated; no incomplete file is left", file=sys.stderr)
         return 128 + error.args[0]
     finally:
         for number, handler in previous.items():

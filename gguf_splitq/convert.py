@@ -45,6 +45,7 @@ def convert(
     matrix = load_imatrix(imatrix) if imatrix else None
     rules = tuple(tensor_type)
     folder = Path(tempfile.gettempdir()) if dry_run else output_folder(outfile)
+    display.say(f"checking {model}")
     with checkpoint.opened(model, folder, revision, dry_run) as source:
         head = source.header
         path = output_path(outfile, source.name, target.name)

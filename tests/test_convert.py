@@ -31,6 +31,11 @@ def hf_moe(tmp_path_factory):
     return crafted.hf_folder(tmp_path_factory.mktemp("hf") / "Tiny-MoE", "mixtral", "float16")
 
 
+@pytest.fixture(scope="module")
+def demo_f16(tmp_path_factory):
+    return convert(crafted.DEMO, "f16", tmp_path_factory.mktemp("demo") / "demo-f16.gguf")
+
+
 def decoded(path):
     """name -> float32 weights of a file, decoded by the types' own decoders."""
     with gguf_file.read(path) as file:
@@ -167,6 +172,28 @@ def test_an_imatrix_reaches_the_encoder(tmp_path, form):
     assert (fields["quantize.imatrix.entries_count"], fields["quantize.imatrix.chunks_count"]) == (2, 3)
     missing = json.loads(report.read_text())["without_importance"]
     assert "blk.1.attn_q.weight" in missing and q not in missing and "output_norm.weight" not in missing
+
+
+@pytest.mark.parametrize("form", ["legacy", "gguf"])
+@pytest.mark.parametrize(("name", "theirs"), [("q4_k", "Q4_K_S"), ("iq2_xs", "IQ2_XS"), ("sq3", "SQ3")])
+def test_the_bytes_are_llama_quantizes(tmp_path, demo_f16, runtime_programs, runtime_library, form, name, theirs):
+    with gguf_file.read(demo_f16) as file:
+        linear = [t for t in file.tensors if t.name.endswith("weight") and ("attn_" in t.name or "ffn_" in t.name)]
+        sums = {t.name: np.abs(crafted.weights(t.n_cols, seed=i)) for i, t in enumerate(linear) if len(t.shape) == 2}
+    if form == "legacy":
+        matrix = crafted.legacy_imatrix(tmp_path / "i.dat", {n: (s, 7) for n, s in sums.items()})
+    else:
+        matrix = crafted.gguf_imatrix(tmp_path / "i.gguf", {n: (s[None], [3000]) for n, s in sums.items()})
+    command = [runtime_programs / "llama-quantize", "--pure", "--imatrix", matrix, "--token-embedding-type", "q8_0"]
+    subprocess.run(
+        [*command, demo_f16, tmp_path / "theirs.gguf", theirs], check=True, capture_output=True, cwd=tmp_path
+    )
+    fields, tensors = crafted.read_gguf(convert(demo_f16, name, tmp_path / "ours.gguf", imatrix=matrix))
+    their_fields, their_tensors = crafted.read_gguf(tmp_path / "theirs.gguf")
+    for tensor, (kind, data) in their_tensors.items():
+        assert tensors[tensor][0] == kind and tensors[tensor][1].tobytes() == data.tobytes(), tensor
+    for key in ("general.file_type", "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"):
+        assert fields[key] == their_fields[key]
 
 
 def test_outputs_are_protected(tmp_path, llama):

@@ -59,7 +59,19 @@ def test_peak_memory_on_a_checkpoint_of_one_gigabyte(tmp_path):
     folder.mkdir()
     size, largest = checkpoint(folder)
     assert size > GIB
-    command = [sys.executable, "-c", CHILD, "convert", folder, "--type", "q8_0", "--outfile", tmp_path, "--threads", "2"]
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        "convert",
+        folder,
+        "--type",
+        "q8_0",
+        "--outfile",
+        tmp_path,
+        "--threads",
+        "2",
+    ]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
