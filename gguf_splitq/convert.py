@@ -62,7 +62,8 @@ def convert(
             display.show_plan(path, entries)
             return path
         display.say(f"writing {path}, in at most about {gguf_file.mib(peak)} of memory")
-        kv = head.kv | (matrix.metadata() if matrix else {})
+        kv = {key: value for key, value in head.kv.items() if not key.startswith("quantize.")}
+        kv |= matrix.metadata() if matrix else {}
         kv = metadata(kv, target, options(rules, token_embedding_type, output_tensor_type, imatrix))
         with display.Progress() as progress, source.data(progress.read) as file:
             progress.start(entries)

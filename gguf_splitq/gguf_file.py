@@ -317,8 +317,8 @@ class _Header:
         kv = {}
         for _ in range(n_kv):
             key = self.string("a metadata key").decode()
-            if key in kv:
-                raise self.fail(f"metadata key {key!r} is there twice")
+            if not key.isprintable() or key in kv:
+                raise self.fail(f"metadata key {key!r} is there twice or not printable")
             kv[key] = self.value(key)
         alignment = kv.get("general.alignment", Value.of(ALIGNMENT))
         if alignment.type != _U32 or alignment.python.bit_count() != 1 or alignment.python > 1 << 20:
@@ -351,6 +351,8 @@ class _Header:
         if not 0 < len(name) < MAX_NAME:
             raise self.fail(f"a tensor name has {len(name)} bytes where 1 to {MAX_NAME - 1} are allowed")
         name = name.decode()
+        if not name.isprintable():  # names are shown, and a terminal obeys what it is shown
+            raise self.fail(f"tensor name {name!r} is not printable")
         what = f"tensor {name!r}"
         n_dims = self.number("I", what)
         if n_dims > MAX_DIMS:

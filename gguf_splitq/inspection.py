@@ -77,7 +77,7 @@ def _show(result: dict) -> None:
         soft_wrap=True,
     )
     for key, value in result["metadata"].items():
-        out.print(f"  {key} = {value}", soft_wrap=True)
+        out.print(f"  {key} = {value!r}", soft_wrap=True)
     for title, rows in (("by type", result["types"]), ("by kind", result["kinds"])):
         table = Table(title=title)
         for column in rows[0] if rows else ():

@@ -50,6 +50,8 @@ DAMAGED = {
     "alignment 0": (dict(kvs=[kv("general.alignment", 4, struct.pack("<I", 0))]), "alignment"),
     "alignment 48": (dict(kvs=[kv("general.alignment", 4, struct.pack("<I", 48))]), "alignment"),
     "alignment type": (dict(kvs=[kv("general.alignment", 10, struct.pack("<Q", 32))]), "alignment"),
+    "escape in a key": (dict(kvs=[kv("\x1b[2J", 4, bytes(4))]), "not printable"),
+    "escape in a name": (dict(infos=[info("\x1b[2J", [32])], data=128), "not printable"),
     "no name": (dict(infos=[info("", [32])], data=128), "0 bytes"),
     "long name": (dict(infos=[info("x" * 64, [32])], data=128), "64 bytes"),
     "five dimensions": (dict(infos=[info("t", [1] * 5)], data=128), "'t' has 5 dimensions"),
