@@ -1,5 +1,8 @@
 """The tensor types: NumPy and C give the same bytes, and those bytes hold what the format promises."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -129,6 +132,13 @@ def test_levels_are_three_linear_ranges(name, counts):
         steps = np.diff(levels[start : start + count])
         assert steps.size == 0 or np.ptp(steps) <= 2  # equal up to the rounding to whole numbers
         start += count
+
+
+@pytest.mark.parametrize("name", ["sq4", "sq3", "sq2"])
+def test_the_documented_levels_are_the_ones_in_use(name):
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    row = re.search(rf"^\| `{name}` \|((?: [-\d ]+\|){{3}})$", text, re.M)
+    assert tuple(map(int, re.findall(r"-?\d+", row[1]))) == splitquant.codebooks()[name].levels
 
 
 def test_stored_bits():
