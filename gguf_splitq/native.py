@@ -46,7 +46,9 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
-def encode(lib: ctypes.CDLL, gguf_id: int, rows: np.ndarray, importance: np.ndarray | None, row_bytes: int) -> np.ndarray:
+def encode(
+    lib: ctypes.CDLL, gguf_id: int, rows: np.ndarray, importance: np.ndarray | None, row_bytes: int
+) -> np.ndarray:
     """`ggml_quantize_chunk` over float32 rows [n_rows, n_cols]; returns uint8 [n_rows, row_bytes]."""
     rows = np.ascontiguousarray(rows, np.float32)
     out = np.empty((rows.shape[0], row_bytes), np.uint8)

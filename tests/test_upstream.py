@@ -9,7 +9,8 @@ from gguf_splitq import types
 
 
 def run(runtime_programs, *command: str) -> str:
-    done = subprocess.run([runtime_programs / command[0], *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [runtime_programs / command[0], *command[1:]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = done.stdout.decode(errors="replace")
     assert done.returncode == 0, output[-3000:]
     return output

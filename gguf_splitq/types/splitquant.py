@@ -128,7 +128,7 @@ class SplitQuant(TensorType):
 
         codes = self._codes(w, np.maximum(best, 1), lookup)
         codes[best == 0] = 0
-        return self._pack(codes, best)
+        return self.pack(codes, best)
 
     def decode_blocks(self, data: np.ndarray) -> np.ndarray:
         codes = unpack_4bit(data[:, :16]) if self.code_bits == 4 else unpack_2bit(data[:, :8])
@@ -148,7 +148,8 @@ class SplitQuant(TensorType):
         doubled = np.arange(-256, 256)
         return (doubled[:, None] > 2 * codebooks()[self.name].middles).sum(1).astype(np.uint8)
 
-    def _pack(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    def pack(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """uint8 codes [n, 32] and scale bytes [n] -> uint8 [n, block_bytes]."""
         parts = [pack_4bit(codes) if self.code_bits == 4 else pack_2bit(codes)]
         if self.code_bits == 3:
             parts.append(np.packbits(codes >> 2, axis=1, bitorder="little"))
