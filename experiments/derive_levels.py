@@ -25,9 +25,9 @@ from safetensors import safe_open
 
 from gguf_splitq.types.splitquant import SCALES, codebooks
 
-BLOCKS = 20_000  # a sample: twice as many move no level by more than one
+BLOCKS = 10_000  # a sample: twice as many move no level by more than two
 COUNTS = {"sq4": (3, 10, 3), "sq3": (2, 4, 2), "sq2": (1, 2, 1)}
-ROUNDS = 12
+ROUNDS = 60  # the boundaries move outwards slowly
 
 
 def sample_blocks(model: Path) -> np.ndarray:
