@@ -1,8 +1,10 @@
-"""Fixtures that need the patched llama.cpp; it is built on first use and cached outside the checkout."""
+"""Fixtures made with the patched llama.cpp; it is built on first use and cached outside the checkout."""
 
+import crafted
 import pytest
 
 from gguf_splitq import native, runtime
+from gguf_splitq.convert import convert
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,9 @@ def runtime_library(runtime_programs):
     """libggml-base of the patched build, as a ctypes library."""
     native.library.cache_clear()
     return native.library()
+
+
+@pytest.fixture(scope="session")
+def demo_f16(tmp_path_factory):
+    """F16 file of the demo checkpoint."""
+    return convert(crafted.DEMO, "f16", tmp_path_factory.mktemp("demo") / "demo-f16.gguf")

@@ -4,12 +4,13 @@ import json
 import shutil
 import signal
 import struct
-from pathlib import Path
 from types import SimpleNamespace
 
+import crafted
 import pytest
 
 from gguf_splitq import gguf_file, runtime, validate
+from gguf_splitq.convert import convert
 from gguf_splitq.errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
 from gguf_splitq.gguf_file import Value
 
@@ -136,13 +137,10 @@ def test_names_the_signal_that_killed_the_program(files, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, runtime_programs):
+def demo(tmp_path_factory, runtime_programs, demo_f16):
     """F16 and sq4 files of the demo model, and its text."""
-    from gguf_splitq.convert import convert
-
-    folder, source = tmp_path_factory.mktemp("demo"), Path(__file__).parents[1] / "examples/demo"
-    f16, sq4 = (convert(source, type, outfile=str(folder / f"{type}.gguf")) for type in ("f16", "sq4"))
-    return f16, sq4, source / "eval.txt"
+    sq4 = convert(demo_f16, "sq4", tmp_path_factory.mktemp("demo") / "sq4.gguf")
+    return demo_f16, sq4, crafted.DEMO / "eval.txt"
 
 
 def test_demo_end_to_end(demo, tmp_path):
