@@ -22,7 +22,7 @@ class TensorType:
 
     name: the command-line word and ggml's type name. gguf_id: the on-disk `ggml_type`. file_type: the
     value of `general.file_type` for a file made of it. max_abs: the largest |weight| it can hold
-    (None: no limit). custom: True for types that need this project's patches to run.
+    (None: no limit).
     """
 
     name: str
@@ -33,7 +33,6 @@ class TensorType:
     method: str
     purpose: str
     max_abs: float | None = None
-    custom: bool = False
 
     @property
     def bpw(self) -> float:

@@ -158,7 +158,7 @@ class SplitQuant(TensorType):
 
 _METHOD = "SplitQuantV2, one code"
 TYPES = [
-    SplitQuant("sq4", 100, 100, 32, 17, _METHOD, "everyday 4 bits", MAX_ABS, True, code_bits=4),
-    SplitQuant("sq3", 101, 101, 32, 13, _METHOD, "3 bits where memory is short", MAX_ABS, True, code_bits=3),
-    SplitQuant("sq2", 102, 102, 32, 9, _METHOD, "the smallest, for large models", MAX_ABS, True, code_bits=2),
+    SplitQuant("sq4", 100, 100, 32, 17, _METHOD, "everyday 4 bits", MAX_ABS, code_bits=4),
+    SplitQuant("sq3", 101, 101, 32, 13, _METHOD, "3 bits where memory is short", MAX_ABS, code_bits=3),
+    SplitQuant("sq2", 102, 102, 32, 9, _METHOD, "the smallest, for large models", MAX_ABS, code_bits=2),
 ]

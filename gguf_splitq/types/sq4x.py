@@ -89,4 +89,4 @@ def _ranges(w: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return np.where(w <= b0, 0, np.where(w < b1, 1, 2)).astype(np.uint8)
 
 
-TYPES = [PublishedSplit("sq4x", 103, 103, 256, 204, "SplitQuantV2, as published", "the paper's claim", _MAX_ABS, True)]
+TYPES = [PublishedSplit("sq4x", 103, 103, 256, 204, "SplitQuantV2, as published", "the paper's claim", _MAX_ABS)]
