@@ -36,7 +36,7 @@ def main() -> None:
             "MB": ".2f",
             "ppl": ".3f",
             "ppl_ratio": ".4f",
-            "mean_kld": ".5f",
+            "mean_kld": "z.5f",
             "top1": ".1%",
             "tokens/s": ".0f",
         },

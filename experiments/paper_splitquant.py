@@ -15,7 +15,7 @@ from gguf_splitq.validate import Baseline
 from .common import BUILD, convert, judge, model_and_texts, parser, run, save, show
 
 CLUSTER_BITS = 2  # which of the three clusters a weight is in
-FORMATS = {"method": "", "bpw": ".2f", "ppl": ".3f", "ppl_ratio": ".4f", "mean_kld": ".5f", "top1": ".1%"}
+FORMATS = {"method": "", "bpw": ".2f", "ppl": ".3f", "ppl_ratio": ".4f", "mean_kld": "z.5f", "top1": ".1%"}
 
 
 def linear(w: np.ndarray, bits: int) -> np.ndarray:

@@ -21,11 +21,11 @@ FORMATS = {
     "imatrix": "",
     "bpw": ".2f",
     "ppl_ratio": ".4f",
-    "mean_kld": ".5f",
+    "mean_kld": "z.5f",
     "p99_kld": ".4f",
     "top1": ".1%",
 }
-NARROW_FORMATS = {"type": "", "bpw": ".2f", "mean_kld": ".5f"}
+NARROW_FORMATS = {"type": "", "bpw": ".2f", "mean_kld": "z.5f"}
 
 
 def make(f16: Path, type: str, matrix: Path | None, threads: int) -> Path:

@@ -188,7 +188,7 @@ def print_table(results: list[dict]) -> None:
             mib(r["size"]),
             f"{r['ppl']:.3f}",
             f"{r['ppl_ratio']:.4f}",
-            f"{r['mean_kld']:.5f}",
+            f"{r['mean_kld']:z.5f}",
             f"{r['p99_kld']:.4f}",
             f"{r['top1']:.1%}",
         )
