@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     run, debug = args.pop("run"), args.pop("debug")
     if debug:
         os.environ["SPLITQ_DEBUG"] = "1"  # the converter process prints its traceback as well
-    previous = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
+    wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+    previous = {number: signal.signal(number, _terminate) for number in wanted}
     try:
         run(**args)
         return 0

@@ -21,6 +21,8 @@ from gguf_splitq.errors import InputError
 CHILD = """
 import os, resource, signal, sys
 from gguf_splitq import checkpoint, cli, rewrite
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with these ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def at_tensor(name, number):
     plain = rewrite.encode
     def encode(source, job):
@@ -302,6 +304,13 @@ def test_ctrl_c_or_a_kill_at_a_tensor(tmp_path, tensor, number, code):
     args = ("convert", model, "--type", "q8_0", "--outfile", out / "old.gguf", "--overwrite")
     assert run(arrange, *args)[0] == code
     assert snapshot(tmp_path) == before and [p.name for p in out.iterdir()] == ["old.gguf"]
+
+
+def test_a_hangup_that_nohup_ignores_ends_nothing(tmp_path):
+    model = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors())
+    arrange = f"signal.signal(signal.SIGHUP, signal.SIG_IGN); at_tensor('token_embd.weight', {int(signal.SIGHUP)})"
+    assert run(arrange, "convert", model, "--type", "q8_0", "--outfile", tmp_path / "out.gguf")[0] == 0
+    assert (tmp_path / "out.gguf").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
