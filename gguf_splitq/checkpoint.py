@@ -39,6 +39,7 @@ class Source:
     header: Gguf
     files: list[Path]  # all inputs, none of which may be overwritten
     child: _Child | None = None
+    folder: Path | None = None  # of a Hugging Face checkpoint
 
     def data(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Gguf:
         """The GGUF with its data, once the child (if any) has written it; progress gets bytes done and in all."""
@@ -66,7 +67,7 @@ def opened(
         gguf_file.require_space(scratch, total)
     with temporary_folder(scratch, name) as temp:
         with _Child(path, temp / "model.gguf", outtype, hub_name, total, header_only) as child:
-            yield Source(name, child.header(), [*shards, path / "config.json"], child)
+            yield Source(name, child.header(), [*shards, path / "config.json"], child, path)
 
 
 def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:

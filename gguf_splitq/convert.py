@@ -25,6 +25,8 @@ def convert(
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
     imatrix: str | Path | None = None,
+    calib: str | Path | None = None,
+    calib_tokens: int = 131_072,
     dry_run: bool = False,
     report: str | Path | None = None,
     threads: int | None = None,
@@ -35,13 +37,15 @@ def convert(
     """Convert a checkpoint to a GGUF file of `type` and return the file's path.
 
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
-    rules. imatrix: an importance matrix of llama-imatrix, in either format. dry_run: print the plan, write nothing.
+    rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
+    error feedback on with `calib_tokens` tokens (Hugging Face folders). dry_run: print the plan, write nothing.
     report: a JSON file for the per-tensor errors. max_ram: bytes, or text like "2G". The output appears whole or not
     at all, and is the same at any number of threads.
     Raises the errors of `gguf_splitq.errors`.
     """
     target, limit = types.get(type), parse_size(max_ram)
     threads = check_threads(threads)
+    check_calibration(calib, calib_tokens, imatrix)
     matrix = load_imatrix(imatrix) if imatrix else None
     rules = tuple(tensor_type)
     folder = Path(tempfile.gettempdir()) if dry_run else output_folder(outfile)
@@ -57,17 +61,27 @@ def convert(
         entries = plan.make(
             head.tensors, type, rules, token_embedding_type, output_tensor_type, architecture, importance
         )
-        peak = peak_ram(source, entries, threads, limit)
+        if calib and source.folder is None:
+            raise UsageError(f"{model}: --calib runs the model from a Hugging Face folder or Hub id: give that instead")
+        peak = peak_ram(source, entries, threads, limit, calib_tokens if calib else 0)
         if dry_run:
             display.show_plan(path, entries)
             return path
         display.say(f"writing {path}, in at most about {gguf_file.mib(peak)} of memory")
         kv = {key: value for key, value in head.kv.items() if not key.startswith("quantize.")}
         kv |= matrix.metadata() if matrix else {}
-        kv = metadata(kv, target, options(rules, token_embedding_type, output_tensor_type, imatrix))
-        with display.Progress() as progress, source.data(progress.read) as file:
+        chosen = options(rules, token_embedding_type, output_tensor_type, imatrix, calib, calib_tokens)
+        kv = metadata(kv, target, chosen)
+        with (
+            display.Progress() as progress,
+            source.data(progress.read) as file,
+            checkpoint.temporary_folder(folder, source.name) as scratch,
+        ):
+            solved = solve_all(source, file, entries, calib, calib_tokens, scratch, threads, progress.layer)
             progress.start(entries)
-            entries, stats = rewrite.rewrite(file, entries, kv, path, importance, threads, limit, progress.done)
+            entries, stats = rewrite.rewrite(
+                file, entries, kv, path, importance, threads, limit, solved and solved.rows, progress.done
+            )
     result = {
         "file": path.name,
         "size": path.stat().st_size,
@@ -76,6 +90,7 @@ def convert(
         "options": json.loads(kv["gguf_splitq.options"].python),
         "fallbacks": plan.fallbacks(entries),
         "without_importance": [e.name for e in entries if e.quantized and e.name not in importance] if matrix else None,
+        "calibration": calibration_report(solved),
         "tensors": [tensor_report(e, s, e.name in importance) for e, s in zip(entries, stats, strict=True)],
     }
     display.show_summary(path, entries, stats, result)
@@ -126,10 +141,40 @@ def parse_size(size: str | int | None) -> int | None:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
-def peak_ram(source: checkpoint.Source, entries: Sequence[plan.Entry], threads: int, limit: int | None) -> int:
+def check_calibration(calib: str | Path | None, tokens: int, imatrix: str | Path | None) -> None:
+    """UsageError unless the options of a calibration fit together."""
+    if calib and imatrix:
+        raise UsageError("--calib and --imatrix exclude each other: the calibration measures the whole Hessian itself")
+    if calib and calib != "self" and not Path(calib).is_file():
+        raise UsageError(f"{calib}: there is no such text: give a file, or `self`")
+    if tokens < 2048:
+        raise UsageError(f"--calib-tokens {tokens} is too few to tell anything: give 2048 or more")
+
+
+def solve_all(source, file, entries, calib, tokens, scratch, threads, progress):
+    """Error feedback for the whole model, or None without `calib`."""
+    if not calib:
+        return None
+    from . import solve
+
+    return solve.run(source.folder, file, entries, calib, tokens, scratch, threads, progress)
+
+
+def calibration_report(solved) -> dict | None:
+    """What the calibration did: tokens seen, output error of every solved tensor by stage, tensors left out."""
+    return solved and {"tokens": solved.tokens, "errors": solved.errors, "left": solved.left}
+
+
+def peak_ram(
+    source: checkpoint.Source, entries: Sequence[plan.Entry], threads: int, limit: int | None, calib_tokens: int = 0
+) -> int:
     """Bytes of memory the whole run needs at most, the converter process included; UsageError when above `limit`."""
     largest = max((e.tensor.n_bytes for e in entries), default=0)
     child = checkpoint.ADAPTER_RAM + 3 * largest if source.child else 0
+    if calib_tokens:
+        from . import solve
+
+        child = max(child, solve.peak_ram(entries, calib_tokens))
     if limit is not None and child > limit:
         raise UsageError(f"--max-ram {gguf_file.mib(limit)} is too small: reading this needs {gguf_file.mib(child)}")
     return max(child, rewrite.peak_ram(entries, threads, rewrite.window_size(entries, threads, limit)))
@@ -140,9 +185,13 @@ def options(
     token_embedding_type: str | None,
     output_tensor_type: str | None,
     imatrix: str | Path | None,
+    calib: str | Path | None = None,
+    calib_tokens: int = 0,
 ) -> dict:
     """What of the command line decides the output's bytes, defaults left out; files by name, not by path."""
     given = {
+        "calib": Path(calib).name if calib else None,
+        "calib_tokens": calib_tokens if calib else None,
         "imatrix": Path(imatrix).name if imatrix else None,
         "output_tensor_type": output_tensor_type,
         "tensor_type": list(tensor_type),

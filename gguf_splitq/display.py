@@ -48,6 +48,13 @@ def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stat
     out.print(table)
     for cause, count in result["fallbacks"].items():
         out.print(f"fallback x{count}: {cause}")
+    if result["calibration"]:
+        errors = result["calibration"]["errors"].values()
+        total = {stage: sum(e[stage] for e in errors) for stage in ("nearest", "polish")}
+        share = total["polish"] / total["nearest"] if total["nearest"] else 1
+        out.print(f"error feedback: output error {share:.1%} of nearest rounding's on {len(errors)} tensors")
+        if left := result["calibration"]["left"]:
+            out.print(f"no layer of the model matches {len(left)} tensors, {left[0]} first: rounded to nearest")
     if result["without_importance"]:
         count = len(result["without_importance"])
         out.print(f"no importance data for {count} quantized tensors, {result['without_importance'][0]} first")
@@ -77,6 +84,13 @@ class Progress:
             self.task = self.bar.add_task("reading", total=total)
             self._plain(f"reading {gguf_file.mib(total)} with llama.cpp's converter")
         self.bar.update(self.task, completed=done)
+
+    def layer(self, done: int, total: int) -> None:
+        """Decoder layers solved so far."""
+        if done == 1:
+            self.task = self.bar.add_task("calibrating", total=total)
+        self.bar.update(self.task, completed=done)
+        self._plain(f"calibrated decoder layer {done} of {total}")
 
     def start(self, entries: Sequence[plan.Entry]) -> None:
         self.total = len(entries)

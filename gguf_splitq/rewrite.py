@@ -62,6 +62,7 @@ class Job:
     first: int
     count: int
     importance: np.ndarray | None  # float32 [n_cols]
+    solved: np.ndarray | None = None  # uint8 [count, row_bytes]: encoded already
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,17 @@ def rewrite(
     importance: Mapping[str, np.ndarray] | None = None,
     threads: int = 1,
     max_ram: int | None = None,
+    solved: Mapping[str, np.ndarray] | None = None,
     done: Callable[[plan.Entry, Stats], None] = lambda entry, stats: None,
 ) -> tuple[list[plan.Entry], list[Stats]]:
     """Write `outfile` with every tensor in the type its entry names; returns the entries as they came out and errors.
 
-    importance: tensor name -> float32 [experts * n_cols], missing names allowed. done: called after each tensor.
+    importance: tensor name -> float32 [experts * n_cols], missing names allowed. solved: tensor name -> uint8
+    [n_rows, row_bytes], tensors encoded already. done: called after each tensor.
     A tensor with a weight beyond its type's reach is encoded again in a wider one (`plan.widen`).
     Raises InputError for NaN or Inf (naming the place) and EnvironmentFailed when the disk fails.
     """
-    importance = importance or {}
+    importance, solved = importance or {}, solved or {}
     final, measured = [], []
     pool = ThreadPoolExecutor(threads, "encode")
     try:
@@ -97,7 +100,8 @@ def rewrite(
         expected = header_size(kv, entries) + sum(gguf_file.padded(e.n_bytes) for e in entries)
         with gguf_file.atomic(outfile, expected) as out:
             out.seek(header_size(kv, entries))
-            stream = _in_order(pool, source, (j for e in entries for j in _jobs(e, importance.get(e.name))), window)
+            jobs = (j for e in entries for j in _jobs(e, importance.get(e.name), solved.get(e.name)))
+            stream = _in_order(pool, source, jobs, window)
             for entry in entries:
                 start = out.tell()
                 stats, too_large = _write(out, entry, stream)
@@ -187,7 +191,8 @@ def encode(source: Gguf, job: Job) -> Chunk:
             return Chunk(None, stats, largest)
         if job.entry.copied:
             continue
-        out[at : at + step] = target.encode(rows, job.importance)
+        solved = job.solved
+        out[at : at + step] = target.encode(rows, job.importance) if solved is None else solved[at : at + step]
         error = target.decode(out[at : at + step])
         error -= rows
         stats.largest = max(stats.largest, float(error.max()), -float(error.min()))
@@ -220,11 +225,12 @@ def _in_order(pool: ThreadPoolExecutor, source: Gguf, jobs: Iterator[Job], windo
         yield waiting.popleft().result()
 
 
-def _jobs(entry: plan.Entry, importance: np.ndarray | None) -> Iterator[Job]:
+def _jobs(entry: plan.Entry, importance: np.ndarray | None, solved: np.ndarray | None = None) -> Iterator[Job]:
     per_matrix = entry.tensor.shape[-2] if len(entry.tensor.shape) > 1 else 1
     by_matrix = None if importance is None else importance.reshape(-1, entry.tensor.n_cols)
     for first, count in _ranges(entry.tensor):
-        yield Job(entry, first, count, None if by_matrix is None else by_matrix[first // per_matrix])
+        weights = None if by_matrix is None else by_matrix[first // per_matrix]
+        yield Job(entry, first, count, weights, None if solved is None else solved[first : first + count])
 
 
 def _ranges(tensor: Tensor) -> Iterator[tuple[int, int]]:

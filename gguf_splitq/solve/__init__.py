@@ -1,0 +1,109 @@
+"""Error feedback for a whole model: calibrate layer by layer, solve every matrix, keep the bytes for the writer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+from ..gguf_file import Gguf
+from ..plan import Entry
+from ..rewrite import to_float32
+
+
+@dataclass
+class Solved:
+    """rows: tensor name -> uint8 [n_rows, row_bytes], memory-mapped. errors: tensor name -> the solver's, by stage.
+
+    left: tensors of a type the solver handles that no linear layer of the model matches; they are rounded to nearest.
+    """
+
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+def peak_ram(entries: Sequence[Entry], tokens: int) -> int:
+    """Bytes that `run` needs at most: the model in float32 twice while it loads, hidden states, Hessians, PyTorch."""
+    widest = max((e.tensor.n_cols for e in entries if len(e.tensor.shape) > 1), default=0)
+    hidden = max((e.tensor.n_cols for e in entries if e.name == "token_embd.weight"), default=0)
+    weights = sum(e.tensor.n_weights for e in entries)
+    return (1 << 30) + 8 * weights + 12 * tokens * hidden + 5 * 8 * widest**2
+
+
+def run(
+    folder: Path,
+    file: Gguf,
+    entries: Sequence[Entry],
+    calib: str | Path,
+    tokens: int,
+    scratch: Path,
+    threads: int,
+    progress: Callable[[int, int], None],
+) -> Solved:
+    """Solve every tensor that has a format, on a GPU when there is one.
+
+    folder: the Hugging Face checkpoint that `file` was made from. calib: a text file, or "self" for text sampled from
+    the model. scratch: where the solved rows are kept. progress: decoder layers done and in all.
+    Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
+    """
+    import torch
+
+    from . import calibrate, formats, solver
+
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = calibrate.load(folder, device)
+    if calib == "self":
+        calibration = calibrate.sample_tokens(model, tokens)
+    else:
+        calibration = calibrate.read_tokens(folder, Path(calib), tokens)
+    wanted = [e for e in entries if e.quantized and e.name.startswith("blk.")]
+    solved = Solved(tokens=calibration.numel())
+
+    def solve_layer(index: int, count: int, layers: list[calibrate.Layer]) -> None:
+        chosen = [entry for entry in wanted if entry.name.startswith(f"blk.{index}.")]
+        for entry, result in zip(chosen, pool.map(lambda entry: solve_tensor(entry, layers), chosen), strict=True):
+            if result is not None:
+                solved.rows[entry.name], solved.errors[entry.name] = result
+            elif formats.for_type(entry.target):
+                solved.left.append(entry.name)
+        progress(index + 1, count)
+
+    def solve_tensor(entry: Entry, layers: list[calibrate.Layer]) -> tuple[np.ndarray, dict[str, float]] | None:
+        """The stored rows and the errors; puts into the model what is stored, so that the next layers see it."""
+        tensor, fmt = entry.tensor, formats.for_type(entry.target, device)
+        matrices, errors = [], []
+        for first in range(0, tensor.n_rows, tensor.shape[-2]):
+            rows = to_float32(file.read_rows(tensor, first, tensor.shape[-2]), tensor.type_id)
+            found = calibrate.match(rows, layers)
+            if found is None:
+                return None
+            layer, order = found
+            if fmt is None:
+                stored = torch.from_numpy(entry.target.decode(entry.target.encode(rows)))
+                layer.module.weight[torch.from_numpy(order)] = stored.to(device)
+                continue
+            try:
+                solution = solver.solve(layer.weight, layer.hessian, fmt)
+            except InputError as error:
+                raise InputError(f"tensor {entry.name!r}: {error}") from error
+            layer.module.weight.copy_(solution.weight)
+            matrices.append(solution.packed.numpy()[order])
+            errors.append(solution.errors)
+        if fmt is None:
+            return None
+        path = scratch / entry.name
+        np.concatenate(matrices).tofile(path)
+        stored = np.memmap(path, np.uint8, "r", shape=(tensor.n_rows, entry.target.row_bytes(tensor.n_cols)))
+        return stored, {stage: float(np.mean([e[stage] for e in errors])) for stage in errors[0]}
+
+    # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.
+    with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
+        calibrate.run(model, calibration, solve_layer)
+    return solved

@@ -1,0 +1,161 @@
+"""Error feedback: the solver against brute force, and whole conversions with calibration."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gguf_splitq import convert, errors, gguf_file, types
+from gguf_splitq.solve import calibrate, formats, solver
+
+NAMES = ["sq4", "sq3", "sq2", "q4_0", "iq4_nl"]
+
+
+def problem(n_rows: int, n_cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian weights and the second moment of correlated inputs of different sizes."""
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n_cols, n_cols, generator=rng) / n_cols**0.5
+    inputs = torch.randn(8 * n_cols, n_cols, generator=rng) @ mix * torch.randn(n_cols, generator=rng).mul(0.5).exp()
+    return 0.02 * torch.randn(n_rows, n_cols, generator=rng), (inputs.T @ inputs).double() / len(inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_feedback_and_polish_lower_the_output_error(runtime_library, name):
+    result = solver.solve(*problem(64, 256), formats.for_type(types.get(name)))
+    assert result.errors["feedback"] < 0.8 * result.errors["nearest"]
+    assert result.errors["polish"] < result.errors["feedback"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_packed_rows_are_the_weights_it_reports(runtime_library, name):
+    tensor_type = types.get(name)
+    result = solver.solve(*problem(16, 96), formats.for_type(tensor_type))
+    np.testing.assert_array_equal(tensor_type.decode(result.packed.numpy()), result.weight.numpy())
+
+
+def test_the_reported_error_is_the_one_of_its_weights(runtime_library):
+    weight, hessian = problem(16, 64)
+    result = solver.solve(weight, hessian, formats.for_type(types.get("sq3")))
+    difference = (weight - result.weight).double()
+    expected = float(((difference @ solver.damped(hessian, 0.01)) * difference).sum()) / len(weight)
+    assert result.errors["polish"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_diagonal_hessian_leaves_nothing_to_feed_back(runtime_library, seed):
+    weight, _ = problem(16, 64, seed)
+    result = solver.solve(weight, torch.eye(64).double(), formats.for_type(types.get("sq4")))
+    assert result.errors["feedback"] == pytest.approx(result.errors["nearest"], rel=1e-3)
+    assert result.errors["polish"] <= result.errors["nearest"]
+
+
+class _FourColumns(formats.ScaleByteFormat):
+    """sq2 with blocks of four, so that every assignment of codes can be tried."""
+
+    block_size = 4
+
+    def fit(self, weight, importance):
+        return self.nearest(weight.abs().amax(1, keepdim=True) / 100)
+
+    def pack(self, codes, params):
+        return codes
+
+
+def test_close_to_the_best_of_all_assignments():
+    fmt = _FourColumns(types.get("sq2"))
+    ratios = []
+    for seed in range(20):
+        weight, hessian = problem(1, 4, seed)
+        result = solver.solve(weight, hessian, fmt)
+        damped, levels = solver.damped(hessian, 0.01), fmt.levels.double()
+        codes = torch.tensor(list(itertools.product(range(4), repeat=4)))
+        least = np.inf
+        for scale in fmt.scales[fmt.scales != 0].double():
+            difference = weight.double() - scale * levels[codes]
+            least = min(least, float(((difference @ damped) * difference).sum(1).min()))
+        ratios.append(result.errors["polish"] / least)
+    assert min(ratios) >= 1 - 1e-3
+    assert np.median(ratios) < 2.5
+
+
+def test_columns_never_active_cost_nothing(runtime_library):
+    weight, hessian = problem(8, 64)
+    hessian[5], hessian[:, 5] = 0, 0
+    result = solver.solve(weight, hessian, formats.for_type(types.get("sq4")))
+    assert torch.isfinite(result.weight).all()
+
+
+def test_bad_hessians_are_refused(runtime_library):
+    weight, hessian = problem(8, 64)
+    fmt = formats.for_type(types.get("sq4"))
+    with pytest.raises(errors.InputError, match="not finite"):
+        solver.solve(weight, hessian * torch.nan, fmt)
+    with pytest.raises(errors.InputError, match="not positive definite"):
+        solver.solve(weight, 1.9 * torch.eye(64).double() - 0.9, fmt)
+
+
+def test_rows_are_matched_by_content():
+    layers = [calibrate.Layer(n, torch.nn.Linear(32, 16, bias=False), torch.eye(32)) for n in ("other", "this")]
+    order = np.random.default_rng(0).permutation(16)
+    found, rows = calibrate.match(layers[1].weight.detach().numpy()[order], layers)
+    assert found.name == "this" and (rows == order).all()
+    assert calibrate.match(np.zeros((16, 32), np.float32), layers) is None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random two-layer Llama with the demo's vocabulary, and a text."""
+    import shutil
+    from pathlib import Path
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    demo = Path(__file__).parent.parent / "examples" / "demo"
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(demo / name, folder)
+    return folder, demo / "calib.txt"
+
+
+@pytest.mark.parametrize("calib", ["text", "self"])
+def test_conversion_with_calibration(runtime_library, checkpoint, tmp_path, calib):
+    folder, text = checkpoint
+    calib = str(text) if calib == "text" else calib
+    options = {"calib": calib, "calib_tokens": 2048, "report": tmp_path / "report.json"}
+    fed = convert.convert(folder, "sq4", outfile=tmp_path / "fed.gguf", threads=2, **options)
+    plain = convert.convert(folder, "sq4", outfile=tmp_path / "plain.gguf")
+    assert fed.stat().st_size - plain.stat().st_size < 200  # only metadata differs in size
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["calibration"]["left"] == [] and len(report["calibration"]["errors"]) == 14
+    for stages in report["calibration"]["errors"].values():
+        assert stages["polish"] < stages["nearest"]
+    with gguf_file.read(fed) as file:
+        assert json.loads(file.get("gguf_splitq.options"))["calib_tokens"] == 2048
+    again = convert.convert(folder, "sq4", outfile=tmp_path / "again.gguf", threads=1, **options)
+    assert again.read_bytes() == fed.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.gguf", "fed.gguf", "plain.gguf", "report.json"]
+
+
+def test_calibration_options_that_do_not_fit_are_refused(checkpoint, tmp_path):
+    folder, text = checkpoint
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    gguf = convert.convert(folder, "f16", outfile=tmp_path / "tiny.gguf")
+    for model, options, cause in [
+        (folder, {"calib": str(text), "imatrix": str(text)}, "exclude each other"),
+        (folder, {"calib": str(tmp_path / "none.txt")}, "there is no such text"),
+        (folder, {"calib": "self", "calib_tokens": 10}, "too few"),
+        (folder, {"calib": str(short)}, "too few to calibrate on"),
+        (gguf, {"calib": "self"}, "Hugging Face folder"),
+    ]:
+        with pytest.raises(errors.SplitqError, match=cause):
+            convert.convert(model, "sq4", outfile=tmp_path / "out.gguf", **options)
+    assert not (tmp_path / "out.gguf").exists()
