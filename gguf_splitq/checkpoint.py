@@ -63,8 +63,6 @@ def opened(
     shards, outtype = check_folder(path)
     hub_name = "" if Path(model).exists() else name  # a downloaded folder is named by a hash
     total = sum(shard.stat().st_size for shard in shards)
-    if not header_only:
-        gguf_file.require_space(scratch, total)
     with temporary_folder(scratch, name) as temp:
         with _Child(path, temp / "model.gguf", outtype, hub_name, total, header_only) as child:
             yield Source(name, child.header(), [*shards, path / "config.json"], child, path)

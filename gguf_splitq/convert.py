@@ -67,6 +67,8 @@ def convert(
         if dry_run:
             display.show_plan(path, entries)
             return path
+        intermediate = source.child.total if source.child else 0
+        gguf_file.require_space(path.parent, intermediate + sum(e.n_bytes for e in entries))
         display.say(f"writing {path}, in at most about {gguf_file.mib(peak)} of memory")
         kv = {key: value for key, value in head.kv.items() if not key.startswith("quantize.")}
         kv |= matrix.metadata() if matrix else {}

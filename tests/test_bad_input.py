@@ -276,6 +276,14 @@ def test_a_disk_that_fills(tmp_path):
         assert list(out.iterdir()) == [] and snapshot(tmp_path) == before
 
 
+def test_a_disk_too_small_for_intermediate_and_output(refuses, monkeypatch):
+    from gguf_splitq import gguf_file
+
+    free = (crafted.DEMO / "model.safetensors").stat().st_size + 1_000_000  # the output takes 3 MB
+    monkeypatch.setattr(gguf_file.os, "statvfs", lambda _: os.statvfs_result((1, 1, free, free, free, 0, 0, 0, 0, 255)))
+    refuses(crafted.DEMO, 6, "MiB are needed and 9.", "make room")
+
+
 def test_a_disk_that_fills_while_a_folder_is_read(tmp_path):
     code, error = run("file_limit(2_000_000)", "convert", crafted.DEMO, "--type", "q8_0", "--outfile", tmp_path)
     assert code == 6 and "the disk filled up" in error and list(tmp_path.iterdir()) == []
