@@ -1,4 +1,4 @@
-"""Where the levels of sq4, sq3 and sq2 come from; prints the lines of patches/files/ggml/src/ggml-splitq-levels.h.
+"""Where the levels of sq4, sq3 and sq2 come from; prints the levels in patches/files/ggml/src/ggml-splitq-levels.h.
 
     python -m experiments.derive_levels [MODEL]        MODEL: a checkpoint folder, examples/demo by default
 
