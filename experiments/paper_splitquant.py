@@ -14,6 +14,7 @@ from gguf_splitq.validate import Baseline
 
 from .common import BUILD, convert, judge, model_and_texts, parser, run, save, show
 
+CLOSE = 1.05  # the perplexity ratio up to which a model counts as close to F16
 CLUSTER_BITS = 2  # which of the three clusters a weight is in
 FORMATS = {"method": "", "bpw": ".2f", "ppl": ".3f", "ppl_ratio": ".4f", "mean_kld": "z.5f", "top1": ".1%"}
 
@@ -100,11 +101,13 @@ def main() -> None:
 
     show(f"{args.model} on {base.chunks} chunks of {args.text}", rows, FORMATS)
     print("bpw of SplitQuantV2 is packed: cluster + code; the published three dense layers take 12 at INT4, 6 at INT2.")
-    kld = {row["method"]: row["mean_kld"] for row in rows}
-    plain = kld["INT4 per tensor"]
+    _, plain, split4, *_, group = rows  # as they stand above: F16, the methods at 4 and at 2 bits, sq4x
     claims = [
-        {"claim": "KLD of split / plain INT4", "measured": kld["INT4 SplitQuantV2"] / plain, "at_most": 0.25},
-        {"claim": "KLD of sq4x / plain INT4", "measured": kld["sq4x (per group, real type)"] / plain, "at_most": 0.05},
+        {"claim": "perplexity of plain INT4 / F16", "measured": plain["ppl_ratio"], "at_least": CLOSE},
+        {"claim": "perplexity of split INT4 / F16", "measured": split4["ppl_ratio"], "at_most": CLOSE},
+        {"claim": "perplexity of sq4x / F16", "measured": group["ppl_ratio"], "at_most": CLOSE},
+        {"claim": "KLD of split / plain INT4", "measured": split4["mean_kld"] / plain["mean_kld"]},
+        {"claim": "KLD of sq4x / plain INT4", "measured": group["mean_kld"] / plain["mean_kld"]},
     ]
     save("paper-splitquant", {"model": str(args.model), "rows": rows, "claims": claims})
     judge(claims)
