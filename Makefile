@@ -16,7 +16,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test runtime perplexity bench quality paper-splitquant lint patches-check clean cross-tools
+.PHONY: help demo test runtime perplexity bench quality feedback paper-splitquant lint patches-check clean cross-tools
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,9 @@ bench: runtime ## speed of conversion and of decoding, beside stock llama.cpp ty
 
 quality: runtime ## perplexity and KL divergence of every type, beside stock llama.cpp types
 	@$(PY) -m experiments.quality $(ARGS)
+
+feedback: runtime ## what error feedback gains over an importance matrix, for our types and stock ones
+	@$(PY) -m experiments.feedback $(ARGS)
 
 paper-splitquant: runtime ## SplitQuantV2's claim: split INT4 is close to FP16, plain INT4 is not
 	@$(PY) -m experiments.paper_splitquant $(ARGS)

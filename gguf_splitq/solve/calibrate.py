@@ -2,7 +2,8 @@
 
 The model runs in PyTorch through transformers. For each decoder layer, in order: its linear layers see the calibration
 tokens as they come out of the layers already quantized, their input second moments X^T X are added up in float32 per
-batch and float64 in all, their weights are solved, put back, and the layer runs again to feed the next one.
+batch and float64 in all, their weights are solved, put back, and the layer runs again to feed the next one. The huge
+activations of a sequence's first token stay in the moments: leaving them out made the result worse (README).
 
 GGUF tensors are found by content, not by name: a matrix of the GGUF is a permutation of the rows of one linear layer
 (llama.cpp reorders the rows of Q and K), so rows are matched by their values. What no layer matches (experts in fused
@@ -51,7 +52,7 @@ def load(folder: Path, device: str) -> torch.nn.Module:
 
 
 def read_tokens(folder: Path, text: Path, count: int) -> torch.Tensor:
-    """int64 [sequences, CONTEXT] from the start of a text, the model's first token in front of each sequence.
+    """int64 [sequences, CONTEXT] taken evenly from a text, the model's first token in front of each sequence.
 
     Raises InputError when the text gives less than four sequences.
     """
@@ -61,10 +62,12 @@ def read_tokens(folder: Path, text: Path, count: int) -> torch.Tensor:
     ids = tokenizer(text.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     body = CONTEXT - len(first)
-    sequences = min(len(ids), count) // body
+    available = len(ids) // body
+    sequences = min(available, count // CONTEXT)
     if sequences < 4:
         raise InputError(f"{text}: {len(ids)} tokens are too few to calibrate on: give at least {4 * body}")
-    rows = torch.tensor(ids[: sequences * body]).view(sequences, body)
+    rows = torch.tensor(ids[: available * body]).view(available, body)
+    rows = rows[torch.linspace(0, available - 1, sequences).long()]
     return torch.cat([torch.tensor(first, dtype=torch.long).expand(sequences, len(first)), rows], 1)
 
 
@@ -103,7 +106,8 @@ def run(model: torch.nn.Module, tokens: torch.Tensor, solve: Callable[[int, int,
         for name, module in linears.items():
             if counts[name]:
                 if not torch.isfinite(moments[name]).all():
-                    raise InputError(f"decoder layer {index}, {name}: an activation is NaN or Inf: check the checkpoint")
+                    where = f"decoder layer {index}, {name}"
+                    raise InputError(f"{where}: an activation is NaN or Inf: check the checkpoint")
                 layers.append(Layer(name, module, moments[name] / counts[name]))
         solve(index, len(decoder), layers)
         for i, state in enumerate(states):
