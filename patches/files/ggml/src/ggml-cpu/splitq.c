@@ -18,6 +18,19 @@
 #define SPLITQ_NEON
 #endif
 
+// One instruction where the processor has it; ggml's own conversion takes a dozen.
+static inline float to_float(ggml_half h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#elif defined(SPLITQ_NEON)
+    __fp16 f;
+    memcpy(&f, &h, sizeof(f));
+    return f;
+#else
+    return GGML_FP16_TO_FP32(h);
+#endif
+}
+
 // Each instruction set gives the same few pieces:
 //   ints             32 small integers, one byte each, in order
 //   lanes            8 int32 sums of 4 neighbouring products
@@ -26,7 +39,8 @@
 //   look_up          codes -> levels
 //   dot_signed, dot_unsigned   ints (signed levels, or codes 0..15) times q8_0 ints -> lanes
 //   equal            1 where two ints are equal, else 0
-//   add_scaled       sums + d * lanes, fused
+//   scaled_half      d * h, h a half, ready for add_scaled
+//   add_scaled       sums + factor * lanes, fused
 //   total            the end of the order described in splitq.h
 
 #if defined(SPLITQ_AVX2)
@@ -34,14 +48,15 @@
 typedef __m256i ints;
 typedef __m256i lanes;
 typedef __m256  sums;
+typedef __m256  factor;
 
 static inline ints load_q8(const block_q8_0 * y) {
     return _mm256_loadu_si256((const __m256i *) y->qs);
 }
 
 static inline ints load_4bit(const uint8_t * qs) {
-    const __m128i q = _mm_loadu_si128((const __m128i *) qs);
-    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(q, 4), q), _mm256_set1_epi8(15));
+    const __m256i q = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) qs));
+    return _mm256_and_si256(_mm256_srlv_epi64(q, _mm256_setr_epi64x(0, 0, 4, 4)), _mm256_set1_epi8(15));
 }
 
 static inline ints load_2bit(const uint8_t * qs) {
@@ -95,8 +110,16 @@ static inline sums no_sums(void) {
     return _mm256_setzero_ps();
 }
 
-static inline sums add_scaled(sums acc, float d, lanes l) {
-    return _mm256_fmadd_ps(_mm256_set1_ps(d), _mm256_cvtepi32_ps(l), acc);
+static inline factor scaled_half(float d, ggml_half h) {
+#if defined(__F16C__)
+    return _mm256_mul_ps(_mm256_set1_ps(d), _mm256_cvtph_ps(_mm_set1_epi16((short) h)));
+#else
+    return _mm256_set1_ps(d*GGML_FP16_TO_FP32(h));
+#endif
+}
+
+static inline sums add_scaled(sums acc, factor d, lanes l) {
+    return _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(l), acc);
 }
 
 static inline float total(sums even, sums odd) {
@@ -111,6 +134,7 @@ static inline float total(sums even, sums odd) {
 typedef struct { int8x16_t half[2]; }   ints;
 typedef struct { int32x4_t half[2]; }   lanes;
 typedef struct { float32x4_t half[2]; } sums;
+typedef float factor;
 
 static inline ints load_q8(const block_q8_0 * y) {
     return (ints) {{ vld1q_s8(y->qs), vld1q_s8(y->qs + 16) }};
@@ -192,7 +216,11 @@ static inline sums no_sums(void) {
     return (sums) {{ vdupq_n_f32(0), vdupq_n_f32(0) }};
 }
 
-static inline sums add_scaled(sums acc, float d, lanes l) {
+static inline factor scaled_half(float d, ggml_half h) {
+    return d*to_float(h);
+}
+
+static inline sums add_scaled(sums acc, factor d, lanes l) {
     return (sums) {{
         vfmaq_n_f32(acc.half[0], vcvtq_f32_s32(l.half[0]), d),
         vfmaq_n_f32(acc.half[1], vcvtq_f32_s32(l.half[1]), d),
@@ -210,6 +238,7 @@ static inline float total(sums even, sums odd) {
 typedef struct { int8_t  v[32]; } ints;
 typedef struct { int32_t v[8]; }  lanes;
 typedef struct { float   v[8]; }  sums;
+typedef float factor;
 
 static inline ints load_q8(const block_q8_0 * y) {
     ints r;
@@ -269,7 +298,11 @@ static inline sums no_sums(void) {
     return (sums) {{ 0 }};
 }
 
-static inline sums add_scaled(sums acc, float d, lanes l) {
+static inline factor scaled_half(float d, ggml_half h) {
+    return d*to_float(h);
+}
+
+static inline sums add_scaled(sums acc, factor d, lanes l) {
     for (int i = 0; i < 8; ++i) { acc.v[i] = fmaf(d, (float) l.v[i], acc.v[i]); }
     return acc;
 }
@@ -292,29 +325,6 @@ static inline ints codes_sq2(const splitq_block_sq2 * x) { return load_2bit(x->q
 #include "ggml-splitq-levels.h"
 #undef SPLITQ_LEVELS
 
-#if defined(SPLITQ_AVX512)
-
-// Two blocks at a time: the sixteen sums of splitq.h are the sixteen lanes. Levels are made unsigned by adding
-// 128, which adds 128 * sum(y); a second dot product with a constant takes that away again.
-static inline __m512 add_two(__m512 acc, ints l0, ints l1, const block_q8_0 * y, float d0, float d1) {
-    const __m512i v = _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(l0), l1, 1), _mm512_set1_epi8(-128));
-    const __m512i u = _mm512_inserti64x4(_mm512_castsi256_si512(load_q8(y)), load_q8(y + 1), 1);
-    const __m512i z = _mm512_setzero_si512();
-    const __m512i l = _mm512_sub_epi32(_mm512_dpbusd_epi32(z, v, u), _mm512_dpbusd_epi32(z, _mm512_set1_epi8(-128), u));
-    const __m512  d = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_set1_ps(d0)), _mm256_set1_ps(d1), 1);
-    return _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(l), acc);
-}
-
-#define SPLITQ_PAIRS(name)                                                                                            \
-    __m512 acc = _mm512_setzero_ps();                                                                                 \
-    for (; ib + 1 < nb; ib += 2) {                                                                                    \
-        acc = add_two(acc, look_up(codes_##name(x + ib), table_##name), look_up(codes_##name(x + ib + 1), table_##name), \
-                      y + ib, SPLITQ_D(ib), SPLITQ_D(ib + 1));                                                        \
-    }                                                                                                                 \
-    sums even = _mm512_castps512_ps256(acc), odd = _mm512_extractf32x8_ps(acc, 1);
-
-#else
-
 #define SPLITQ_PAIRS(name)                                                                                            \
     sums even = no_sums(), odd = no_sums();                                                                           \
     for (; ib + 1 < nb; ib += 2) {                                                                                    \
@@ -322,9 +332,7 @@ static inline __m512 add_two(__m512 acc, ints l0, ints l1, const block_q8_0 * y,
         odd  = add_scaled(odd,  SPLITQ_D(ib + 1), dot_signed(look_up(codes_##name(x + ib + 1), table_##name), load_q8(y + ib + 1))); \
     }
 
-#endif
-
-#define SPLITQ_D(ib) (splitq_scale[x[ib].d] * GGML_FP16_TO_FP32(y[ib].d))
+#define SPLITQ_D(ib) scaled_half(splitq_scale[x[ib].d], y[ib].d)
 
 #define SPLITQ_VEC_DOT(name)                                                                                          \
     void splitq_vec_dot_##name##_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) { \
@@ -358,11 +366,10 @@ void splitq_vec_dot_sq4x_q8_0(int n, float * s, size_t bs, const void * vx, size
             const ints  codes = load_4bit(x->sub[ib].qs);
             const ints  range = load_2bit(x->sub[ib].range);
             const ints  q8    = load_q8(y);
-            const float d     = GGML_FP16_TO_FP32(y->d);
             for (int r = 0; r < 3; ++r) {
                 const ints inside = equal(range, r);
-                acc[ib%2] = add_scaled(acc[ib%2], d*GGML_FP16_TO_FP32(x->scale[r]), dot_unsigned(product(codes, inside), q8));
-                acc[ib%2] = add_scaled(acc[ib%2], d*GGML_FP16_TO_FP32(x->min[r]),   dot_unsigned(inside, q8));
+                acc[ib%2] = add_scaled(acc[ib%2], scaled_half(to_float(x->scale[r]), y->d), dot_unsigned(product(codes, inside), q8));
+                acc[ib%2] = add_scaled(acc[ib%2], scaled_half(to_float(x->min[r]), y->d), dot_unsigned(inside, q8));
             }
         }
     }
