@@ -3,7 +3,7 @@
 The model runs in PyTorch through transformers. For each decoder layer, in order: its linear layers see the calibration
 tokens as they come out of the layers already quantized, their input second moments X^T X are added up in float32 per
 batch and float64 in all, their weights are solved, put back, and the layer runs again to feed the next one. The huge
-activations of a sequence's first token stay in the moments: leaving them out made the result worse (README).
+activations of a sequence's first token stay in the moments: without them the result measured worse.
 
 GGUF tensors are found by content, not by name: a matrix of the GGUF is a permutation of the rows of one linear layer
 (llama.cpp reorders the rows of Q and K), so rows are matched by their values. What no layer matches (experts in fused
