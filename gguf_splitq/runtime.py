@@ -323,7 +323,11 @@ def _open_tar(archive: Path) -> tarfile.TarFile:
 
 
 def _copy(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder, symlinks=True, ignore=shutil.ignore_patterns(".git"))
+    try:
+        shutil.copytree(source, folder, symlinks=True, ignore=shutil.ignore_patterns(".git"))
+    except shutil.Error as error:
+        failed, _, cause = error.args[0][0]  # one entry for every file that could not be copied
+        raise OSError(f"{failed}: {cause}, and {len(error.args[0]) - 1} more") from error
 
 
 # --- building --------------------------------------------------------------------------------------------------------

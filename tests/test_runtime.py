@@ -363,3 +363,11 @@ def test_cache_folder_variables(monkeypatch):
     assert runtime.cache() == Path("/xdg/gguf-splitq")
     monkeypatch.setenv("GGUF_SPLITQ_CACHE", "/elsewhere")
     assert runtime.cache() == Path("/elsewhere")
+
+
+def test_a_copy_that_fails_names_the_first_file(tmp_path):
+    (tmp_path / "source").mkdir()
+    for name in "abc":
+        os.mkfifo(tmp_path / "source" / name)
+    with pytest.raises(OSError, match=r"named pipe.*, and 2 more"):
+        runtime._copy(tmp_path / "source", tmp_path / "target")
