@@ -325,9 +325,17 @@ static inline ints codes_sq2(const splitq_block_sq2 * x) { return load_2bit(x->q
 #include "ggml-splitq-levels.h"
 #undef SPLITQ_LEVELS
 
+// Four blocks to a turn: the loop's own instructions count beside some fifteen a block.
+#if defined(__GNUC__)
+#define SPLITQ_UNROLL _Pragma("GCC unroll 2")
+#else
+#define SPLITQ_UNROLL
+#endif
+
 #define SPLITQ_PAIRS(name)                                                                                            \
     sums even = no_sums(), odd = no_sums();                                                                           \
-    for (; ib + 1 < nb; ib += 2) {                                                                                    \
+    SPLITQ_UNROLL                                                                                                     \
+    for (; ib < (nb & ~1); ib += 2) {                                                                                 \
         even = add_scaled(even, SPLITQ_D(ib),     dot_signed(look_up(codes_##name(x + ib),     table_##name), load_q8(y + ib)));     \
         odd  = add_scaled(odd,  SPLITQ_D(ib + 1), dot_signed(look_up(codes_##name(x + ib + 1), table_##name), load_q8(y + ib + 1))); \
     }
