@@ -40,6 +40,7 @@ class Source:
     files: list[Path]  # all inputs, none of which may be overwritten
     child: _Child | None = None
     folder: Path | None = None  # of a Hugging Face checkpoint
+    scratch: Path | None = None  # a temporary folder beside the output, there as long as the child
 
     def data(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Gguf:
         """The GGUF with its data, once the child (if any) has written it; progress gets bytes done and in all."""
@@ -65,7 +66,7 @@ def opened(
     total = sum(shard.stat().st_size for shard in shards)
     with temporary_folder(scratch, name) as temp:
         with _Child(path, temp / "model.gguf", outtype, hub_name, total, header_only) as child:
-            yield Source(name, child.header(), [*shards, path / "config.json"], child, path)
+            yield Source(name, child.header(), [*shards, path / "config.json"], child, path, temp)
 
 
 def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:

@@ -74,12 +74,14 @@ def convert(
         kv |= matrix.metadata() if matrix else {}
         chosen = options(rules, token_embedding_type, output_tensor_type, imatrix, calib, calib_tokens)
         kv = metadata(kv, target, chosen)
-        with (
-            display.Progress() as progress,
-            source.data(progress.read) as file,
-            checkpoint.temporary_folder(folder, source.name) as scratch,
-        ):
-            solved = solve_all(source, file, entries, calib, calib_tokens, scratch, threads, progress.layer)
+        with display.Progress() as progress, source.data(progress.read) as file:
+            solved = None
+            if calib:
+                from . import solve
+
+                solved = solve.run(
+                    source.folder, file, entries, calib, calib_tokens, source.scratch, threads, progress.layer
+                )
             progress.start(entries)
             entries, stats = rewrite.rewrite(
                 file, entries, kv, path, importance, threads, limit, solved and solved.rows, progress.done
@@ -151,15 +153,6 @@ def check_calibration(calib: str | Path | None, tokens: int, imatrix: str | Path
         raise UsageError(f"{calib}: there is no such text: give a file, or `self`")
     if tokens < 2048:
         raise UsageError(f"--calib-tokens {tokens} is too few to tell anything: give 2048 or more")
-
-
-def solve_all(source, file, entries, calib, tokens, scratch, threads, progress):
-    """Error feedback for the whole model, or None without `calib`."""
-    if not calib:
-        return None
-    from . import solve
-
-    return solve.run(source.folder, file, entries, calib, tokens, scratch, threads, progress)
 
 
 def calibration_report(solved) -> dict | None:

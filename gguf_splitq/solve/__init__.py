@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from ..gguf_file import Gguf
+from ..gguf_file import Gguf, disk_error
 from ..plan import Entry
 from ..rewrite import to_float32
 
@@ -99,11 +99,15 @@ def run(
         if fmt is None:
             return None
         path = scratch / entry.name
-        np.concatenate(matrices).tofile(path)
+        packed = np.concatenate(matrices)
+        try:
+            packed.tofile(path)
+        except OSError as error:
+            raise disk_error(error, scratch, packed.nbytes) from error
         stored = np.memmap(path, np.uint8, "r", shape=(tensor.n_rows, entry.target.row_bytes(tensor.n_cols)))
         return stored, {stage: float(np.mean([e[stage] for e in errors])) for stage in errors[0]}
 
     # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.
-    with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
+    with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool:
         calibrate.run(model, calibration, solve_layer)
     return solved

@@ -92,7 +92,7 @@ def sample_tokens(model: torch.nn.Module, count: int, seed: int = 0, temperature
 
 @torch.no_grad()
 def run(model: torch.nn.Module, tokens: torch.Tensor, solve: Callable[[int, int, list[Layer]], None]) -> None:
-    """Walk through the decoder layers; `solve(index, layers, linears)` replaces the weights of the linear layers.
+    """Walk through the decoder layers; `solve(index, count, layers)` replaces the weights of the linear ones.
 
     Raises InputError when an activation is NaN or Inf, UnsupportedError when the model has no list of decoder layers.
     """
