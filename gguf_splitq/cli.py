@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, metavar="N", help="threads, llama.cpp's choice unless given")
     p.add_argument("--max-kld", type=float, help="fail (exit code 5) when the mean KL divergence is above")
     p.add_argument("--max-ppl-ratio", type=float, help="fail (exit code 5) when perplexity / baseline's is above")
+    p.add_argument("--force", action="store_true", help="measure even on text that FILE was calibrated on")
     p.add_argument("--report", metavar="FILE", help="write the numbers as JSON")
 
     command("types", _types, "List the tensor types with their bits per weight.")

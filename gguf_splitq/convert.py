@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import __version__, checkpoint, display, gguf_file, patching, plan, rewrite, types
+from . import __version__, checkpoint, display, gguf_file, overlap, patching, plan, rewrite, types
 from .errors import UsageError
 from .gguf_file import Value
 from .imatrix import load as load_imatrix
@@ -74,6 +74,9 @@ def convert(
         kv |= matrix.metadata() if matrix else {}
         chosen = options(rules, token_embedding_type, output_tensor_type, imatrix, calib, calib_tokens)
         kv = metadata(kv, target, chosen)
+        if calib and calib != "self":
+            text = Path(calib).read_text(encoding="utf-8", errors="replace")
+            kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text))
         with display.Progress() as progress, source.data(progress.read) as file:
             solved = None
             if calib:

@@ -47,8 +47,10 @@ class Value:
     raw: bytes
 
     @classmethod
-    def of(cls, value: int | str) -> Value:
-        """A u32 from an int, a string from a str."""
+    def of(cls, value: int | str | np.ndarray) -> Value:
+        """A u32 from an int, a string from a str, an array of u32 from a NumPy array."""
+        if isinstance(value, np.ndarray):
+            return cls(_ARRAY, struct.pack("<IQ", _U32, value.size) + value.astype("<u4").tobytes())
         if isinstance(value, int):
             return cls(_U32, struct.pack("<I", value))
         return cls(_STRING, _string(value))

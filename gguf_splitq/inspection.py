@@ -12,6 +12,7 @@ from rich.table import Table
 from . import display, gguf_file, plan
 from .gguf_file import Tensor
 
+_TOO_LONG = "gguf_splitq.calib_lines"
 _KEYS = ("general.architecture", "general.name", "general.size_label", "general.file_type", "gguf_splitq.", "quantize.")
 
 
@@ -30,7 +31,7 @@ def inspect(file: str | Path, json: bool = False) -> dict:
             "weights": everything["weights"],
             "bpw": everything["bpw"],
             "linear_bpw": _linear_bpw(source),
-            "metadata": {key: source.get(key) for key in source.kv if key.startswith(_KEYS)},
+            "metadata": {key: source.get(key) for key in source.kv if key.startswith(_KEYS) and key != _TOO_LONG},
             "types": _groups(source.tensors, lambda t: {"type": gguf_file.type_name(t.type_id)}),
             "kinds": _groups(source.tensors, lambda t: {"kind": kind(t.name), "type": gguf_file.type_name(t.type_id)}),
         }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from . import display, gguf_file, runtime
+from . import display, gguf_file, overlap, runtime
 from .errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
 from .gguf_file import mib
 from .inspection import linear_bpw
@@ -157,16 +157,20 @@ def check(returncode: int, output: str, file, text) -> str:
 
 
 def validate(
-    file, baseline, text, ctx=512, chunks=None, threads=None, max_kld=None, max_ppl_ratio=None, report=None
+    file, baseline, text, ctx=512, chunks=None, threads=None, max_kld=None, max_ppl_ratio=None, report=None, force=False
 ) -> dict:
     """Measures `file` against `baseline` on `text`, prints a table, and returns the dict of `Baseline.compare`.
 
-    report: a JSON file for the same dict. Raises ValidationFailed when the mean KL divergence is above max_kld (nats)
+    report: a JSON file for the same dict. force: measure even on text that `file` was calibrated on, which UsageError
+    refuses otherwise. Raises ValidationFailed when the mean KL divergence is above max_kld (nats)
     or the perplexity ratio above max_ppl_ratio, after table and report are written; otherwise as Baseline.
     """
     if report is not None and not Path(report).absolute().parent.is_dir():
         raise UsageError(f"--report {report}: its folder does not exist: create it first")
-    with Baseline(baseline, text, ctx, chunks, threads) as base:
+    prepared = Baseline(baseline, text, ctx, chunks, threads)
+    if not force:
+        check_overlap(file, text)
+    with prepared as base:
         result = {"file": str(file), "baseline": str(baseline), "text": str(text)} | base.compare(file)
     print_table([result])
     if report is not None:
@@ -176,6 +180,25 @@ def validate(
         if limit is not None and result[key] > limit:
             raise ValidationFailed(f"{file}: its {what} of {result[key]:.5f} is above {limit}: choose a larger type")
     return result
+
+
+def check_overlap(file, text) -> None:
+    """UsageError when `file` was made with a calibration text, or an importance matrix of one, that `text` overlaps.
+
+    What it was made with is in its metadata: the text's fingerprint, or the path of the matrix's text, if it is there.
+    """
+    with gguf_file.read(file) as header:
+        known = header.get("gguf_splitq.calib_lines", [])
+        dataset = Path(header.get("quantize.imatrix.dataset", ""))
+    words = Path(text).read_text(encoding="utf-8", errors="replace")
+    count = overlap.shared(known, words)
+    if not count and dataset.is_file():
+        count = overlap.shared(overlap.fingerprint(dataset.read_text(encoding="utf-8", errors="replace")), words)
+    if count:
+        raise UsageError(
+            f"{text}: {count} of its lines are in the text that {file} was calibrated on, so that the result would "
+            "flatter: give another text, or --force"
+        )
 
 
 def print_table(results: list[dict]) -> None:

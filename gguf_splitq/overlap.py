@@ -1,0 +1,51 @@
+"""Whether a file is measured on the text it was calibrated on: that text's fingerprint travels in the metadata.
+
+Documents of one kind share the lines that their template prescribes without being the same text. So what counts as
+shared is `LINES` lines in a row, or as many lines anywhere that are too long for a template. Lines of fewer than
+`SHORT` characters say nothing (a brace, a heading) and are left out.
+
+The fingerprint holds checksums of every `LINES` lines in a row, of the long lines and of the whole text: four to eight
+bytes a line, about 60 kB for a megabyte, and no way back to the text. All of them are kept, since a sample of them
+could not tell a few shared lines.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+import numpy as np
+
+LINES = 8
+SHORT, LONG = 20, 80  # characters
+
+
+def fingerprint(text: str) -> np.ndarray:
+    """uint32, sorted and distinct."""
+    lines = _lines(text)
+    return np.unique(np.array([*_rows(lines), *_long(lines), _checksum(lines)], np.uint32))
+
+
+def shared(known: Iterable[int], text: str) -> int:
+    """How many lines of `text` are also in the text whose fingerprint is `known`; 0 where they are too few to count."""
+    known, lines = set(map(int, known)), _lines(text)
+    if lines and _checksum(lines) in known:
+        return len(lines)
+    rows, long = len(known & _rows(lines)), len(known & _long(lines))
+    return max(rows + LINES - 1 if rows else 0, long if long >= LINES else 0)
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in (" ".join(line.split()) for line in text.splitlines()) if len(line) >= SHORT]
+
+
+def _rows(lines: list[str]) -> set[int]:
+    return {_checksum(lines[i : i + LINES]) for i in range(len(lines) - LINES + 1)}
+
+
+def _long(lines: list[str]) -> set[int]:
+    return {_checksum([line]) for line in lines if len(line) >= LONG}
+
+
+def _checksum(lines: list[str]) -> int:
+    return zlib.crc32("\n".join(lines).encode("utf-8", "replace"))

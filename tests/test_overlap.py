@@ -1,0 +1,71 @@
+"""Which texts count as overlapping, and that `validate` refuses to measure on a calibration text."""
+
+import crafted
+import numpy as np
+import pytest
+
+from gguf_splitq import cli, gguf_file, inspection, overlap, validate
+from gguf_splitq.errors import UsageError
+from gguf_splitq.gguf_file import Value
+
+CALIB = (crafted.DEMO / "calib.txt").read_text()
+EVAL = (crafted.DEMO / "eval.txt").read_text()
+
+
+def lines(n: int, word: str, length: int = 30) -> list[str]:
+    return [f"{word} number {i} ".ljust(length, "x") for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    "taken, found",
+    [
+        (lines(7, "a"), 0),
+        (lines(8, "a"), 8),
+        (lines(20, "a")[5:15], 10),
+        (lines(8, "a")[::-1], 0),  # a template's lines, in another order
+        (lines(7, "long", 80), 0),
+        (lines(8, "long", 80)[::-1], 8),
+        ([f"  {line}  " for line in lines(8, "a")], 8),
+        (["}", "", "# heading"] * 10, 0),
+    ],
+)
+def test_eight_lines_in_a_row_or_eight_long_ones(taken, found):
+    known = overlap.fingerprint("\n".join([*lines(20, "a"), "}", "", "# heading", *lines(9, "long", 80)] * 2))
+    assert overlap.shared(known, "\n".join([*lines(50, "other"), *taken, *lines(50, "another", 100)])) == found
+
+
+def test_demo_texts_do_not_overlap():
+    known = overlap.fingerprint(CALIB)
+    assert overlap.shared(known, EVAL) == 0
+    assert overlap.shared(known, CALIB) > 1000
+    assert 4 * len(known) < 0.2 * len(CALIB) and (np.diff(known.astype(np.int64)) > 0).all()
+    short = overlap.fingerprint("One line of a text that is short.")
+    assert overlap.shared(short, "One line of a text that is short.\n") == 1
+    assert overlap.shared([], "") == overlap.shared(overlap.fingerprint(""), "") == 0
+
+
+def calibrated(path, **kv):
+    """A GGUF without tensors that names its calibration text."""
+    path.write_bytes(gguf_file.header({key: Value.of(value) for key, value in kv.items()}, []))
+    return path
+
+
+def test_validate_refuses_the_calibration_text(tmp_path, capsys):
+    text, other = tmp_path / "calib.txt", tmp_path / "eval.txt"
+    text.write_text(CALIB)
+    other.write_text(EVAL + "\n".join(CALIB.splitlines()[1000:1030]))
+    fed = calibrated(tmp_path / "fed.gguf", **{"gguf_splitq.calib_lines": overlap.fingerprint(CALIB)})
+    weighted = calibrated(tmp_path / "weighted.gguf", **{"quantize.imatrix.dataset": str(text)})
+    moved = calibrated(tmp_path / "moved.gguf", **{"quantize.imatrix.dataset": str(tmp_path / "no more")})
+    for file in (fed, weighted):
+        for overlapping in (text, other):
+            with pytest.raises(UsageError, match=f"{overlapping.name}.*{file.name}.*--force"):
+                validate.check_overlap(file, overlapping)
+        validate.check_overlap(file, crafted.DEMO / "eval.txt")
+    validate.check_overlap(moved, text)
+    assert "calib_lines" not in str(inspection.inspect(fed))
+    capsys.readouterr()
+    arguments = ["validate", str(fed), "--baseline", str(fed), "--text", str(text)]
+    assert cli.main(arguments) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.main([*arguments, "--force", "--ctx", "512"]) != 2
