@@ -47,7 +47,7 @@ def test_large_problems_fill_the_budget_and_repeat():
     weights, scale = rng.integers(1, 40, 200) * 32_768, rng.exponential(size=200)
     bits = {"sq2": 2.25, "sq3": 3.25, "sq4": 4.25, "q6_k": 6.5625}
     sizes = {i: {t: int(weights[i] * b / 8) for t, b in bits.items()} for i in range(200)}
-    costs = {i: {t: float(scale[i] * 4.0**-b) for t, b in bits.items()} for i in range(200)}
+    costs = {i: {t: float(weights[i] * scale[i] * 4.0**-b) for t, b in bits.items()} for i in range(200)}
     limit = int(weights.sum() * 3.5 / 8)
     plan = budget.choose(costs, sizes, limit)
     assert plan == budget.choose(costs, sizes, limit)
