@@ -160,7 +160,7 @@ def check_calibration(calib: str | Path | None, tokens: int, imatrix: str | Path
 
 def calibration_report(solved) -> dict | None:
     """What the calibration did: tokens seen, output error of every solved tensor by stage, tensors left out."""
-    return solved and {"tokens": solved.tokens, "errors": solved.errors, "left": solved.left}
+    return solved and {key: getattr(solved, key) for key in ("tokens", "errors", "left", "pooled")}
 
 
 def peak_ram(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gguf_splitq import convert, errors, gguf_file, types
-from gguf_splitq.solve import calibrate, formats, solver
+from gguf_splitq.solve import formats, solver
 
 torch.set_num_threads(1)  # the problems are too small to share
 
@@ -93,14 +93,6 @@ def test_bad_hessians_are_refused(runtime_library):
         solver.solve(weight, hessian * torch.nan, fmt)
     with pytest.raises(errors.InputError, match="not positive definite"):
         solver.solve(weight, 1.9 * torch.eye(64).double() - 0.9, fmt)
-
-
-def test_rows_are_matched_by_content():
-    layers = [calibrate.Layer(n, torch.nn.Linear(32, 16, bias=False), torch.eye(32)) for n in ("other", "this")]
-    order = np.random.default_rng(0).permutation(16)
-    found, rows = calibrate.match(layers[1].weight.detach().numpy()[order], layers)
-    assert found.name == "this" and (rows == order).all()
-    assert calibrate.match(np.zeros((16, 32), np.float32), layers) is None
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,13 @@ class Solved:
     """rows: tensor name -> uint8 [n_rows, row_bytes], memory-mapped. errors: tensor name -> the solver's, by stage.
 
     left: tensors of a type the solver handles that no linear layer of the model matches; they are rounded to nearest.
+    pooled: matrices solved with the Hessian of all experts of the layer, because this expert saw too few tokens.
     """
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    pooled: list[str] = field(default_factory=list)
     tokens: int = 0
 
 
@@ -55,25 +57,22 @@ def run(
     import torch
 
     from . import calibrate, formats, solver
+    from .model import Model
 
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = calibrate.load(folder, device)
-    if calib == "self":
-        calibration = calibrate.sample_tokens(model, tokens)
-    else:
-        calibration = calibrate.read_tokens(folder, Path(calib), tokens)
+    model = Model(folder, device)
+    calibration = model.sample_tokens(tokens) if calib == "self" else model.read_tokens(Path(calib), tokens)
     wanted = [e for e in entries if e.quantized and e.name.startswith("blk.")]
     solved = Solved(tokens=calibration.numel())
 
-    def solve_layer(index: int, count: int, layers: list[calibrate.Layer]) -> None:
+    def solve_layer(index: int, layers: list[calibrate.Layer]) -> None:
         chosen = [entry for entry in wanted if entry.name.startswith(f"blk.{index}.")]
         for entry, result in zip(chosen, pool.map(lambda entry: solve_tensor(entry, layers), chosen), strict=True):
             if result is not None:
                 solved.rows[entry.name], solved.errors[entry.name] = result
             elif formats.for_type(entry.target):
                 solved.left.append(entry.name)
-        progress(index + 1, count)
 
     def solve_tensor(entry: Entry, layers: list[calibrate.Layer]) -> tuple[np.ndarray, dict[str, float]] | None:
         """The stored rows and the errors; puts into the model what is stored, so that the next layers see it."""
@@ -87,14 +86,16 @@ def run(
             layer, order = found
             if fmt is None:
                 stored = torch.from_numpy(entry.target.decode(entry.target.encode(rows)))
-                layer.module.weight[torch.from_numpy(order)] = stored.to(device)
+                layer.weight[order.to(device)] = stored.to(layer.weight)
                 continue
+            if layer.pooled:
+                solved.pooled.append(entry.name if len(tensor.shape) < 3 else f"{entry.name}[{len(matrices)}]")
             try:
-                solution = solver.solve(layer.weight, layer.hessian, fmt)
+                solution = solver.solve(torch.from_numpy(rows).to(device), layer.hessian, fmt)
             except InputError as error:
                 raise InputError(f"tensor {entry.name!r}: {error}") from error
-            layer.module.weight.copy_(solution.weight)
-            matrices.append(solution.packed.numpy()[order])
+            layer.weight[order.to(device)] = solution.weight.to(layer.weight)
+            matrices.append(solution.packed.cpu().numpy())
             errors.append(solution.errors)
         if fmt is None:
             return None
@@ -107,7 +108,14 @@ def run(
         stored = np.memmap(path, np.uint8, "r", shape=(tensor.n_rows, entry.target.row_bytes(tensor.n_cols)))
         return stored, {stage: float(np.mean([e[stage] for e in errors])) for stage in errors[0]}
 
+    states = model.inputs(calibration)
     # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.
-    with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool:
-        calibrate.run(model, calibration, solve_layer)
+    with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
+        for index in range(len(model)):
+            with model.layer(index) as module:
+                solve_layer(index, calibrate.layers_of(model, module, index, states))
+                for i, state in enumerate(states):
+                    states[i] = model.forward(module, index, state).to(state.device)
+            progress(index + 1, len(model))
+    solved.pooled.sort()
     return solved

@@ -1,0 +1,326 @@
+"""A causal language model that is never whole in memory: one decoder layer at a time, read when its turn comes.
+
+transformers builds the model from its configuration without weights (on PyTorch's meta device) and converts the
+checkpoint's tensors as it loads them: renames, joins, stacks the experts of a mixture. Both are its own machinery
+(core_model_loading.py), here given the tensors of one layer instead of all. What a layer is called with besides the
+hidden states (masks, positions, which differ between layers with and without sliding attention) is caught from a run
+of the model itself, its layers left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from ..errors import InputError, SplitqError, UnsupportedError
+
+CONTEXT = 512  # tokens per sequence: what llama-perplexity and llama-imatrix use
+BATCH = 8  # sequences
+REST = -1  # stands for the tensors outside the decoder layers
+
+
+class Model:
+    """A causal language model of which one decoder layer at a time is in memory.
+
+    folder: a Hugging Face checkpoint in safetensors, or a GGUF file of an architecture that transformers can read.
+    dtype: of weights and hidden states, float32 or bfloat16. Embeddings, final norm and output stay loaded.
+    Raises UnsupportedError when transformers cannot load it, InputError when a tensor is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.path, self.device, self.dtype = Path(folder), torch.device(device), dtype
+        # What transformers is pointed at: a folder, with the name of the GGUF in it when it is one.
+        self.source = {"pretrained_model_name_or_path": str(folder)}
+        if self.path.is_file():
+            self.source = {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
+        self.arguments: dict[torch.Size, list[tuple[tuple, dict]]] = {}  # by [batch, CONTEXT], then by layer
+        self.tuples = False  # whether a layer returns its hidden states as the first of a tuple
+        with self._explained():
+            self._build()
+
+    def __len__(self) -> int:
+        """The number of decoder layers."""
+        return len(self.layers)
+
+    def read_tokens(self, text: Path, count: int) -> torch.Tensor:
+        """int64 [sequences, CONTEXT] taken evenly from a text, the model's first token in front of each sequence.
+
+        Raises InputError when the text gives less than four sequences, or the tokenizer is not this model's.
+        """
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
+            ids = tokenizer(text.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
+        except Exception as error:  # a tokenizer's library raises whatever it likes
+            raise UnsupportedError(
+                f"{self.path}: transformers cannot load a tokenizer from it ({_line(error)}): use --calib self"
+            ) from error
+        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        size = self.module.get_input_embeddings().num_embeddings
+        if (largest := max(first + ids, default=0)) >= size:
+            raise InputError(
+                f"{self.path}: the tokenizer gives token {largest} and the embedding has {size} rows: "
+                "put the tokenizer there that belongs to this checkpoint"
+            )
+        body = CONTEXT - len(first)
+        available = len(ids) // body
+        sequences = min(available, count // CONTEXT)
+        if sequences < 4:
+            raise InputError(f"{text}: {len(ids)} tokens are too few to calibrate on: give at least {4 * body}")
+        rows = torch.tensor(ids[: available * body]).view(available, body)
+        rows = rows[torch.linspace(0, available - 1, sequences).long()]
+        return torch.cat([torch.tensor(first, dtype=torch.long).expand(sequences, len(first)), rows], 1)
+
+    @torch.no_grad()
+    def sample_tokens(self, count: int, seed: int = 0, temperature: float = 1.0) -> torch.Tensor:
+        """int64 [sequences, CONTEXT] drawn from the model itself, each sequence started by its first token.
+
+        The model is whole in memory meanwhile. Raises UnsupportedError when it names no first token.
+        """
+        first = self.module.generation_config.bos_token_id
+        if first is None:
+            raise UnsupportedError(f"{self.path}: the model names no first token to sample from: give a --calib text")
+        torch.manual_seed(seed)
+        sequences, parts = max(4, count // CONTEXT), []
+        with contextlib.ExitStack() as stack:
+            for index in range(len(self)):
+                stack.enter_context(self.layer(index))
+            for start in range(0, sequences, 64):
+                prompt = torch.full((min(64, sequences - start), 1), first, device=self.device)
+                parts.append(
+                    self.module.generate(
+                        prompt, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=first,
+                        min_new_tokens=CONTEXT - 1, max_new_tokens=CONTEXT - 1,
+                    ).cpu()
+                )  # fmt: skip
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def inputs(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """The hidden states entering layer 0 for int64 [sequences, CONTEXT]: [BATCH, CONTEXT, hidden], on the CPU.
+
+        Raises UnsupportedError when layers are called with more that depends on the tokens than the hidden states.
+        """
+        states = []
+        for batch in tokens.split(BATCH):
+            hidden, arguments = self._catch(batch.to(self.device))
+            if not _same(arguments, self.arguments.setdefault(batch.shape, arguments)):
+                raise UnsupportedError(
+                    f"{self.path}: decoder layers of {type(self.module).__name__} see the tokens themselves: "
+                    "convert without --calib"
+                )
+            states.append(hidden.cpu())
+        return states
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[torch.nn.Module]:
+        """The decoder layer with its weights, which are gone afterwards.
+
+        Raises InputError when a tensor is missing, has the wrong shape, or holds NaN or Inf.
+        """
+        layer = self.layers[index]
+        empty = layer.state_dict(keep_vars=True)
+        try:
+            with self._explained():
+                self._load(index)
+            yield layer.requires_grad_(False)
+        finally:
+            for name, tensor in empty.items():
+                owner, _, attribute = name.rpartition(".")
+                setattr(layer.get_submodule(owner), attribute, tensor)
+
+    def forward(self, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """[batch, CONTEXT, hidden] after `layer`, on the device, called as the model calls its layer `index`."""
+        shape = hidden.shape[:2]
+        if shape not in self.arguments:
+            self.arguments[shape] = self._catch(torch.zeros(shape, dtype=torch.long, device=self.device))[1]
+        args, kwargs = self.arguments[shape][index]
+        result = layer(hidden.to(self.device), *args, **kwargs)
+        self.tuples = isinstance(result, tuple)
+        return result[0] if self.tuples else result
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits [batch, CONTEXT, vocabulary] of the hidden states after the last layer."""
+        hidden = hidden.to(self.device)
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        with self._standing_in(lambda *_, **__: (hidden,) if self.tuples else hidden):
+            return self.module(tokens, use_cache=False).logits.float()
+
+    # How it is built and loaded
+
+    def _build(self) -> None:
+        config = transformers.AutoConfig.from_pretrained(**self.source, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            raise UnsupportedError(f"{self.path}: the checkpoint is quantized already: convert without --calib")
+        with contextlib.ExitStack() as stack:
+            for context in transformers.PreTrainedModel.get_init_context(self.dtype, False, False, None):
+                stack.enter_context(context)
+            # "eager" calls F.linear for each expert, which is where calibrate.py listens.
+            self.module = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, experts_implementation="eager", trust_remote_code=False
+            )
+        self.module.eval().requires_grad_(False)
+        lists = {name: m for name, m in self.module.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)}
+        if not lists:
+            raise UnsupportedError(
+                f"{self.path}: {type(self.module).__name__} has no list of decoder layers: convert without --calib"
+            )
+        self.prefix = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+        self.layers = lists[self.prefix]
+        self._find_tensors()
+        for tensor in self.layers.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True  # these stay empty; what else the checkpoint lacks is made below
+        found = self._load(REST)
+        found.missing_keys -= {key for key in found.missing_keys if key.startswith(self.prefix + ".")}
+        self.module._finalize_model_loading(self.module, self.loading, found)
+        if found.missing_keys:
+            raise InputError(f"{self.path}: tensor {min(found.missing_keys)!r} is missing: get the checkpoint again")
+
+    def _find_tensors(self) -> None:
+        """Which checkpoint tensors make up each layer, by the names that transformers gives them."""
+        quantizer = None
+        if "gguf_file" in self.source:
+            from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+            from transformers.utils.quantization_config import GgufConfig
+
+            quantizer = GgufHfQuantizer(GgufConfig(dequantize=True))
+            quantizer.read_header(str(self.path))
+            quantizer.update_dtype(self.dtype)
+            quantizer.preprocess_model(model=self.module, dtype=self.dtype, device_map=None, checkpoint_files=None)
+            self.read = self._read_loaded
+            self.tensors = quantizer.get_state_dict(str(self.path), self.module)
+        else:
+            self.read = self._read_files
+            self.tensors = {}
+            for path in sorted(self.path.glob("model*.safetensors")):
+                with safe_open(path, framework="pt") as file:
+                    self.tensors |= dict.fromkeys(file.keys(), path)
+        mapping = get_model_conversion_mapping(self.module, None, quantizer)
+        self.loading = LoadStateDictConfig(
+            pretrained_model_name_or_path=str(self.path), device_map={"": self.device}, dtype=self.dtype,
+            dtype_plan=self.module._get_dtype_plan(self.dtype), hf_quantizer=quantizer, weight_mapping=mapping,
+        )  # fmt: skip
+        mapping, known = deepcopy(mapping), self.module.state_dict()
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.names: dict[int, list[str]] = defaultdict(list)
+        for name in self.tensors:
+            target, _ = rename_source_key(name, renamings, converters, self.module.base_model_prefix, known)
+            target = name if target not in known and name in known else target
+            number = target.removeprefix(self.prefix + ".").split(".")[0] if target.startswith(self.prefix) else ""
+            self.names[int(number) if number.isdecimal() else REST].append(name)
+
+    def _load(self, index: int) -> Any:
+        """Fill the parameters of a layer, or of all that is outside of layers; returns what transformers reports."""
+        with self.read(self.names[index]) as tensors:
+            loading = replace(self.loading, weight_mapping=deepcopy(self.loading.weight_mapping))  # it keeps state
+            found, _ = convert_and_load_state_dict_in_model(self.module, tensors, loading)
+        ours = f"{self.prefix}.{index}."
+        for name, has, wants in found.mismatched_keys:
+            raise InputError(
+                f"{self.path}: tensor {name!r} is {list(has)} where config.json wants {list(wants)}: get it again"
+            )
+        for name in found.conversion_errors:
+            raise UnsupportedError(f"{self.path}: transformers cannot convert {name!r}: convert without --calib")
+        for name in sorted(found.missing_keys):
+            if name.startswith(ours):
+                raise InputError(f"{self.path}: tensor {name!r} is missing: get the checkpoint again")
+        for name, parameter in (self.module if index == REST else self.layers[index]).named_parameters():
+            if not parameter.is_meta and not torch.isfinite(parameter).all():
+                name = name if index == REST else ours + name
+                raise InputError(f"{self.path}: tensor {name!r} holds NaN or Inf: get the checkpoint again")
+        return found
+
+    @contextlib.contextmanager
+    def _read_files(self, names: list[str]) -> Iterator[dict[str, Any]]:
+        with contextlib.ExitStack() as stack:
+            files = {
+                path: stack.enter_context(safe_open(path, framework="pt"))
+                for path in sorted({self.tensors[name] for name in names})
+            }
+            yield {name: files[self.tensors[name]].get_slice(name) for name in names}
+
+    @contextlib.contextmanager
+    def _read_loaded(self, names: list[str]) -> Iterator[dict[str, Any]]:
+        yield {name: self.tensors[name] for name in names}
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Whatever transformers raises comes out as one sentence."""
+        try:
+            yield
+        except (SplitqError, MemoryError):
+            raise
+        except Exception as error:
+            what = f"transformers cannot load it ({_line(error)})"
+            raise UnsupportedError(f"{self.path}: {what}: convert without --calib") from error
+
+    # How the layers are called
+
+    @contextlib.contextmanager
+    def _standing_in(self, forward: Callable) -> Iterator[None]:
+        """Every layer does `forward` instead of its own work."""
+        for layer in self.layers:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def _catch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+        """The hidden states entering layer 0, and for each layer the other arguments it is called with."""
+        states, arguments = [], []
+
+        def catch(*args, **kwargs):
+            args = (kwargs.pop("hidden_states"),) if "hidden_states" in kwargs else args
+            states.append(args[0])
+            kept = {name: value for name, value in kwargs.items() if "past_key" not in name and name != "use_cache"}
+            arguments.append((args[1:], kept))
+            if len(arguments) == len(self):
+                raise _Caught
+            return states[0]
+
+        with self._standing_in(catch), contextlib.suppress(_Caught), torch.no_grad():
+            self.module(tokens, use_cache=False)
+        return states[0], arguments
+
+
+class _Caught(Exception):
+    pass
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal arguments, tensors by value."""
+    if a is b:
+        return True
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
