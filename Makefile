@@ -16,7 +16,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test runtime perplexity bench quality feedback paper-splitquant lint patches-check clean cross-tools
+.PHONY: help demo test runtime perplexity bench quality paper-splitquant lint patches-check clean cross-tools
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -40,11 +40,8 @@ perplexity: runtime ## F16 against TYPE: make perplexity MODEL=... TYPE=... TEXT
 bench: runtime ## speed of conversion and of decoding, beside stock llama.cpp types
 	@$(PY) -m experiments.bench $(ARGS)
 
-quality: runtime ## perplexity and KL divergence of every type, beside stock llama.cpp types
+quality: runtime $(VENV)/plot.stamp ## KL divergence over stored bits of every type and way to make it, beside stock types
 	@$(PY) -m experiments.quality $(ARGS)
-
-feedback: runtime ## what error feedback gains over an importance matrix, for our types and stock ones
-	@$(PY) -m experiments.feedback $(ARGS)
 
 paper-splitquant: runtime ## SplitQuantV2's claim: split INT4 is close to FP16, plain INT4 is not
 	@$(PY) -m experiments.paper_splitquant $(ARGS)
@@ -73,6 +70,10 @@ $(VENV)/run.stamp: pyproject.toml | $(PY)
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/plot.stamp: $(VENV)/run.stamp
+	@$(PIP) -e '.[plot]'
 	@touch $@
 
 # The ARM kernels are tested under emulation where these can be had; without them those tests skip and say so.

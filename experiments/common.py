@@ -116,7 +116,8 @@ def judge(claims: list[dict]) -> None:
         low, high = c.get("at_least", 0), c.get("at_most", float("inf"))
         kept = low <= c["measured"] <= high
         missed |= not kept
-        limit = f"at most {high}" if "at_most" in c else f"at least {low}" if "at_least" in c else ""
+        words = {"at_least": f"at least {low}", "at_most": f"at most {high}"}
+        limit = ", ".join(word for key, word in words.items() if key in c)
         verdict = ("kept" if kept else "MISSED") if limit else "reported"
         print(f"{c['claim']}: {c['measured']:.3f}  {limit}  {verdict}")
     if missed:

@@ -1,92 +1,286 @@
-"""`make quality`: KL divergence of every type beside llama.cpp's own, and what really is stored of 576-wide rows.
+"""`make quality`: KL divergence over stored bits of every type, beside llama.cpp's own: no data, imatrix, feedback.
 
-Only the linear layers differ: embeddings and output are F16 everywhere. Peers are made by `llama-quantize --pure` from
-the same F16 file, with the same importance matrix.
+Only the linear layers differ: embeddings and output are F16 everywhere. "imatrix" files of stock types are made by
+`llama-quantize --pure`, all from the same F16 file and one importance matrix of the calibration text; "feedback" files,
+ours and stock types, by `gguf-splitq convert --calib` from as many tokens of that text, "self" from text that the model
+wrote, and "3.5 bpw" by `--bpw 3.5`. Finished rows are kept in build/quality/rows.json: a run that was stopped goes on,
+and what the solver's or the types' source, the texts or the options have changed is measured again.
+
+  python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, feedback, self, bpw, narrow
+  python -m experiments.quality --only sq4,IQ4_XS          # or types
 """
 
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import gguf_splitq
+from gguf_splitq import patching, runtime
 from gguf_splitq.validate import Baseline
 
 from . import models
 from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
 
 OURS = ["sq4", "sq3", "sq2", "sq4x"]
-PEERS = ["Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ2_XS"]
-NEEDS_IMATRIX = {"IQ2_XS"}  # llama-quantize refuses it without
+PEERS = ["Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_XS"]
+NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XS"}  # llama-quantize refuses them without
 USES_NO_DATA = {"sq4x"}
+FED = ["sq4", "sq3", "sq2", "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
+UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
+BUDGETS = [3.0, 3.5, 4.0]
+NEAR = 0.1  # bits per weight: what counts as the same stored size
 NARROW = ["sq4", "sq3", "sq2", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ2_XS"]
+KEPT = {"token_embedding_type": "f16", "output_tensor_type": "f16"}
 FORMATS = {
     "type": "",
-    "imatrix": "",
+    "data": "",
     "bpw": ".2f",
     "ppl_ratio": ".4f",
     "mean_kld": "z.5f",
     "p99_kld": ".4f",
     "top1": ".1%",
+    "minutes": ".1f",
 }
 NARROW_FORMATS = {"type": "", "bpw": ".2f", "mean_kld": "z.5f"}
 
 
-def make(f16: Path, type: str, matrix: Path | None, threads: int) -> Path:
-    """A file of `type`, ours or stock, in the one scratch place."""
+@dataclass(frozen=True)
+class Run:
+    """One row: `data` is none, imatrix, feedback, self or bpw; of the last, `type` is "3.5 bpw"."""
+
+    type: str
+    data: str
+
+    @property
+    def solved(self) -> bool:
+        return self.data in ("feedback", "self", "bpw")
+
+
+def runs() -> list[Run]:
+    plain = [Run(t, "none") for t in OURS + PEERS if t not in NEEDS_IMATRIX]
+    weighted = [Run(t, "imatrix") for t in OURS + PEERS if t not in USES_NO_DATA]
+    budgets = [Run(f"{bpw} bpw", "bpw") for bpw in BUDGETS]
+    return [*plain, *weighted, *(Run(t, "feedback") for t in FED), Run("sq4", "self"), *budgets]
+
+
+def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
+    """The file of a row, in the one scratch place."""
     outfile = BUILD / "quality" / "candidate.gguf"
-    if type in OURS:
-        kept = {"token_embedding_type": "f16", "output_tensor_type": "f16"}
-        return convert(f16, type, outfile, imatrix=matrix and str(matrix), threads=threads, **kept)
-    options = ["--pure", "--token-embedding-type", "f16", "--output-tensor-type", "f16"]
-    return quantize(f16, type, outfile, threads, *options, *(["--imatrix", matrix] if matrix else []))
+    options = {"threads": args.threads} | KEPT
+    if source.solved:
+        options |= {"calib": "self" if source.data == "self" else str(args.calib), "calib_tokens": args.tokens}
+        if source.data == "bpw":
+            return convert(args.model, None, outfile, bpw=float(source.type.split()[0]), **options)
+        return convert(args.model, source.type.lower(), outfile, **options)
+    weights = matrix if source.data == "imatrix" else None
+    if source.type in OURS:
+        return convert(f16, source.type, outfile, imatrix=weights and str(weights), **options)
+    given = ["--pure", "--token-embedding-type", "f16", "--output-tensor-type", "f16"]
+    return quantize(f16, source.type, outfile, args.threads, *given, *(["--imatrix", weights] if weights else []))
 
 
-def measure(f16: Path, base: Baseline, types: list[str], matrices: list[Path | None], threads: int) -> list[dict]:
-    """One row per type and importance matrix."""
-    rows = []
-    for type in types:
-        for matrix in matrices:
-            if type in (USES_NO_DATA if matrix else NEEDS_IMATRIX):
-                continue
-            result = base.compare(make(f16, type, matrix, threads))
-            rows.append({"type": type, "imatrix": "yes" if matrix else "no", **result})
-            print(f"{type:8}{'with' if matrix else 'no':>5} imatrix  mean KLD {result['mean_kld']:.5f}", flush=True)
-    return rows
+class Rows:
+    """The measured rows on disk, each under everything that decides its numbers."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.kept = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, source: Run, settings: dict, measure: Callable[[], dict]) -> dict:
+        if source.solved or source.type in OURS:
+            settings = settings | {"source": source_hash()}
+        key = f"{source.type} {source.data} {digest(json.dumps(settings, sort_keys=True).encode())}"
+        if key not in self.kept:
+            self.kept[key] = {"type": source.type, "data": source.data} | measure()
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.kept, indent=1) + "\n")
+            part.replace(self.path)
+        print(f"{source.type:8} {source.data:8} mean KLD {self.kept[key]['mean_kld']:.5f}", flush=True)
+        return self.kept[key]
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def source_hash() -> str:
+    """Of the code that decides the bytes of a file."""
+    folder = Path(gguf_splitq.__file__).parent
+    return digest(b"".join(p.read_bytes() for kind in ("types", "solve") for p in sorted(folder.glob(f"{kind}/*.py"))))
+
+
+def measure(wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, rows: Rows, args) -> list[dict]:
+    """The rows of `wanted`, from disk where they are there."""
+    common = {"f16": digest(f16.read_bytes()), "text": digest(text.read_bytes()), "chunks": chunks}
+    common["pin"] = patching.pin()["commit"]
+    data = {"calib": digest(calib.read_bytes()), "tokens": args.tokens}
+
+    @functools.cache
+    def matrix() -> Path:
+        path = BUILD / "quality" / f"imatrix-{digest(json.dumps(common | data).encode())}.gguf"
+        if not path.exists():
+            print(f"importance matrix of {calib}", flush=True)
+            part = path.with_suffix(".part.gguf")  # llama-imatrix writes it again and again
+            imatrix(f16, calib, part, args.threads, chunks=args.tokens // 512).replace(path)
+        return path
+
+    with contextlib.ExitStack() as stack:
+        base = functools.cache(lambda: stack.enter_context(Baseline(f16, text, chunks=chunks, threads=args.threads)))
+
+        def one(source: Run) -> dict:
+            start = time.monotonic()
+            file = make(source, f16, matrix() if source.data == "imatrix" else None, args)
+            minutes = (time.monotonic() - start) / 60
+            result = base().compare(file) | {"minutes": minutes}
+            if source.data == "feedback" and source.type in UNPATCHED:
+                result["unpatched_kld"] = base().compare(file, unpatched(args))["mean_kld"]
+            return result
+
+        settings = {"none": common, "self": common | {"tokens": args.tokens}}
+        return [rows.get(s, settings.get(s.data, common | data), functools.partial(one, s)) for s in wanted]
+
+
+def unpatched(args) -> Path:
+    """llama-perplexity as upstream has it."""
+    return (args.unpatched or runtime.build_unpatched("llama-perplexity")) / "llama-perplexity"
+
+
+def between(points: list[tuple[float, float]], bpw: float) -> float:
+    """The least KLD at `bpw` on a line between two points (bpw, KLD), log KLD being linear in bits; inf without any.
+
+    Stricter than a mix of two types without regard to sensitivity, where KLD itself is about linear in bits.
+    """
+    found = [math.inf]
+    for (left, high), (right, low) in itertools.product(points, points):
+        if left <= bpw <= right:
+            share = (bpw - left) / (right - left) if right > left else 0
+            found.append(math.exp((1 - share) * math.log(high) + share * math.log(low)))
+    return min(found)
+
+
+def claims_of(rows: list[dict]) -> list[dict]:
+    """What has to be shown, as far as it was measured."""
+    at = {(row["type"], row["data"]): row for row in rows}
+    claims = []
+
+    def ratio(ours: tuple[str, str], peer: tuple[str, str], **limits) -> None:
+        if ours in at and peer in at:
+            claim = f"KLD of {ours[0]} ({ours[1]}) / {peer[0]} ({peer[1]})"
+            claims.append({"claim": claim, "measured": at[ours]["mean_kld"] / at[peer]["mean_kld"], **limits})
+
+    ratio(("sq4", "none"), ("IQ4_XS", "none"), at_most=1.0)
+    ratio(("sq4", "imatrix"), ("IQ4_XS", "imatrix"), at_most=1.0)
+    ratio(("sq3", "imatrix"), ("Q3_K", "imatrix"), at_most=1.25)
+    ratio(("sq2", "imatrix"), ("Q2_K", "imatrix"))
+    ratio(("sq2", "imatrix"), ("IQ2_XS", "imatrix"))
+    limits = {("sq4", "IQ4_XS"): 0.65, ("sq4", "Q4_K"): 0.75, ("sq3", "IQ3_S"): 0.8, ("sq2", "IQ2_XS"): 0.85}
+    for (ours, peer), limit in limits.items():
+        ratio((ours, "feedback"), (peer, "imatrix"), at_most=limit)
+    for type in FED:
+        ratio((type, "feedback"), (type, "imatrix"), at_most=0.8 if type in UNPATCHED else 1.0)
+    ratio(("sq4", "self"), ("sq4", "feedback"), at_most=1.1)
+
+    for row in rows:
+        if "unpatched_kld" in row:
+            name = f"KLD of {row['type']} (feedback) by unpatched llama.cpp / by ours"
+            measured = row["unpatched_kld"] / row["mean_kld"]
+            claims.append({"claim": name, "measured": measured, "at_least": 0.99, "at_most": 1.01})
+    single = [row for row in rows if row["data"] != "bpw"]
+    for row in rows:
+        if row["data"] != "bpw":
+            continue
+        mine = (row["type"], "bpw")
+        for peer in single:
+            if abs(peer["bpw"] - row["bpw"]) <= NEAR:
+                ratio(mine, (peer["type"], peer["data"]), at_most=1.0)
+        larger = [peer for peer in single if peer["bpw"] > row["bpw"] and peer["data"] == "imatrix"]
+        for peer in sorted(larger, key=lambda peer: (peer["bpw"], peer["mean_kld"]))[:1]:
+            ratio(mine, (peer["type"], peer["data"]))
+        line = between([(peer["bpw"], peer["mean_kld"]) for peer in single], row["bpw"])
+        if math.isfinite(line):
+            claim = f"KLD of {row['type']} / line between the best single types of any kind"
+            claims.append({"claim": claim, "measured": row["mean_kld"] / line, "at_most": 1.0})
+        claims.append({"claim": f"stored bits per weight of {row['type']}", "measured": row["bpw"]})
+        claims[-1]["at_most"] = float(row["type"].split()[0])
+    return claims
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """KLD over stored bits, one series for each kind of type and data."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed: pip install 'gguf-splitq[plot]'")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series = {
+        "stock types, no data": ("none", False, "v", "tab:gray"),
+        "stock types, imatrix": ("imatrix", False, "o", "tab:blue"),
+        "stock types, feedback": ("feedback", False, "s", "tab:cyan"),
+        "sq types, no data": ("none", True, "v", "tab:olive"),
+        "sq types, imatrix": ("imatrix", True, "o", "tab:orange"),
+        "sq types, feedback": ("feedback", True, "s", "tab:red"),
+        "sq types, feedback on own text": ("self", True, "x", "tab:purple"),
+        "mixed by --bpw": ("bpw", False, "*", "tab:green"),
+    }
+    figure, axes = pyplot.subplots(figsize=(10, 7))
+    for label, (data, ours, marker, color) in series.items():
+        chosen = [row for row in rows if row["data"] == data and (row["type"] in OURS) == ours and row["bpw"] < 7]
+        x, y = [row["bpw"] for row in chosen], [row["mean_kld"] for row in chosen]
+        if chosen:
+            axes.scatter(x, y, label=label, marker=marker, color=color)
+        for row in chosen if data in ("imatrix", "feedback", "bpw") else ():
+            near = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": color}
+            axes.annotate(row["type"], (row["bpw"], row["mean_kld"]), **near)
+    axes.set(yscale="log", xlabel="stored bits per weight, linear layers", ylabel="mean KL divergence to F16, nats")
+    axes.set_title(title, fontsize=9)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+    print(f"written: {path}")
 
 
 def main() -> None:
     p = parser(__doc__)
     model_and_texts(p)
+    p.add_argument("--tokens", type=int, default=131_072, help="tokens of the calibration text to use")
+    p.add_argument("--only", help="kinds of data or types, separated by commas")
+    p.add_argument("--unpatched", type=Path, metavar="DIR", help="unpatched llama.cpp's programs; built unless given")
     args = p.parse_args()
+    only = set(args.only.lower().split(",")) if args.only else None
+    wanted = [r for r in runs() if only is None or {r.type.lower(), r.data} & only]
 
-    f16 = convert(args.model, "f16", BUILD / "quality" / "f16.gguf", threads=args.threads)
-    matrix = imatrix(f16, args.calib, BUILD / "quality" / "imatrix.gguf", args.threads)
-    with Baseline(f16, args.text, chunks=args.chunks, threads=args.threads) as base:
-        rows = measure(f16, base, OURS + PEERS, [None, matrix], args.threads)
-    show(f"{args.model} on {base.chunks} chunks of {args.text}, F16 perplexity {base.ppl:.3f}", rows, FORMATS)
+    folder = BUILD / "quality"
+    rows = Rows(folder / "rows.json")
+    f16 = convert(args.model, "f16", folder / "f16.gguf", threads=args.threads)
+    found = measure(wanted, f16, args.text, args.calib, args.chunks, rows, args)
+    title = f"{args.model} on {args.chunks} chunks of {args.text}"
+    show(title, found, FORMATS)
+    claims = claims_of(found)
 
-    narrow = convert(models.random_llama("narrow", **models.NARROW), "f16", BUILD / "quality" / "narrow-f16.gguf")
-    matrix = imatrix(narrow, DEMO / "calib.txt", BUILD / "quality" / "narrow-imatrix.gguf", args.threads, chunks=4)
-    with Baseline(narrow, DEMO / "eval.txt", chunks=2, threads=args.threads) as base:
-        narrow_rows = measure(narrow, base, NARROW, [matrix], args.threads)
-    show("576-wide rows, random weights: stored size, and that it runs", narrow_rows, NARROW_FORMATS)
-
-    kld = {(row["type"], row["imatrix"]): row["mean_kld"] for row in rows}
-    bpw = {row["type"]: row["bpw"] for row in narrow_rows}
-    claims = [
-        ratio("sq4", "IQ4_XS", "no", kld) | {"at_most": 1.0},
-        ratio("sq4", "IQ4_XS", "yes", kld) | {"at_most": 1.0},
-        ratio("sq3", "Q3_K", "yes", kld) | {"at_most": 1.25},
-        ratio("sq2", "Q2_K", "yes", kld),
-        ratio("sq2", "IQ2_XS", "yes", kld),
-        {"claim": "bits per weight of sq3 on 576-wide rows", "measured": bpw["sq3"], "at_most": 3.25},
-        {"claim": "bits per weight of sq2 on 576-wide rows", "measured": bpw["sq2"], "at_most": 2.25},
-    ]
-    save("quality", {"model": str(args.model), "rows": rows, "narrow": narrow_rows, "claims": claims})
+    narrow_rows = []
+    if only is None or "narrow" in only:
+        narrow = convert(models.random_llama("narrow", **models.NARROW), "f16", folder / "narrow-f16.gguf")
+        small = [Run(type, "imatrix") for type in NARROW]
+        narrow_rows = measure(small, narrow, DEMO / "eval.txt", DEMO / "calib.txt", 2, rows, args)
+        show("576-wide rows, random weights: stored size, and that it runs", narrow_rows, NARROW_FORMATS)
+        bpw = {row["type"]: row["bpw"] for row in narrow_rows}
+        for type, limit in (("sq3", 3.25), ("sq2", 2.25)):
+            name = f"bits per weight of {type} on 576-wide rows"
+            claims.append({"claim": name, "measured": bpw[type], "at_most": limit})
+    save("quality", {"model": str(args.model), "rows": found, "narrow": narrow_rows, "claims": claims})
+    plot(found, title, BUILD / "quality.png")
     judge(claims)
-
-
-def ratio(ours: str, peer: str, with_imatrix: str, kld: dict) -> dict:
-    """The claim that compares two mean KL divergences."""
-    measured = kld[ours, with_imatrix] / kld[peer, with_imatrix]
-    return {"claim": f"KLD of {ours} / {peer}, imatrix: {with_imatrix}", "measured": measured}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 In the cache folder ($GGUF_SPLITQ_CACHE, else $XDG_CACHE_HOME/gguf-splitq, else ~/.cache/gguf-splitq):
     llama.cpp-<pin>/                the source as upstream has it
     <pin>-<hash of patches>/        llama.cpp/ (patched), build-<processor>/ (bin/, log, built: the targets done)
+    <pin>-unpatched/                the same without patches, only for measuring beside it
 Trees are made under a temporary name and renamed, so one that exists is whole; a lock keeps concurrent runs apart.
 """
 
@@ -57,13 +58,28 @@ def build(tests: bool = False) -> Path:
     """The folder of built programs, built first where needed; `tests` adds upstream's test programs."""
     targets = PROGRAMS + (TESTS if tests else [])
     if not set(targets) <= _built():
-        cmake, ninja = _tool("cmake"), _tool("ninja")
-        compilers = {"CC": _compiler("CC", "cc", "gcc", "clang"), "CXX": _compiler("CXX", "c++", "g++", "clang++")}
+        cmake, ninja, compilers = _tools()
         source = fetch()
         with _exclusive(f"{_home().name}.lock"):
             if not set(targets) <= _built():  # another process may have built them meanwhile
                 _compile(source, targets, cmake, ninja, compilers)
     return path()
+
+
+def build_unpatched(*targets: str) -> Path:
+    """The folder of programs of llama.cpp as upstream has it, built first where needed; for comparisons only."""
+    home = cache() / f"{_pin9()}-unpatched"
+    stamp = home / _build_folder().name / "built"
+    if not (stamp.exists() and set(targets) <= set(stamp.read_text().split())):
+        cmake, ninja, compilers = _tools()
+        with _exclusive("fetch.lock"):
+            pristine = _pristine()
+            if not home.exists():
+                with _new_tree(home / "llama.cpp") as folder:
+                    _copy(pristine, folder)
+        with _exclusive(f"{home.name}.lock"):
+            _compile(home / "llama.cpp", list(targets), cmake, ninja, compilers)
+    return stamp.parent / "bin"
 
 
 def path() -> Path:
@@ -331,6 +347,12 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 # --- building --------------------------------------------------------------------------------------------------------
+
+
+def _tools() -> tuple[str, str, dict[str, str]]:
+    """cmake, ninja, and the compilers by the variables that name them."""
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    return cmake, ninja, {"CC": _compiler("CC", "cc", "gcc", "clang"), "CXX": _compiler("CXX", "c++", "g++", "clang++")}
 
 
 def _tool(name: str) -> str:

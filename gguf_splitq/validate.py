@@ -104,8 +104,8 @@ class Baseline:
             )
         display.say(f"measuring {self.file}: about {mib(needed)} go to {self._folder.name}, {mib(free)} are free")
 
-    def compare(self, file) -> dict:
-        """Measures `file` against the baseline.
+    def compare(self, file, program: Path | None = None) -> dict:
+        """Measures `file` against the baseline, by another llama-perplexity than the patched one when given.
 
         Returns ppl, ppl_base, ppl_ratio, mean_kld and p99_kld (nats), top1 (0..1), chunks, ctx, bpw (stored bits per
         weight of the linear layers), size (bytes). A result that is not a number raises ValidationFailed.
@@ -116,7 +116,7 @@ class Baseline:
                 f"{file}: its vocabulary has {_vocabulary(header)} tokens and the baseline's {self.vocabulary}: "
                 "give files of one model"
             )
-        found = parse_comparison(self._run(file, "--kl-divergence"))
+        found = parse_comparison(self._run(file, "--kl-divergence", program=program))
         if not all(map(math.isfinite, found.values())):
             raise ValidationFailed(f"{file}: computes NaN or Inf on {self.text}: check its checkpoint, convert again")
         # The base perplexity that this run prints comes from log-probabilities clamped at 16 nats; self.ppl is exact.
@@ -129,11 +129,11 @@ class Baseline:
             "size": header.size,
         }
 
-    def _run(self, file: Path, *options) -> str:
+    def _run(self, file: Path, *options, program: Path | None = None) -> str:
         """Runs llama-perplexity on `file`; returns all it printed."""
         command = ["-m", file, "-c", self.ctx, "--kl-divergence-base", self._logits, *options]
         command += [] if self.threads is None else ["-t", self.threads]
-        program = runtime.program("llama-perplexity")
+        program = program or runtime.program("llama-perplexity")
         done = subprocess.run([program, *map(str, command)], capture_output=True, text=True, errors="replace")
         return check(done.returncode, f"{done.stdout}\n{done.stderr}", file, self.text)
 
