@@ -371,3 +371,13 @@ def test_a_copy_that_fails_names_the_first_file(tmp_path):
         os.mkfifo(tmp_path / "source" / name)
     with pytest.raises(OSError, match=r"named pipe.*, and 2 more"):
         runtime._copy(tmp_path / "source", tmp_path / "target")
+
+
+def test_the_unpatched_build_is_another_one_and_made_once(tools):
+    folder = runtime.build_unpatched("llama-perplexity")
+    assert (folder / "llama-perplexity").exists() and "unpatched" in str(folder)
+    assert not (folder.parents[1] / "llama.cpp" / "src" / "own.c").exists()
+    runtime.build_unpatched("llama-perplexity")
+    assert len(calls(tools)) == 2
+    runtime.build()
+    assert len(calls(tools)) == 4 and runtime.path() != folder
