@@ -1,0 +1,223 @@
+"""Calibration: streamed layers against whole models, Hessians against brute force, conversions of many architectures."""
+
+import contextlib
+import json
+import shutil
+
+import crafted
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from gguf_splitq import convert, errors, resources
+from gguf_splitq.solve import calibrate
+from gguf_splitq.solve.model import Model
+
+torch.set_num_threads(1)  # the models are too small to share
+
+COMMON = dict(
+    vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+SLIDING = dict(head_dim=32, sliding_window=64, layer_types=["sliding_attention", "full_attention"])
+KINDS = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", dict(head_dim=32)),
+    "gemma2": ("Gemma2", SLIDING),
+    "gemma3": ("Gemma3", SLIDING),
+    "phi3": ("Phi3", dict(sliding_window=64)),
+    "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen2moe": ("Qwen2Moe", EXPERTS | dict(shared_expert_intermediate_size=64)),
+    "qwen3moe": ("Qwen3Moe", EXPERTS | dict(head_dim=32)),
+}
+TEXT = crafted.DEMO / "calib.txt"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(kind) -> a random two-layer checkpoint with the demo's tokenizer."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            name, options = KINDS[kind]
+            config = getattr(transformers, name + ("TextConfig" if kind == "gemma3" else "Config"))
+            torch.manual_seed(0)
+            model = getattr(transformers, name + "ForCausalLM")(config(**COMMON | options))
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # biases and norms that are not all 0 or 1
+                    torch.nn.init.normal_(parameter, 0.5, 0.1)
+            made[kind] = tmp_path_factory.mktemp("model") / kind
+            model.to(torch.bfloat16).save_pretrained(made[kind], max_shard_size="300KB")
+            for file in crafted.TOKENIZER:
+                shutil.copy(crafted.DEMO / file, made[kind])
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A checkpoint to be damaged."""
+    return shutil.copytree(checkpoint("llama"), tmp_path / "damaged")
+
+
+def tokens(sequences, seed=0):
+    return torch.randint(3, 4096, (sequences, 512), generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def changed(folder):
+    """name -> tensor of a checkpoint in one file, written back afterwards."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for path in folder.glob("model*.safetensors"):
+        tensors |= load_file(path)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    yield tensors
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+# The model, streamed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_layer_by_layer_is_the_whole_model(checkpoint, kind):
+    folder, text = checkpoint(kind), tokens(10)  # a second, smaller batch
+    whole = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    expected = whole(text, output_hidden_states=True, use_cache=False)
+    model = Model(folder)
+    states = model.inputs(text)
+    assert [len(state) for state in states] == [8, 2]
+    for index in range(len(model)):
+        assert torch.equal(torch.cat(states), expected.hidden_states[index])
+        with model.layer(index) as layer:
+            states = [model.forward(layer, index, state) for state in states]
+    logits = torch.cat([model.head(state) for state in states])
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_one_layer_is_in_memory_at_a_time(checkpoint, kind):
+    model = Model(checkpoint(kind))
+
+    def real():
+        return sum(p.nbytes for p in model.layers.parameters() if not p.is_meta)
+
+    assert real() == 0
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            size = sum(p.nbytes for p in layer.parameters())
+            assert real() == size > 0
+        assert real() == 0
+    assert not any(p.is_meta for p in model.module.get_input_embeddings().parameters())
+
+
+def test_computes_in_bfloat16_too(checkpoint):
+    model = Model(checkpoint("llama"), dtype=torch.bfloat16)
+    (state,) = model.inputs(tokens(4))
+    with model.layer(0) as layer:
+        assert model.forward(layer, 0, state).dtype == torch.bfloat16
+        assert all(part.hessian.dtype == torch.float64 for part in calibrate.layers_of(model, layer, 0, [state]))
+    assert model.head(state).dtype == torch.float32
+
+
+def test_gradients_pass_through_layers_and_head(checkpoint):
+    model = Model(checkpoint("gemma3"))
+    (state,) = model.inputs(tokens(2))
+    with model.layer(0) as layer:
+        weight = layer.mlp.down_proj.weight.requires_grad_()
+        model.head(model.forward(layer, 0, state)).square().mean().backward()
+        assert weight.grad.abs().sum() > 0
+
+
+# Hessians
+
+
+def test_hessians_are_the_second_moments_of_the_inputs(checkpoint):
+    model, seen = Model(checkpoint("qwen2")), {}
+    states = model.inputs(tokens(10))
+    with model.layer(1) as layer:
+        linears = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+        for name, module in linears.items():
+            seen[name] = []
+            module.register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0].flatten(0, -2)))
+        layers = calibrate.layers_of(model, layer, 1, states)
+    assert {part.name for part in layers} == {f"{name}.weight" for name in linears}
+    for part in layers:
+        inputs = torch.cat(seen[part.name.removesuffix(".weight")]).double()
+        torch.testing.assert_close(part.hessian, inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("length, few", [(512, False), (50, True)])
+def test_experts_have_their_own_hessians_or_the_pooled_one(checkpoint, length, few):
+    model, seen = Model(checkpoint("mixtral")), {}
+    state = model.inputs(tokens(1))[0][:, :length]
+    with model.layer(0) as layer:
+        layer.mlp.experts.register_forward_pre_hook(lambda _, args: seen.update(args=args))
+        layers = {part.name: part for part in calibrate.layers_of(model, layer, 0, [state])}
+        assert layers["mlp.experts.gate_up_proj[2]"].weight.data_ptr() == layer.mlp.experts.gate_up_proj[2].data_ptr()
+    inputs, chosen, _ = seen["args"]
+    for expert in range(4):
+        rows = inputs[(chosen == expert).any(1)].double()
+        rows = torch.cat([inputs, inputs]).double() if few else rows  # each token goes to two experts
+        part = layers[f"mlp.experts.gate_up_proj[{expert}]"]
+        torch.testing.assert_close(part.hessian, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-7)
+        assert part.pooled == few and layers[f"mlp.experts.down_proj[{expert}]"].pooled == few
+
+
+def test_rows_are_matched_by_content():
+    layers = [calibrate.Layer(name, torch.randn(16, 32), torch.eye(32)) for name in ("other", "this")]
+    rows, order = layers[1].weight.numpy().copy(), np.random.default_rng(0).permutation(16)
+    layers[1].weight.zero_()  # what is solved already is still found
+    for chosen in (order, order[:5]):
+        found, where = calibrate.match(rows[chosen], layers)
+        assert found.name == "this" and where.tolist() == chosen.tolist()
+    assert calibrate.match(np.zeros((16, 32), np.float32), layers) is None
+    assert calibrate.match(rows[[0, 0]], layers) is None
+    twice = calibrate.Layer("twice", torch.from_numpy(rows[[1, 0, 1]]), torch.eye(32))
+    assert calibrate.match(rows[[1, 1]], [twice])[1].tolist() == [0, 2]
+
+
+# Whole conversions
+
+
+# Upstream knows BPE vocabularies by the hash of what they make of a text, and knows none of 4096 tokens.
+ANY_VOCABULARY = """
+import runpy, sys
+sys.path[0:1] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+sys.path[0:2] = [""]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture
+def any_vocabulary(monkeypatch, tmp_path):
+    script = resources.folder("convert") / "hf_to_gguf.py"
+    (tmp_path / "hf_to_gguf.py").write_text(ANY_VOCABULARY.format(script=str(script)))
+    folder = resources.folder
+    monkeypatch.setattr(resources, "folder", lambda name: tmp_path if name == "convert" else folder(name))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma3", "phi3", "mixtral", "qwen2moe"])  # llama: test_solve.py
+def test_every_linear_layer_is_solved(runtime_library, checkpoint, any_vocabulary, tmp_path, kind):
+    report = tmp_path / "report.json"
+    convert.convert(
+        checkpoint(kind), "sq4", tmp_path / "out.gguf", calib=str(TEXT), calib_tokens=2048, report=report, threads=1
+    )
+    report = json.loads(report.read_text())
+    linear = [t["name"] for t in report["tensors"] if t["type"] == "sq4"]
+    assert len(linear) == 2 * {"phi3": 4, "qwen2moe": 10}.get(kind, 7)
+    assert report["calibration"]["left"] == [] and sorted(report["calibration"]["errors"]) == sorted(linear)
+    for stages in report["calibration"]["errors"].values():
+        assert stages["polish"] < stages["nearest"]
