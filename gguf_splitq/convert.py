@@ -38,7 +38,7 @@ def convert(
 
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
-    error feedback on with `calib_tokens` tokens (Hugging Face folders). dry_run: print the plan, write nothing.
+    error feedback on with `calib_tokens` tokens. dry_run: print the plan, write nothing.
     report: a JSON file for the per-tensor errors. max_ram: bytes, or text like "2G". The output appears whole or not
     at all, and is the same at any number of threads.
     Raises the errors of `gguf_splitq.errors`.
@@ -61,8 +61,6 @@ def convert(
         entries = plan.make(
             head.tensors, type, rules, token_embedding_type, output_tensor_type, architecture, importance
         )
-        if calib and source.folder is None:
-            raise UsageError(f"{model}: --calib runs the model from a Hugging Face folder or Hub id: give that instead")
         peak = peak_ram(source, entries, threads, limit, calib_tokens if calib else 0)
         if dry_run:
             display.show_plan(path, entries)
@@ -83,7 +81,7 @@ def convert(
                 from . import solve
 
                 solved = solve.run(
-                    source.folder, file, entries, calib, calib_tokens, source.scratch, threads, progress.layer
+                    source.path, file, entries, calib, calib_tokens, source.scratch, threads, progress.layer
                 )
             progress.start(entries)
             entries, stats = rewrite.rewrite(

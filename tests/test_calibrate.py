@@ -1,4 +1,4 @@
-"""Calibration: streamed layers against whole models, Hessians against brute force, conversions of many architectures."""
+"""Calibration: streamed layers against whole models, Hessians against brute force, many architectures, bad input."""
 
 import contextlib
 import json
@@ -221,3 +221,134 @@ def test_every_linear_layer_is_solved(runtime_library, checkpoint, any_vocabular
     assert report["calibration"]["left"] == [] and sorted(report["calibration"]["errors"]) == sorted(linear)
     for stages in report["calibration"]["errors"].values():
         assert stages["polish"] < stages["nearest"]
+
+
+def test_matrices_that_no_linear_layer_has_are_left_and_counted(runtime_library, any_vocabulary, tmp_path):
+    folder, report = tmp_path / "gpt2", tmp_path / "report.json"
+    config = transformers.GPT2Config(vocab_size=4096, n_embd=64, n_layer=1, n_head=4, n_ctx=512)
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
+    for file in crafted.TOKENIZER:
+        shutil.copy(crafted.DEMO / file, folder)
+    convert.convert(folder, "sq4", tmp_path / "out.gguf", calib=str(TEXT), calib_tokens=2048, report=report, threads=1)
+    # its Conv1D multiplies without F.linear
+    parts = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+    left = json.loads(report.read_text())["calibration"]["left"]
+    assert sorted(left) == sorted(f"blk.0.{part}.weight" for part in parts)
+
+
+# GGUF
+
+
+@pytest.fixture(scope="module")
+def gguf(checkpoint, tmp_path_factory):
+    return convert.convert(checkpoint("llama"), "bf16", tmp_path_factory.mktemp("gguf") / "tiny-bf16.gguf")
+
+
+@torch.no_grad()
+def test_a_gguf_is_the_model_it_was_made_from(checkpoint, gguf):
+    outputs = []
+    for model in (Model(checkpoint("llama")), Model(gguf)):
+        text = model.read_tokens(TEXT, 2048)
+        states = model.inputs(text)
+        for index in range(len(model)):
+            with model.layer(index) as layer:
+                states = [model.forward(layer, index, state) for state in states]
+        outputs.append((text, model.head(states[0])))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    torch.testing.assert_close(outputs[0][1], outputs[1][1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_gguf_converts_to_the_bytes_of_its_checkpoint(runtime_library, checkpoint, gguf, tmp_path):
+    options = dict(calib=str(TEXT), calib_tokens=2048, threads=1)
+    one = convert.convert(gguf, "sq4", tmp_path / "one.gguf", **options)
+    other = convert.convert(checkpoint("llama"), "sq4", tmp_path / "other.gguf", **options)
+    (one, left), (other, right) = crafted.read_gguf(one), crafted.read_gguf(other)
+    assert left.keys() == right.keys()
+    assert all(np.array_equal(left[name][1], right[name][1]) for name in left)
+
+
+def test_a_gguf_that_transformers_cannot_load_is_refused(tmp_path):
+    tensors = crafted.llama_tensors()
+    for name, cause in [("a-00001-of-00002.gguf", "split GGUF"), ("a.gguf", "convert its Hugging Face folder")]:
+        refuses(errors.UnsupportedError, cause, Model, crafted.write_gguf(tmp_path / name, tensors))
+
+
+# Bad input
+
+
+def walk(folder, sequences=4):
+    """The whole calibration without a solver."""
+    model = Model(folder)
+    states = model.inputs(tokens(sequences))
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            calibrate.layers_of(model, layer, index, states)
+            states = [model.forward(layer, index, state) for state in states]
+
+
+def refuses(error, cause, call, *args):
+    with pytest.raises(error, match=cause) as caught:
+        call(*args)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_an_infinite_activation_is_named(copy):
+    with changed(copy) as tensors:
+        tensors["model.layers.1.post_attention_layernorm.weight"].fill_(3e38)
+    refuses(errors.InputError, "decoder layer 1, mlp.gate_proj: an activation is NaN or Inf", walk, copy)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_weight_that_is_not_a_number_is_named(copy, name):
+    with changed(copy) as tensors:
+        tensors[name][3, 5] = torch.nan
+    refuses(errors.InputError, f"{name}' holds NaN", walk, copy)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_missing_tensor_is_named(copy, name):
+    with changed(copy) as tensors:
+        del tensors[name]
+    refuses(errors.InputError, f"{name}' is missing", walk, copy)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_tensor_of_another_shape_is_named(copy, name):
+    with changed(copy) as tensors:
+        tensors[name] = tensors[name][:32].clone()
+    refuses(errors.InputError, f"{name}' is .32", walk, copy)
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        ({"model_type": "no-such-thing"}, "transformers cannot load it"),
+        ({"num_hidden_layers": 0}, "no list of decoder layers"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized already"),
+        ({"hidden_act": "no-such-thing"}, "transformers cannot load it"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused(copy, change, cause):
+    config = copy / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    refuses(errors.UnsupportedError, cause, Model, copy)
+
+
+def test_tokenizers_that_do_not_fit_are_refused(copy, tmp_path):
+    model, short = Model(copy), tmp_path / "short.txt"
+    short.write_text("too short")
+    refuses(errors.InputError, "too few to calibrate on", model.read_tokens, short, 2048)
+    (copy / "tokenizer.model").write_bytes(b"no tokenizer")
+    refuses(errors.UnsupportedError, "cannot load a tokenizer.*--calib self", model.read_tokens, TEXT, 2048)
+    for file in crafted.TOKENIZER:
+        (copy / file).unlink()
+    refuses(errors.UnsupportedError, "cannot load a tokenizer.*--calib self", model.read_tokens, TEXT, 2048)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(copy):
+    with changed(copy) as tensors:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:1000].clone()
+    config = copy / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 1000}))
+    refuses(errors.InputError, "gives token .* has 1000 rows", Model(copy).read_tokens, TEXT, 2048)

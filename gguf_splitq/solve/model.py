@@ -10,6 +10,8 @@ of the model itself, its layers left out.
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -49,9 +51,10 @@ class Model:
         transformers.utils.logging.disable_progress_bar()
         self.path, self.device, self.dtype = Path(folder), torch.device(device), dtype
         # What transformers is pointed at: a folder, with the name of the GGUF in it when it is one.
-        self.source = {"pretrained_model_name_or_path": str(folder)}
+        self.source, self.advice = {"pretrained_model_name_or_path": str(folder)}, "convert without --calib"
         if self.path.is_file():
             self.source = {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
+            self.advice = "convert its Hugging Face folder, or without --calib"
         self.arguments: dict[torch.Size, list[tuple[tuple, dict]]] = {}  # by [batch, CONTEXT], then by layer
         self.tuples = False  # whether a layer returns its hidden states as the first of a tuple
         with self._explained():
@@ -125,7 +128,7 @@ class Model:
             if not _same(arguments, self.arguments.setdefault(batch.shape, arguments)):
                 raise UnsupportedError(
                     f"{self.path}: decoder layers of {type(self.module).__name__} see the tokens themselves: "
-                    "convert without --calib"
+                    f"{self.advice}"
                 )
             states.append(hidden.cpu())
         return states
@@ -167,9 +170,11 @@ class Model:
     # How it is built and loaded
 
     def _build(self) -> None:
+        if re.search(r"-of-\d{5}\.gguf$", self.path.name):
+            raise UnsupportedError(f"{self.path}: transformers cannot load a split GGUF: {self.advice}")
         config = transformers.AutoConfig.from_pretrained(**self.source, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
-            raise UnsupportedError(f"{self.path}: the checkpoint is quantized already: convert without --calib")
+            raise UnsupportedError(f"{self.path}: the checkpoint is quantized already: {self.advice}")
         with contextlib.ExitStack() as stack:
             for context in transformers.PreTrainedModel.get_init_context(self.dtype, False, False, None):
                 stack.enter_context(context)
@@ -181,7 +186,7 @@ class Model:
         lists = {name: m for name, m in self.module.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)}
         if not lists:
             raise UnsupportedError(
-                f"{self.path}: {type(self.module).__name__} has no list of decoder layers: convert without --calib"
+                f"{self.path}: {type(self.module).__name__} has no list of decoder layers: {self.advice}"
             )
         self.prefix = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
         self.layers = lists[self.prefix]
@@ -191,8 +196,8 @@ class Model:
         found = self._load(REST)
         found.missing_keys -= {key for key in found.missing_keys if key.startswith(self.prefix + ".")}
         self.module._finalize_model_loading(self.module, self.loading, found)
-        if found.missing_keys:
-            raise InputError(f"{self.path}: tensor {min(found.missing_keys)!r} is missing: get the checkpoint again")
+        for name in sorted(found.missing_keys):
+            raise self._damaged(f"tensor {name!r} is missing")
 
     def _find_tensors(self) -> None:
         """Which checkpoint tensors make up each layer, by the names that transformers gives them."""
@@ -206,7 +211,8 @@ class Model:
             quantizer.update_dtype(self.dtype)
             quantizer.preprocess_model(model=self.module, dtype=self.dtype, device_map=None, checkpoint_files=None)
             self.read = self._read_loaded
-            self.tensors = quantizer.get_state_dict(str(self.path), self.module)
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+                self.tensors = quantizer.get_state_dict(str(self.path), self.module)
         else:
             self.read = self._read_files
             self.tensors = {}
@@ -235,19 +241,22 @@ class Model:
             found, _ = convert_and_load_state_dict_in_model(self.module, tensors, loading)
         ours = f"{self.prefix}.{index}."
         for name, has, wants in found.mismatched_keys:
-            raise InputError(
-                f"{self.path}: tensor {name!r} is {list(has)} where config.json wants {list(wants)}: get it again"
-            )
+            raise self._damaged(f"tensor {name!r} is {list(has)} where the configuration wants {list(wants)}")
         for name in found.conversion_errors:
-            raise UnsupportedError(f"{self.path}: transformers cannot convert {name!r}: convert without --calib")
+            raise UnsupportedError(f"{self.path}: transformers cannot convert {name!r}: {self.advice}")
         for name in sorted(found.missing_keys):
             if name.startswith(ours):
-                raise InputError(f"{self.path}: tensor {name!r} is missing: get the checkpoint again")
+                raise self._damaged(f"tensor {name!r} is missing")
         for name, parameter in (self.module if index == REST else self.layers[index]).named_parameters():
             if not parameter.is_meta and not torch.isfinite(parameter).all():
                 name = name if index == REST else ours + name
-                raise InputError(f"{self.path}: tensor {name!r} holds NaN or Inf: get the checkpoint again")
+                raise self._damaged(f"tensor {name!r} holds NaN or Inf")
         return found
+
+    def _damaged(self, what: str) -> SplitqError:
+        if "gguf_file" in self.source:  # which was checked before: transformers reads it otherwise than llama.cpp
+            return UnsupportedError(f"{self.path}: transformers cannot load it ({what}): {self.advice}")
+        return InputError(f"{self.path}: {what}: get the checkpoint again")
 
     @contextlib.contextmanager
     def _read_files(self, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -271,7 +280,7 @@ class Model:
             raise
         except Exception as error:
             what = f"transformers cannot load it ({_line(error)})"
-            raise UnsupportedError(f"{self.path}: {what}: convert without --calib") from error
+            raise UnsupportedError(f"{self.path}: {what}: {self.advice}") from error
 
     # How the layers are called
 
