@@ -116,7 +116,10 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("convert", _convert, "Convert a checkpoint to a GGUF file.")
     p.add_argument("model", help="a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16")
-    p.add_argument("--type", required=True, help="tensor type, see `gguf-splitq types`")
+    p.add_argument("--type", help="tensor type, see `gguf-splitq types`")
+    p.add_argument("--bpw", type=float, metavar="X", help="instead: the best types in X bits per weight; needs --calib")
+    p.add_argument("--save-plan", metavar="FILE", help="write the types that --bpw chose as JSON")
+    p.add_argument("--plan", dest="plan_file", metavar="FILE", help="instead of both: types that --save-plan wrote")
     p.add_argument("--outfile", default="{name}-{type}.gguf", help="file, folder or template (%(default)s)")
     many = "type of the tensors whose name matches; may be repeated, the first match wins"
     p.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help=many)

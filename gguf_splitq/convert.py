@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import __version__, checkpoint, display, gguf_file, overlap, patching, plan, rewrite, types
+from . import __version__, checkpoint, display, gguf_file, mix, overlap, patching, plan, rewrite, types
 from .errors import UsageError
 from .gguf_file import Value
 from .imatrix import load as load_imatrix
@@ -19,8 +20,11 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
 
 def convert(
     model: str | Path,
-    type: str,
+    type: str | None = None,
     outfile: str | Path = "{name}-{type}.gguf",
+    bpw: float | None = None,
+    plan_file: str | Path | None = None,
+    save_plan: str | Path | None = None,
     tensor_type: Iterable[str] = (),
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
@@ -36,6 +40,8 @@ def convert(
 ) -> Path:
     """Convert a checkpoint to a GGUF file of `type` and return the file's path.
 
+    bpw, instead of `type`: types for the linear layers that cost the least divergence at that many stored bits per
+    weight, measured on `calib`; save_plan writes them to a JSON file, which plan_file reads, instead of both.
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. dry_run: print the plan, write nothing.
@@ -43,40 +49,65 @@ def convert(
     at all, and is the same at any number of threads.
     Raises the errors of `gguf_splitq.errors`.
     """
-    target, limit = types.get(type), parse_size(max_ram)
+    limit = parse_size(max_ram)
     threads = check_threads(threads)
+    check_choice(type, bpw, plan_file, save_plan, calib)
     check_calibration(calib, calib_tokens, imatrix)
+    saved = mix.load(plan_file) if plan_file else None
+    bpw = saved.bpw if saved else bpw
+    type, label = (type, types.get(type).name) if type else (mix.base(bpw), mix.label(bpw))
+    measured = bpw is not None and saved is None
     matrix = load_imatrix(imatrix) if imatrix else None
     rules = tuple(tensor_type)
     folder = Path(tempfile.gettempdir()) if dry_run else output_folder(outfile)
     display.say(f"checking {model}")
-    with checkpoint.opened(model, folder, revision, dry_run) as source:
+    with checkpoint.opened(model, folder, revision, dry_run and not measured) as source:
         head = source.header
-        path = output_path(outfile, source.name, target.name)
+        path = output_path(outfile, source.name, label)
         if not dry_run:
             check_output(path, source.files, overwrite)
             check_output(report, [*source.files, path], overwrite=True)
         importance = matrix.for_tensors(head.tensors) if matrix else {}
         architecture = head.get("general.architecture", "")
-        entries = plan.make(
-            head.tensors, type, rules, token_embedding_type, output_tensor_type, architecture, importance
+        make = functools.partial(
+            plan.make, head.tensors, type, rules, token_embedding_type, output_tensor_type, architecture, importance
         )
+        entries = make()
+        if saved:
+            mix.check_names(saved, entries, plan_file, architecture)
+            entries = make(saved.types)
+        elif measured:
+            mix.check(entries, bpw, architecture)
         peak = peak_ram(source, entries, threads, limit, calib_tokens if calib else 0)
-        if dry_run:
+        if dry_run and not measured:
             display.show_plan(path, entries)
             return path
         intermediate = source.child.total if source.child else 0
-        gguf_file.require_space(path.parent, intermediate + sum(e.n_bytes for e in entries))
-        display.say(f"writing {path}, in at most about {gguf_file.mib(peak)} of memory")
+        gguf_file.require_space(folder, intermediate + (0 if dry_run else sum(e.n_bytes for e in entries)))
+        display.say(f"{'measuring' if dry_run else 'writing'} {path}, in at most about {gguf_file.mib(peak)} of memory")
         kv = {key: value for key, value in head.kv.items() if not key.startswith("quantize.")}
         kv |= matrix.metadata() if matrix else {}
-        chosen = options(rules, token_embedding_type, output_tensor_type, imatrix, calib, calib_tokens)
-        kv = metadata(kv, target, chosen)
+        chosen = options(rules, token_embedding_type, output_tensor_type, imatrix, calib, calib_tokens, bpw, plan_file)
         if calib and calib != "self":
             text = Path(calib).read_text(encoding="utf-8", errors="replace")
             kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text))
         with display.Progress() as progress, source.data(progress.read) as file:
             solved = None
+            if measured:
+                from .solve import sensitivity
+
+                costs = sensitivity.of_checkpoint(
+                    source.path, file, mix.candidates(entries), calib, calib_tokens, threads, progress.measure
+                )
+                saved = mix.choose(entries, costs, bpw, architecture)
+                entries = make(saved.types)
+                display.say(mix.summary(saved, entries, architecture))
+                if save_plan:
+                    mix.save(saved, save_plan)
+                if dry_run:
+                    display.show_plan(path, entries)
+                    return path
+            kv = metadata(kv, mix.most_used(entries, architecture) if bpw else types.get(type), chosen, label)
             if calib:
                 from . import solve
 
@@ -96,6 +127,7 @@ def convert(
         "fallbacks": plan.fallbacks(entries),
         "without_importance": [e.name for e in entries if e.quantized and e.name not in importance] if matrix else None,
         "calibration": calibration_report(solved),
+        "budget": saved and {"bpw": saved.bpw, "costs": saved.costs},
         "tensors": [tensor_report(e, s, e.name in importance) for e, s in zip(entries, stats, strict=True)],
     }
     display.show_summary(path, entries, stats, result)
@@ -146,6 +178,22 @@ def parse_size(size: str | int | None) -> int | None:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
+def check_choice(
+    type: str | None, bpw: float | None, plan_file: str | Path | None, save_plan: str | Path | None, calib
+) -> None:
+    """UsageError unless exactly one of type, budget and plan is given, and with a budget a text to measure on."""
+    if sum(given is not None for given in (type, bpw, plan_file)) != 1:
+        raise UsageError("what the tensors become is not clear: give one of --type, --bpw and --plan")
+    if bpw is not None and not 0 < bpw < 32:
+        raise UsageError(f"--bpw {bpw:g} is no number of bits for a weight: give for example 3.5")
+    if bpw is not None and not calib:
+        raise UsageError("--bpw measures on a text what each type costs: give --calib TEXT, or --calib self")
+    if save_plan is not None and bpw is None:
+        raise UsageError(f"--save-plan {save_plan}: only --bpw makes a plan: give that")
+    if save_plan is not None and not Path(save_plan).absolute().parent.is_dir():
+        raise UsageError(f"--save-plan {save_plan}: its folder does not exist: create it first")
+
+
 def check_calibration(calib: str | Path | None, tokens: int, imatrix: str | Path | None) -> None:
     """UsageError unless the options of a calibration fit together."""
     if calib and imatrix:
@@ -183,9 +231,13 @@ def options(
     imatrix: str | Path | None,
     calib: str | Path | None = None,
     calib_tokens: int = 0,
+    bpw: float | None = None,
+    plan_file: str | Path | None = None,
 ) -> dict:
     """What of the command line decides the output's bytes, defaults left out; files by name, not by path."""
     given = {
+        "bpw": bpw,
+        "plan": Path(plan_file).name if plan_file else None,
         "calib": Path(calib).name if calib else None,
         "calib_tokens": calib_tokens if calib else None,
         "imatrix": Path(imatrix).name if imatrix else None,
@@ -196,13 +248,13 @@ def options(
     return {key: value for key, value in given.items() if value}
 
 
-def metadata(kv: Mapping[str, Value], target: TensorType, options: dict) -> dict[str, Value]:
+def metadata(kv: Mapping[str, Value], target: TensorType, options: dict, label: str | None = None) -> dict[str, Value]:
     """The input's metadata with what describes this file put in."""
     return {key: value for key, value in kv.items() if key != "general.alignment"} | {
         "general.file_type": Value.of(target.file_type),
         "general.quantization_version": Value.of(QUANTIZATION_VERSION),
         "gguf_splitq.version": Value.of(__version__),
-        "gguf_splitq.type": Value.of(target.name),
+        "gguf_splitq.type": Value.of(label or target.name),
         "gguf_splitq.llama_cpp": Value.of(patching.pin()["commit"]),
         "gguf_splitq.options": Value.of(json.dumps(options, sort_keys=True)),
     }

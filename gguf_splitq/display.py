@@ -85,6 +85,13 @@ class Progress:
             self._plain(f"reading {gguf_file.mib(total)} with llama.cpp's converter")
         self.bar.update(self.task, completed=done)
 
+    def measure(self, done: int, total: int) -> None:
+        """Decoder layers run for measuring what each type would cost, forwards and backwards."""
+        if done == 1:
+            self.task = self.bar.add_task("measuring sensitivity", total=total)
+        self.bar.update(self.task, completed=done)
+        self._plain(f"measured sensitivity: step {done} of {total}")
+
     def layer(self, done: int, total: int) -> None:
         """Decoder layers solved so far."""
         if done == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import types
@@ -112,12 +112,13 @@ def make(
     output_tensor_type: str | None = None,
     architecture: str = "",
     importance: Collection[str] = (),
+    chosen: Mapping[str, str] | None = None,
 ) -> list[Entry]:
     """Decide every tensor's type. tensor_type: `REGEX=TYPE` rules, searched in the name, the first match wins.
 
     Embeddings and output get q8_0 unless told otherwise or unless `type` is larger anyway; an explicit embedding or
     output type beats the rules, and a tied embedding takes the output's, as in llama-quantize.
-    importance: names of the tensors that the importance matrix covers.
+    importance: names of the tensors that the importance matrix covers. chosen: tensor -> type, before `type`.
     Raises UsageError for bad rules and missing importance, UnsupportedError for a file that is quantized already.
     """
     base = types.get(type)
@@ -136,6 +137,8 @@ def make(
         if rule:
             rule.used = True
             return rule.type, f"--tensor-type {rule.text}"
+        if chosen and tensor.name in chosen:
+            return types.get(chosen[tensor.name]), "bit budget"
         if tensor.name in _EMBEDDINGS:
             return (output, "--output-tensor-type, tied") if tied and output else (large, "embeddings")
         return (large, "output") if tensor.name == "output.weight" else (base, "--type")
