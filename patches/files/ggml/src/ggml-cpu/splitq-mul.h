@@ -1,0 +1,23 @@
+// Matrix products of the SplitQuantV2 family that see the whole operation: MUL_MAT and MUL_MAT_ID with weights as stored.
+#pragma once
+
+#include "ggml-cpu-impl.h"
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Whether this build has a kernel for the operation: false for other operations, types, layouts and instruction sets.
+bool splitq_mul_claims(const struct ggml_tensor * op);
+
+// Bytes of work buffer for a claimed operation; enough for ggml's own path as well, which use_ref selects.
+size_t splitq_mul_work_size(int n_threads, const struct ggml_tensor * op);
+
+// Computes a claimed operation, called by every thread. The result does not depend on the number of threads.
+// False, and nothing done, with params->use_ref.
+bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+#ifdef __cplusplus
+}
+#endif
