@@ -121,6 +121,32 @@ def test_one_layer_is_in_memory_at_a_time(checkpoint, kind):
     assert not any(p.is_meta for p in model.module.get_input_embeddings().parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_may_be_in_a_file(checkpoint, tmp_path, dtype):
+    model, text = Model(checkpoint("llama"), dtype=dtype), tokens(11)
+    results = []
+    for states in (model.inputs(text), model.inputs(text, tmp_path / "hidden")):
+        with model.layer(0) as layer:
+            for i, state in enumerate(states):
+                states[i] = model.forward(layer, 0, state)
+        results.append(torch.cat(list(states)))
+    assert torch.equal(*results) and results[0].shape == (11, 512, 64)
+    assert (tmp_path / "hidden").stat().st_size == results[0].nbytes
+
+
+def test_of_a_long_text_pieces_are_taken_evenly(checkpoint, tmp_path):
+    model, file = Model(checkpoint("llama")), tmp_path / "text.txt"
+
+    def read(text):
+        file.write_text(text)
+        return model.read_tokens(file, 2048)[:, 10:]
+
+    early, late, both = read("early " * 3000), read("late " * 3000), read("early " * 40_000 + "late " * 40_000)
+    assert both.shape == (4, 502)
+    assert set(both[0].tolist()) == set(early[0].tolist()) != set(late[0].tolist()) == set(both[-1].tolist())
+
+
 def test_computes_in_bfloat16_too(checkpoint):
     model = Model(checkpoint("llama"), dtype=torch.bfloat16)
     (state,) = model.inputs(tokens(4))

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
@@ -32,9 +33,11 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..errors import InputError, SplitqError, UnsupportedError
+from ..gguf_file import disk_error
 
 CONTEXT = 512  # tokens per sequence: what llama-perplexity and llama-imatrix use
 BATCH = 8  # sequences
+CHARACTERS = 16  # per token, at most, that are looked at of a long text
 REST = -1  # stands for the tensors outside the decoder layers
 
 
@@ -69,9 +72,10 @@ class Model:
 
         Raises InputError when the text gives less than four sequences, or the tokenizer is not this model's.
         """
+        words = _thinned(text.read_text(encoding="utf-8", errors="replace"), CHARACTERS * count)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
-            ids = tokenizer(text.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(words, add_special_tokens=False)["input_ids"]
         except Exception as error:  # a tokenizer's library raises whatever it likes
             raise UnsupportedError(
                 f"{self.path}: transformers cannot load a tokenizer from it ({_line(error)}): use --calib self"
@@ -117,12 +121,13 @@ class Model:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def inputs(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+    def inputs(self, tokens: torch.Tensor, file: Path | None = None) -> list[torch.Tensor] | OnDisk:
         """The hidden states entering layer 0 for int64 [sequences, CONTEXT]: [BATCH, CONTEXT, hidden], on the CPU.
 
+        file: keeps them instead of memory; use them as `states[i]` and `states[i] = ...`.
         Raises UnsupportedError when layers are called with more that depends on the tokens than the hidden states.
         """
-        states = []
+        states = [] if file is None else OnDisk(file)
         for batch in tokens.split(BATCH):
             hidden, arguments = self._catch(batch.to(self.device))
             if not _same(arguments, self.arguments.setdefault(batch.shape, arguments)):
@@ -313,6 +318,38 @@ class Model:
         return states[0], arguments
 
 
+class OnDisk:
+    """A list of tensors in a file, each read when it is asked for. All have the size of the first, the last may be
+    smaller; what is put back has the size of what was there.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.shapes, self.dtype, self.size = path, [], torch.float32, 0
+        path.write_bytes(b"")
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def append(self, tensor: torch.Tensor) -> None:
+        self.size, self.dtype = self.size or tensor.nbytes, tensor.dtype
+        self.shapes.append(tensor.shape)
+        self[len(self) - 1] = tensor
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        shape = self.shapes[index]  # IndexError ends a loop over them
+        count = shape.numel() * self.dtype.itemsize
+        data = np.fromfile(self.path, np.uint8, count, offset=index * self.size)
+        return torch.from_numpy(data).view(self.dtype).view(shape)
+
+    def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
+        try:
+            with open(self.path, "r+b") as file:
+                file.seek(index * self.size)
+                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        except OSError as error:
+            raise disk_error(error, self.path.parent, len(self) * self.size) from error
+
+
 class _Caught(Exception):
     pass
 
@@ -328,6 +365,14 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return type(a) is type(b) and bool(a == b)
+
+
+def _thinned(text: str, limit: int) -> str:
+    """The text, or pieces of it taken evenly when it is longer than `limit` characters."""
+    piece = CHARACTERS * CONTEXT
+    if len(text) <= limit:
+        return text
+    return "".join(text[at : at + piece] for at in np.linspace(0, len(text) - piece, limit // piece, dtype=int))
 
 
 def _line(error: Exception) -> str:
