@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import re
 import tempfile
@@ -31,6 +33,7 @@ def convert(
     imatrix: str | Path | None = None,
     calib: str | Path | None = None,
     calib_tokens: int = 131_072,
+    hessians: str | Path | None = None,
     dry_run: bool = False,
     report: str | Path | None = None,
     threads: int | None = None,
@@ -44,7 +47,9 @@ def convert(
     weight, measured on `calib`; save_plan writes them to a JSON file, which plan_file reads, instead of both.
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
-    error feedback on with `calib_tokens` tokens. dry_run: print the plan, write nothing.
+    error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
+    written. A calibrated conversion that was stopped goes on where it was when the same call is made again.
+    dry_run: print the plan, write nothing.
     report: a JSON file for the per-tensor errors. max_ram: bytes, or text like "2G". The output appears whole or not
     at all, and is the same at any number of threads.
     Raises the errors of `gguf_splitq.errors`.
@@ -52,7 +57,7 @@ def convert(
     limit = parse_size(max_ram)
     threads = check_threads(threads)
     check_choice(type, bpw, plan_file, save_plan, calib)
-    check_calibration(calib, calib_tokens, imatrix)
+    check_calibration(calib, calib_tokens, imatrix, hessians)
     saved = mix.load(plan_file) if plan_file else None
     bpw = saved.bpw if saved else bpw
     type, label = (type, types.get(type).name) if type else (mix.base(bpw), mix.label(bpw))
@@ -97,7 +102,13 @@ def convert(
                 from .solve import sensitivity
 
                 costs = sensitivity.of_checkpoint(
-                    source.path, file, mix.candidates(entries), calib, calib_tokens, threads, progress.measure
+                    source.path,
+                    file,
+                    mix.candidates(entries),
+                    calib,
+                    calib_tokens,
+                    threads,
+                    functools.partial(progress.step, "measuring sensitivity"),
                 )
                 saved = mix.choose(entries, costs, bpw, architecture)
                 entries = make(saved.types)
@@ -108,16 +119,25 @@ def convert(
                     display.show_plan(path, entries)
                     return path
             kv = metadata(kv, mix.most_used(entries, architecture) if bpw else types.get(type), chosen, label)
+            job = contextlib.nullcontext()
             if calib:
-                from . import solve
+                from .solve.journal import Journal
 
-                solved = solve.run(
-                    source.path, file, entries, calib, calib_tokens, source.scratch, threads, progress.layer
+                job = Journal(
+                    path.with_name(f".{path.name}.unfinished"),
+                    settings(source, entries, calib, calib_tokens, hessians),
                 )
-            progress.start(entries)
-            entries, stats = rewrite.rewrite(
-                file, entries, kv, path, importance, threads, limit, solved and solved.rows, progress.done
-            )
+            with job as journal:
+                if calib:
+                    from . import solve
+
+                    solved = solve.run(
+                        source.path, file, entries, calib, calib_tokens, journal, threads, progress.step, hessians
+                    )
+                progress.start(entries)
+                entries, stats = rewrite.rewrite(
+                    file, entries, kv, path, importance, threads, limit, solved and solved.rows, progress.done
+                )
     result = {
         "file": path.name,
         "size": path.stat().st_size,
@@ -194,10 +214,14 @@ def check_choice(
         raise UsageError(f"--save-plan {save_plan}: its folder does not exist: create it first")
 
 
-def check_calibration(calib: str | Path | None, tokens: int, imatrix: str | Path | None) -> None:
+def check_calibration(
+    calib: str | Path | None, tokens: int, imatrix: str | Path | None, hessians: str | Path | None = None
+) -> None:
     """UsageError unless the options of a calibration fit together."""
     if calib and imatrix:
         raise UsageError("--calib and --imatrix exclude each other: the calibration measures the whole Hessian itself")
+    if hessians and not calib:
+        raise UsageError(f"--hessians {hessians}: they are measured on a text: give --calib TEXT, or --calib self")
     if calib and calib != "self" and not Path(calib).is_file():
         raise UsageError(f"{calib}: there is no such text: give a file, or `self`")
     if tokens < 2048:
@@ -246,6 +270,25 @@ def options(
         "token_embedding_type": token_embedding_type,
     }
     return {key: value for key, value in given.items() if value}
+
+
+def settings(
+    source: checkpoint.Source,
+    entries: Sequence[plan.Entry],
+    calib: str | Path,
+    calib_tokens: int,
+    hessians: str | Path | None,
+) -> dict:
+    """All that decides what a calibration stores, by name: a run goes on only with what the same settings left."""
+    stored = {e.name: e.target_name for e in entries}
+    return {
+        "model": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files},
+        "types": hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16],
+        "calib": "self" if calib == "self" else hashlib.sha256(Path(calib).read_bytes()).hexdigest()[:16],
+        "calib_tokens": calib_tokens,
+        "hessians": hessians is not None,
+        "version": __version__,
+    }
 
 
 def metadata(kv: Mapping[str, Value], target: TensorType, options: dict, label: str | None = None) -> dict[str, Value]:

@@ -85,19 +85,12 @@ class Progress:
             self._plain(f"reading {gguf_file.mib(total)} with llama.cpp's converter")
         self.bar.update(self.task, completed=done)
 
-    def measure(self, done: int, total: int) -> None:
-        """Decoder layers run for measuring what each type would cost, forwards and backwards."""
-        if done == 1:
-            self.task = self.bar.add_task("measuring sensitivity", total=total)
+    def step(self, what: str, done: int, total: int) -> None:
+        """Steps done of one part of a calibration; a new `what` begins a new bar."""
+        if self.task is None or self.bar.tasks[self.task].description != what:
+            self.task = self.bar.add_task(what, total=total)
         self.bar.update(self.task, completed=done)
-        self._plain(f"measured sensitivity: step {done} of {total}")
-
-    def layer(self, done: int, total: int) -> None:
-        """Decoder layers solved so far."""
-        if done == 1:
-            self.task = self.bar.add_task("calibrating", total=total)
-        self.bar.update(self.task, completed=done)
-        self._plain(f"calibrated decoder layer {done} of {total}")
+        self._plain(f"{what}: {done} of {total}")
 
     def start(self, entries: Sequence[plan.Entry]) -> None:
         self.total = len(entries)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..errors import InputError
-from ..gguf_file import Gguf, disk_error
+from ..gguf_file import Gguf
 from ..plan import Entry
 from ..rewrite import to_float32
+from . import calibrate, fisher, formats, solver
+from .hessians import Hessians
+from .journal import Journal
+from .model import Model
 
 
 @dataclass
 class Solved:
-    """rows: tensor name -> uint8 [n_rows, row_bytes], memory-mapped. errors: tensor name -> the solver's, by stage.
+    """rows: tensor name -> uint8 [n_rows, row_bytes], read when sliced. errors: tensor name -> the solver's, by stage.
 
     left: tensors of a type the solver handles that no linear layer of the model matches; they are rounded to nearest.
     pooled: matrices solved with the Hessian of all experts of the layer, because this expert saw too few tokens.
@@ -28,6 +33,13 @@ class Solved:
     left: list[str] = field(default_factory=list)
     pooled: list[str] = field(default_factory=list)
     tokens: int = 0
+
+    def add(self, rows: Mapping[str, np.ndarray], report: dict) -> None:
+        """Take in a finished layer."""
+        self.rows |= rows
+        self.errors |= report["errors"]
+        self.left += report["left"]
+        self.pooled += report["pooled"]
 
 
 def peak_ram(entries: Sequence[Entry], tokens: int) -> int:
@@ -44,78 +56,144 @@ def run(
     entries: Sequence[Entry],
     calib: str | Path,
     tokens: int,
-    scratch: Path,
+    journal: Journal,
     threads: int,
-    progress: Callable[[int, int], None],
+    progress: Callable[[str, int, int], None],
+    hessians: Path | None = None,
 ) -> Solved:
     """Solve every tensor that has a format, on a GPU when there is one.
 
-    folder: the Hugging Face checkpoint that `file` was made from. calib: a text file, or "self" for text sampled from
-    the model. scratch: where the solved rows are kept. progress: decoder layers done and in all.
+    folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
+    from the model. journal: where finished layers are kept, and found again. progress: what is being done, steps done
+    and in all. hessians: a file of Hessians, read when it is there and else written; they are then those of the float
+    model, where otherwise each layer is calibrated behind the layers quantized before it.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
-    import torch
-
-    from . import calibrate, formats, solver
-    from .model import Model
-
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Model(folder, device)
-    calibration = model.sample_tokens(tokens) if calib == "self" else model.read_tokens(Path(calib), tokens)
-    wanted = [e for e in entries if e.quantized and e.name.startswith("blk.")]
-    solved = Solved(tokens=calibration.numel())
-
-    def solve_layer(index: int, layers: list[calibrate.Layer]) -> None:
-        chosen = [entry for entry in wanted if entry.name.startswith(f"blk.{index}.")]
-        for entry, result in zip(chosen, pool.map(lambda entry: solve_tensor(entry, layers), chosen), strict=True):
-            if result is not None:
-                solved.rows[entry.name], solved.errors[entry.name] = result
-            elif formats.for_type(entry.target):
-                solved.left.append(entry.name)
-
-    def solve_tensor(entry: Entry, layers: list[calibrate.Layer]) -> tuple[np.ndarray, dict[str, float]] | None:
-        """The stored rows and the errors; puts into the model what is stored, so that the next layers see it."""
-        tensor, fmt = entry.tensor, formats.for_type(entry.target, device)
-        matrices, errors = [], []
-        for first in range(0, tensor.n_rows, tensor.shape[-2]):
-            rows = to_float32(file.read_rows(tensor, first, tensor.shape[-2]), tensor.type_id)
-            found = calibrate.match(rows, layers)
-            if found is None:
-                return None
-            layer, order = found
-            if fmt is None:
-                stored = torch.from_numpy(entry.target.decode(entry.target.encode(rows)))
-                layer.weight[order.to(device)] = stored.to(layer.weight)
-                continue
-            if layer.pooled:
-                solved.pooled.append(entry.name if len(tensor.shape) < 3 else f"{entry.name}[{len(matrices)}]")
-            try:
-                solution = solver.solve(torch.from_numpy(rows).to(device), layer.hessian, fmt)
-            except InputError as error:
-                raise InputError(f"tensor {entry.name!r}: {error}") from error
-            layer.weight[order.to(device)] = solution.weight.to(layer.weight)
-            matrices.append(solution.packed.cpu().numpy())
-            errors.append(solution.errors)
-        if fmt is None:
-            return None
-        path = scratch / entry.name
-        packed = np.concatenate(matrices)
-        try:
-            packed.tofile(path)
-        except OSError as error:
-            raise disk_error(error, scratch, packed.nbytes) from error
-        stored = np.memmap(path, np.uint8, "r", shape=(tensor.n_rows, entry.target.row_bytes(tensor.n_cols)))
-        return stored, {stage: float(np.mean([e[stage] for e in errors])) for stage in errors[0]}
-
-    states = model.inputs(calibration)
+    cache = Hessians(hessians, journal, len(model)) if hessians else None
+    measuring = not (cache and cache.complete)
+    states, weights = [], {}
+    solved = Solved(tokens=tokens)
+    if measuring:
+        if (kept := journal.find("tokens")) is None:
+            sample = model.sample_tokens(tokens) if calib == "self" else model.read_tokens(Path(calib), tokens)
+            rough = Model(folder, device, _rough(device))
+            weights = fisher.token_weights(rough, sample, lambda *steps: progress("weighing tokens", *steps))
+            journal.keep(
+                "tokens", {"tokens": sample.numpy(), **{f"{i} {n}": w.numpy() for (i, n), w in weights.items()}}
+            )
+            del rough
+        else:
+            kept = {name: torch.from_numpy(part[:]) for name, part in kept[0].items()}
+            sample = kept.pop("tokens")
+            weights = {(int(name.split()[0]), name.split()[1]): w for name, w in kept.items()}
+        solved.tokens = sample.numel()
+        states = model.inputs(sample)
     # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.
     with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
         for index in range(len(model)):
+            wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
+            part = journal.find(f"layer-{index:05}")
             with model.layer(index) as module:
-                solve_layer(index, calibrate.layers_of(model, module, index, states))
-                for i, state in enumerate(states):
-                    states[i] = model.forward(module, index, state).to(state.device)
-            progress(index + 1, len(model))
-    solved.pooled.sort()
+                if measuring and (part is None or (cache and not cache.has(index))):
+                    layers = calibrate.layers_of(model, module, index, states, weights)
+                    if cache:
+                        cache.keep(index, layers)
+                else:
+                    layers = calibrate.bare_layers_of(module)
+                    if cache and part is None:
+                        cache.fill(index, layers)
+                if cache and measuring:
+                    _advance(model, module, index, states)
+                if part is None:
+                    _solve_layer(file, wanted, layers, pool, journal, index, device)
+                    part = journal.find(f"layer-{index:05}")
+                elif not cache:
+                    for entry in wanted:
+                        _put(file, entry, layers, part[0].get(entry.name))
+                if not cache:
+                    _advance(model, module, index, states)
+            solved.add(*part)
+            progress("calibrating", index + 1, len(model))
+    if cache:
+        cache.finish()
     return solved
+
+
+def _advance(model: Model, module: torch.nn.Module, index: int, states: list[torch.Tensor]) -> None:
+    for i, state in enumerate(states):
+        states[i] = model.forward(module, index, state).to(state.device)
+
+
+def _rough(device: str) -> torch.dtype:
+    """The precision in which tokens are weighed: bfloat16 where the processor multiplies it fast."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = device == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _solve_layer(
+    file: Gguf,
+    wanted: list[Entry],
+    layers: list[calibrate.Layer],
+    pool: ThreadPoolExecutor,
+    journal: Journal,
+    index: int,
+    device: str,
+) -> None:
+    """Solve the layer's tensors, put what is stored into the model, and keep the rows."""
+    rows, errors, left, pooled = {}, {}, [], []
+
+    def solve(entry: Entry) -> None:
+        if formats.for_type(entry.target) is None:
+            _put(file, entry, layers, None)
+        elif found := _solve_tensor(file, entry, layers, device):
+            rows[entry.name], errors[entry.name], poor = found
+            pooled.extend(poor)
+        else:
+            left.append(entry.name)
+
+    for _ in pool.map(solve, wanted):
+        pass
+    journal.keep(f"layer-{index:05}", rows, {"errors": errors, "left": sorted(left), "pooled": sorted(pooled)})
+
+
+def _solve_tensor(
+    file: Gguf, entry: Entry, layers: list[calibrate.Layer], device: str
+) -> tuple[np.ndarray, dict[str, float], list[str]] | None:
+    """(uint8 [n_rows, row_bytes], errors by stage, the experts that took the pooled Hessian), None when unmatched."""
+    fmt, matrices, errors, pooled = formats.for_type(entry.target, device), [], [], []
+    for rows in _matrices(file, entry):
+        found = calibrate.match(rows, layers)
+        if found is None or found[0].hessian is None:
+            return None
+        layer, order = found
+        if layer.pooled:
+            pooled.append(f"{entry.name}[{len(matrices)}]")
+        try:
+            solution = solver.solve(torch.from_numpy(rows).to(device), layer.hessian, fmt)
+        except InputError as error:
+            raise InputError(f"tensor {entry.name!r}: {error}") from error
+        layer.weight[order.to(device)] = solution.weight.to(layer.weight)
+        matrices.append(solution.packed.cpu().numpy())
+        errors.append(solution.errors)
+    return np.concatenate(matrices), {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled
+
+
+def _put(file: Gguf, entry: Entry, layers: list[calibrate.Layer], stored) -> None:
+    """Put into the model what is stored of a tensor: `stored` rows, or its values rounded to nearest."""
+    first = 0
+    for rows in _matrices(file, entry):
+        if found := calibrate.match(rows, layers):
+            layer, order = found
+            packed = entry.target.encode(rows) if stored is None else stored[first : first + len(rows)]
+            layer.weight[order.to(layer.weight.device)] = torch.from_numpy(entry.target.decode(packed)).to(layer.weight)
+        first += len(rows)
+
+
+def _matrices(file: Gguf, entry: Entry) -> Iterator[np.ndarray]:
+    """float32 [rows, columns] of a tensor's matrix, or of each expert's."""
+    for first in range(0, entry.tensor.n_rows, entry.tensor.shape[-2]):
+        yield to_float32(file.read_rows(entry.tensor, first, entry.tensor.shape[-2]), entry.tensor.type_id)

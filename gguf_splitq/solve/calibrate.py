@@ -1,9 +1,10 @@
 """Calibration: the inputs of every linear layer of a decoder layer, behind the quantized prefix.
 
 Whatever multiplies the hidden states by a matrix is seen where PyTorch does it, in F.linear, whether the matrix is a
-module's or one expert's slice of a stacked parameter. The second moments X^T X of its inputs are added up in float32
-per batch and float64 in all. The huge activations of a sequence's first token stay in them: without, the result
-measured worse. An expert that saw fewer tokens than it has columns takes the moments of all experts together.
+module's or one expert's slice of a stacked parameter. The second moments X^T X of its inputs, each token counted by
+what it matters (fisher.py), are added up in float32 per batch and float64 in all. The huge activations of a sequence's
+first token stay in them: without, the result measured worse. An expert that saw fewer tokens than it has columns takes
+the moments of all experts together.
 
 GGUF tensors are found by content, not by name: the rows of a GGUF matrix are rows of one matrix here, in any order
 (llama.cpp reorders those of Q and K), and perhaps not all of them (it splits what transformers fuses). What no matrix
@@ -13,7 +14,7 @@ has is left to nearest rounding and is counted.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +35,7 @@ class Layer:
 
     name: str
     weight: torch.Tensor
-    hessian: torch.Tensor
+    hessian: torch.Tensor | None = None
     pooled: bool = False
     keys: dict[int, list[int]] = field(init=False, repr=False)
 
@@ -45,16 +46,24 @@ class Layer:
 
 
 @torch.no_grad()
-def layers_of(model: Model, module: torch.nn.Module, index: int, states: Sequence[torch.Tensor]) -> list[Layer]:
+def layers_of(
+    model: Model,
+    module: torch.nn.Module,
+    index: int,
+    states: Sequence[torch.Tensor],
+    weights: Mapping[tuple[int, str], torch.Tensor] | None = None,
+) -> list[Layer]:
     """The matrices that decoder layer `index`, loaded as `module`, applies to `states` (those entering the layer).
 
+    weights: (layer, name) -> float32 [tokens], what each token counts; 1 where there is none.
     Raises InputError when an activation is NaN or Inf.
     """
-    with _Moments(module) as seen:
+    seen = _Moments(module, {name: w for (i, name), w in (weights or {}).items() if i == index})
+    with Watch(module, seen.see):
         for state in states:
             model.forward(module, index, state)
     layers = []
-    for name, parameter in seen.parameters.items():
+    for name, parameter in matrices(module).items():
         moments = seen.moments.get(name, {})
         if not moments:
             continue  # not a matrix, or nothing went through it
@@ -65,7 +74,7 @@ def layers_of(model: Model, module: torch.nn.Module, index: int, states: Sequenc
                     "check the checkpoint"
                 )
         if parameter.dim() == 2:
-            layers.append(Layer(name, parameter.data, moments[0].mean()))
+            layers.append(Layer(name, parameter.data, moments[None].mean()))
             continue
         pooled = None
         for expert, weight in enumerate(parameter.data):
@@ -74,6 +83,14 @@ def layers_of(model: Model, module: torch.nn.Module, index: int, states: Sequenc
                 pooled = pooled if pooled is not None else _pool(moments.values())
             layers.append(Layer(f"{name}[{expert}]", weight, pooled if few else own.mean(), few))
     return layers
+
+
+def bare_layers_of(module: torch.nn.Module) -> list[Layer]:
+    """All that may be a matrix of a decoder layer, without Hessians, by the names that `layers_of` gives."""
+    found = []
+    for name, p in matrices(module).items():
+        found += [Layer(name, p.data)] if p.dim() == 2 else [Layer(f"{name}[{i}]", w) for i, w in enumerate(p.data)]
+    return found
 
 
 def match(gguf_rows: np.ndarray, layers: list[Layer]) -> tuple[Layer, torch.Tensor] | None:
@@ -95,6 +112,34 @@ def _row_keys(rows: torch.Tensor) -> list[int]:
     return [hash(row.tobytes()) for row in rows]
 
 
+def matrices(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that may be matrices [out, in], or stacks of them, one per expert [experts, out, in]."""
+    return {name: p for name, p in module.named_parameters() if p.dim() in (2, 3)}
+
+
+class Watch(TorchFunctionMode):
+    """Calls `see(name, expert, x, y)` for each product y = x W^T of one of the module's matrices, in order.
+
+    expert: the number in a stack of matrices, None for a matrix that stands alone.
+    """
+
+    def __init__(self, module: torch.nn.Module, see: Callable[[str, int | None, torch.Tensor, torch.Tensor], None]):
+        super().__init__()
+        self.see = see
+        self.starts: dict[int, tuple[str, int | None, torch.Size]] = {}  # by the address of each matrix
+        for name, p in matrices(module).items():
+            for expert, weight in [(None, p)] if p.dim() == 2 else enumerate(p):
+                self.starts[weight.data_ptr()] = name, expert, weight.shape
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and args[0].numel():
+            name, expert, shape = self.starts.get(args[1].data_ptr(), (None, None, None))
+            if shape == args[1].shape:
+                self.see(name, expert, args[0], result)
+        return result
+
+
 @dataclass
 class _Moment:
     """total: float64 X^T X of `count` rows X."""
@@ -102,9 +147,9 @@ class _Moment:
     total: torch.Tensor
     count: int = 0
 
-    def add(self, rows: torch.Tensor) -> None:
-        rows = rows.reshape(-1, rows.shape[-1]).float()
-        self.total += rows.T @ rows
+    def add(self, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
+        rows = rows.float()
+        self.total += rows.T @ (rows if weights is None else rows * weights[:, None].to(rows.device))
         self.count += len(rows)
 
     def mean(self) -> torch.Tensor:
@@ -115,36 +160,22 @@ def _pool(moments) -> torch.Tensor:
     return sum(moment.total for moment in moments) / max(sum(moment.count for moment in moments), 1)
 
 
-class _Moments(TorchFunctionMode):
-    """Watches F.linear. moments: parameter -> expert (0 when it is one matrix) -> moment.
+class _Moments:
+    """moments: name -> expert -> moment. Matrices fed by one tensor (experts' gate and up) share one if unweighted."""
 
-    Matrices fed by the same tensor (Q, K and V; gate and up) share one.
-    """
-
-    def __init__(self, module: torch.nn.Module):
-        super().__init__()
-        self.parameters = {name: p for name, p in module.named_parameters() if p.dim() in (2, 3)}
-        self.starts: dict[int, tuple[str, int]] = {}  # address of each matrix
-        for name, p in self.parameters.items():
-            for expert, weight in enumerate(p if p.dim() == 3 else [p]):
-                self.starts[weight.data_ptr()] = name, expert
-        self.moments: dict[str, dict[int, _Moment]] = defaultdict(dict)
+    def __init__(self, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]):
+        self.weights = weights
+        self.moments: dict[str, dict[int | None, _Moment]] = defaultdict(dict)
         self.last: tuple[torch.Tensor | None, _Moment | None] = (None, None)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.linear:
-            self._see(*args[:2])
-        return func(*args, **(kwargs or {}))
-
-    def _see(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        name, expert = self.starts.get(weight.data_ptr(), (None, 0))
-        if name is None or weight.shape != self.parameters[name].shape[-2:] or not x.numel():
-            return
-        moments = self.moments[name]
-        if x is self.last[0]:
+    def see(self, name: str, expert: int | None, x: torch.Tensor, y: torch.Tensor) -> None:
+        moments, weights = self.moments[name], self.weights.get(name)
+        if weights is None and x is self.last[0]:
             moments.setdefault(expert, self.last[1])
             return
         if expert not in moments:
             moments[expert] = _Moment(torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device))
-        moments[expert].add(x)
-        self.last = (x, moments[expert])
+        rows, done = x.flatten(0, -2), moments[expert].count
+        moments[expert].add(rows, None if weights is None else weights[done : done + len(rows)])
+        if weights is None:
+            self.last = (x, moments[expert])

@@ -1,0 +1,88 @@
+"""What a calibration has finished, kept beside its output so that the same command can go on after a kill.
+
+    .OUT.gguf.unfinished/
+        settings.json             what decides the result, by name
+        tokens.safetensors        the calibration tokens and what each counts
+        layer-00000.safetensors   packed rows of the layer's tensors; their errors as JSON in the metadata
+
+Each file appears whole or not at all. The folder is gone when the output is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ..errors import InputError, UsageError
+from ..gguf_file import disk_error
+
+
+class Journal:
+    """Finished parts by name. Raises UsageError when the folder is of a run with other settings, naming them."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, object]):
+        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        path = folder / "settings.json"
+        if path.exists():
+            try:
+                before = json.loads(path.read_bytes())
+            except ValueError:
+                before = {}
+            changed = sorted(k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k))
+            if changed:
+                pairs = [(k, _short(before.get(k)), _short(self.settings.get(k))) for k in changed]
+                what = ", ".join(f"{name} was {old} and is {new}" for name, old, new in pairs)
+                raise UsageError(f"{folder}: an unfinished run with other settings is kept there ({what}): delete it")
+        else:
+            try:
+                folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise disk_error(error, folder, 0) from error
+            self._write(path, json.dumps(self.settings, indent=1).encode())
+
+    def keep(self, name: str, arrays: Mapping[str, np.ndarray], metadata: object = None) -> None:
+        """Store a part. metadata: anything JSON can hold."""
+        self._write(self.folder / f"{name}.safetensors", save(dict(arrays), {"json": json.dumps(metadata)}))
+
+    def find(self, name: str) -> tuple[dict[str, object], object] | None:
+        """A part's arrays, which read from disk when they are sliced, and its metadata; None when it is not there."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            file = safe_open(path, framework="numpy")
+            return {key: file.get_slice(key) for key in file.keys()}, json.loads(file.metadata()["json"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({error}): delete its folder and start again") from error
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """Remove the folder when all went well, or when nothing in it is worth keeping."""
+        if kind is None or not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        temporary = path.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise disk_error(error, self.folder, len(data)) from error
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

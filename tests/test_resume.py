@@ -1,0 +1,108 @@
+"""Long calibrations: going on after a kill, refusing changed settings, Hessians kept for another type."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gguf_splitq import convert, errors
+from gguf_splitq.solve.journal import Journal
+
+TOKENS = 2048
+
+
+def run(folder, text, outfile, **options):
+    return convert.convert(folder, "sq4", outfile=outfile, calib=str(text), calib_tokens=TOKENS, threads=1, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(runtime_library, tiny_llama, tmp_path_factory):
+    """(checkpoint, text, what an uninterrupted run writes)."""
+    folder, text = tiny_llama
+    return folder, text, run(folder, text, tmp_path_factory.mktemp("whole") / "out.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("step", [("calibrating", 1), ("calibrating", 2), ("weighing tokens", 4)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(whole, tmp_path, monkeypatch, step):
+    folder, text, expected = whole
+
+    def stop(self, what, done, total):
+        if (what, done) == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gguf_splitq.display.Progress.step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, text, tmp_path / "out.gguf")
+    kept = tmp_path / ".out.gguf.unfinished"
+    layers = step[1] if step[0] == "calibrating" else 0
+    assert len(list(kept.glob("layer-*.safetensors"))) == layers
+    solved = []
+    monkeypatch.setattr("gguf_splitq.solve._solve_tensor", spy(solved))
+    assert run(folder, text, tmp_path / "out.gguf").read_bytes() == expected
+    assert len(solved) == 14 - 7 * layers
+    assert not kept.exists()
+
+
+def spy(calls):
+    from gguf_splitq import solve
+
+    original = solve._solve_tensor
+
+    def called(*args):
+        calls.append(args)
+        return original(*args)
+
+    return called
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(whole, tmp_path):
+    folder, text, expected = whole
+    options = ["--type", "sq4", "--calib", text, "--calib-tokens", TOKENS, "--outfile", tmp_path / "out.gguf"]
+    command = [sys.executable, "-m", "gguf_splitq", "convert", folder, "--threads", 1, *options]
+    child = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, start_new_session=True)
+    kept = tmp_path / ".out.gguf.unfinished"
+    while child.poll() is None and not (kept / "layer-00000.safetensors").exists():
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL and not (tmp_path / "out.gguf").exists()
+    assert run(folder, text, tmp_path / "out.gguf").read_bytes() == expected
+
+
+def test_changed_settings_are_refused_by_name(whole, tmp_path, monkeypatch):
+    folder, text, _ = whole
+    monkeypatch.setattr("gguf_splitq.rewrite.rewrite", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(folder, text, tmp_path / "out.gguf")
+    for changed in ({"calib_tokens": 4096}, {"type": "sq3"}):
+        options = {"type": "sq4", "calib": str(text), "calib_tokens": TOKENS, "threads": 1} | changed
+        with pytest.raises(errors.UsageError, match=r"calib_tokens was 2048 and is 4096|types was "):
+            convert.convert(folder, outfile=tmp_path / "out.gguf", **options)
+
+
+def test_one_calibration_serves_two_types(whole, tmp_path, monkeypatch):
+    folder, text, _ = whole
+    cache = tmp_path / "hessians.gguf"
+    first = run(folder, text, tmp_path / "first.gguf", hessians=cache).read_bytes()
+    monkeypatch.setattr("gguf_splitq.solve.model.Model.forward", lambda *_: 1 / 0)  # nothing is measured again
+    assert run(folder, text, tmp_path / "again.gguf", hessians=cache).read_bytes() == first
+    options = {"calib": str(text), "calib_tokens": TOKENS, "hessians": cache, "report": tmp_path / "report.json"}
+    convert.convert(folder, "sq3", outfile=tmp_path / "sq3.gguf", **options)
+    report = json.loads((tmp_path / "report.json").read_text())["calibration"]
+    assert report["left"] == [] and all(e["polish"] < e["nearest"] for e in report["errors"].values())
+    with pytest.raises(errors.UsageError, match="calib_tokens 2048 and this run has 4096"):
+        convert.convert(folder, "sq3", outfile=tmp_path / "x.gguf", **(options | {"calib_tokens": 4096}))
+    names = {"first.gguf", "again.gguf", "sq3.gguf", "hessians.gguf", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    journal = Journal(tmp_path / "kept", {"a": 1})
+    journal.keep("layer-00000", {})
+    (tmp_path / "kept" / "layer-00000.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(errors.InputError, match="layer-00000.safetensors: damaged"):
+        journal.find("layer-00000")
