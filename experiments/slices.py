@@ -1,0 +1,106 @@
+"""`make slices`: what error feedback costs on larger models, from one decoder layer of their shapes.
+
+Random weights, random tokens: the time depends on neither. Calibration (running the layer twice and adding up second
+moments) grows linearly with the tokens and is scaled to 160 k when fewer are run; solving does not depend on them.
+"""
+
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .common import parser, run, save, show
+
+SHAPES = {  # hidden, feed-forward, heads, KV heads, layers
+    "1b": (2048, 8192, 32, 8, 16),
+    "8b": (4096, 14336, 32, 8, 32),
+}
+TOKENS = 160_000
+VOCABULARY = 4096
+
+
+def checkpoint(folder: Path, shape: str) -> Path:
+    """A Llama of one layer."""
+    import torch
+    import transformers
+
+    hidden, ffn, heads, kv_heads, _ = SHAPES[shape]
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, num_hidden_layers=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threads: int) -> dict[str, float]:
+    """Seconds of each step, and the peak of the GPU's memory."""
+    import torch
+
+    from gguf_splitq import types
+    from gguf_splitq.solve import calibrate, formats, solver
+    from gguf_splitq.solve.model import CONTEXT, Model
+
+    torch.set_num_threads(threads)
+    model, target = Model(folder, device, getattr(torch, dtype)), types.get(type)
+    states = model.inputs(torch.randint(VOCABULARY, (max(1, tokens // CONTEXT), CONTEXT)))
+    seconds, start = {}, time.perf_counter()
+
+    def lap(step: str) -> None:
+        nonlocal start
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds[f"{step} s"], start = time.perf_counter() - start, time.perf_counter()
+
+    def solve(layer: calibrate.Layer) -> None:
+        weight = layer.weight.float()
+        layer.weight.copy_(solver.solve(weight, layer.hessian, formats.for_type(target, device)).weight)
+
+    with model.layer(0) as module, torch.no_grad():
+        lap("load")
+        for state in states[:1]:
+            model.forward(module, 0, state)
+        lap("warm-up")
+        layers = calibrate.layers_of(model, module, 0, states)
+        lap("moments")
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+            list(pool.map(solve, layers))
+        lap("solve")
+        for i, state in enumerate(states):
+            states[i] = model.forward(module, 0, state).to(state.device)
+        lap("forward")
+    seconds["GPU GiB"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0
+    return seconds
+
+
+def main() -> None:
+    import torch
+
+    p = parser(__doc__)
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
+    p.add_argument("--type", default="sq4")
+    p.add_argument("--tokens", type=int, default=TOKENS, help="to run; times are scaled to 160 k")
+    args = p.parse_args()
+
+    rows = []
+    for shape in args.shape or SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = measure(
+                checkpoint(Path(folder), shape), args.type, args.tokens, args.device, args.dtype, args.threads
+            )
+        calibration = (seconds["moments s"] + seconds["forward s"]) * TOKENS / args.tokens
+        total = (seconds["load s"] + calibration + seconds["solve s"]) * SHAPES[shape][-1]
+        rows.append({"shape": shape, "calibration s": calibration, "all layers min": total / 60} | seconds)
+    note = "" if args.tokens == TOKENS else f" ({args.tokens} were run, the rest is scaled up)"
+    columns = {"shape": "", "load s": ".1f", "calibration s": ".1f", "solve s": ".1f", "all layers min": ".1f"}
+    columns |= {"GPU GiB": ".1f"} if args.device == "cuda" else {}
+    show(f"One decoder layer on {args.device} in {args.dtype}, {args.type}, {TOKENS} tokens{note}", rows, columns)
+    save("slices", {"options": vars(args), "rows": rows})
+
+
+if __name__ == "__main__":
+    run(main)
