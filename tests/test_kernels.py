@@ -1,4 +1,5 @@
 """Every instruction set's C code gives the same bits: encoders equal NumPy's bytes, dot products the scalar floats.
+Matrix products add in an order of their own and are compared with the exact product of the same numbers.
 
 The C sources of the patch series are built here by themselves (tests/c/driver.c) for each instruction set; the Arm
 ones run under qemu-aarch64.
@@ -17,13 +18,16 @@ CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 
-# name: compiler, flags, CPU flag it needs (x86) or "qemu"
+# name: compiler, flags, CPU flag it needs (x86) or processor that qemu is to be (Arm): one that has nothing more
 TARGETS = {
     "scalar": ("gcc", [], ""),
     "avx2": ("gcc", AVX2, "avx2"),
+    "avx-vnni": ("gcc", [*AVX2, "-mavxvnni"], "avx_vnni"),
     "avx512": ("gcc", AVX512, "avx512_vnni"),
-    "neon": ("aarch64-linux-gnu-gcc", ["-static"], "qemu"),
-    "neon-dotprod": ("aarch64-linux-gnu-gcc", ["-static", "-march=armv8.2-a+dotprod"], "qemu"),
+    "avx512-vbmi": ("gcc", [*AVX512, "-mavx512vbmi"], "avx512vbmi"),
+    "neon": ("aarch64-linux-gnu-gcc", ["-static"], "cortex-a53"),
+    "neon-dotprod": ("aarch64-linux-gnu-gcc", ["-static", "-march=armv8.2-a+dotprod"], "cortex-a76"),
+    "neon-i8mm": ("aarch64-linux-gnu-gcc", ["-static", "-march=armv8.2-a+dotprod+i8mm"], "max"),
 }
 ROWS = 40
 
@@ -34,6 +38,12 @@ def driver(request, patched_tree, tmp_path_factory):
     return build(request.param, patched_tree, tmp_path_factory.mktemp("driver"))
 
 
+@pytest.fixture
+def has_products(driver) -> bool:
+    """Whether the instruction set of `driver` has matrix products; ggml's own path serves the others."""
+    return Path(driver[-1]).name not in ("scalar", "neon")
+
+
 @pytest.fixture(scope="module")
 def scalar(patched_tree, tmp_path_factory):
     return build("scalar", patched_tree, tmp_path_factory.mktemp("scalar"))
@@ -41,20 +51,21 @@ def scalar(patched_tree, tmp_path_factory):
 
 def build(target: str, tree: Path, folder: Path) -> list[str]:
     compiler, flags, needs = TARGETS[target]
-    if needs == "qemu":
+    emulated = compiler != "gcc"
+    if emulated:
         for tool in (compiler, "qemu-aarch64"):
             if shutil.which(tool) is None:
                 pytest.skip(f"{tool} is not installed: apt-get install gcc-aarch64-linux-gnu qemu-user")
-    elif needs not in CPU_FLAGS:
-        pytest.skip(f"this processor has no {needs}")
     program = folder / target
     includes = [f"-I{tree / 'ggml' / part}" for part in ("include", "src", "src/ggml-cpu")]
     subprocess.run(
         [compiler, "-std=gnu11", "-O2", "-ffp-contract=off", *flags, *includes,
-         str(Path(__file__).parent / "c" / "driver.c"), "-o", str(program), "-lm"],
+         str(Path(__file__).parent / "c" / "driver.c"), "-o", str(program), "-lm", "-pthread"],
         check=True,
     )  # fmt: skip
-    return (["qemu-aarch64"] if needs == "qemu" else []) + [str(program)]
+    if not emulated and needs not in CPU_FLAGS:
+        pytest.skip(f"compiles, but this processor has no {needs}")
+    return (["qemu-aarch64", "-cpu", needs] if emulated else []) + [str(program)]
 
 
 def run(command: list[str], *args, data: bytes) -> bytes:
@@ -103,3 +114,79 @@ def test_encoders_equal_numpy_byte_for_byte(driver, tensor_type, weighted):
     data = rows.tobytes() + (importance.tobytes() if weighted else b"")
     got = run(driver, "encode", tensor_type.gguf_id, 512, ROWS, int(weighted), data=data)
     assert got == tensor_type.encode_numpy(rows, importance).tobytes()
+
+
+PRODUCTS = [t for t in types.CUSTOM if t.name in ("sq4", "sq3", "sq2")]
+
+
+def activations(shape: tuple, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Random float32 activations with a block of zeros and some outliers; the same through q8_0, in float64."""
+    x = (rng.normal(0, 1, shape) * np.where(rng.random(shape) < 0.01, 20, 1)).astype(np.float32)
+    blocks = x.reshape(-1, 32)
+    blocks[1:2] = 0
+    scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+    inverse = np.divide(1, scale, where=scale > 0, out=np.zeros_like(scale))
+    q8 = scale.astype(np.float16).astype(np.float64) * np.rint(blocks * inverse)
+    return x, q8.reshape(shape)
+
+
+def multiply(driver, command: str, tensor_type, columns: int, rows: int, *sizes, data: bytes, last=()) -> np.ndarray:
+    """The driver's products, which must not depend on the number of threads."""
+    results = [
+        run(driver, command, tensor_type.gguf_id, columns, rows, *sizes, threads, *last, data=data)
+        for threads in (1, 2, 3, 4)
+    ]
+    assert all(result == results[0] for result in results)
+    return np.frombuffer(results[0], np.float32)
+
+
+def check_products(got: np.ndarray, exact: np.ndarray, full: np.ndarray) -> None:
+    """`exact`: the product with activations as q8_0, `full`: with the activations themselves."""
+    got = got.reshape(exact.shape)
+    assert np.square(got - exact).sum() <= 1e-12 * np.square(exact).sum()
+    assert np.square(got - full).sum() < 5e-4 * np.square(full).sum()
+
+
+@pytest.mark.parametrize("blocks, rows, tokens", [
+    (1, 1, 1), (18, 37, 1), (33, 70, 2), (48, 5, 3), (16, 33, 4), (3, 64, 5), (18, 37, 17), (40, 130, 33), (7, 19, 600),
+])  # fmt: skip
+@pytest.mark.parametrize("tensor_type", PRODUCTS, ids=lambda t: t.name)
+def test_matrix_products(driver, has_products, tensor_type, blocks, rows, tokens):
+    rng = np.random.default_rng(rows)
+    x = random_blocks(tensor_type, rows * blocks, rng)
+    y, q8 = activations((tokens, 32 * blocks), rng)
+    got = multiply(driver, "mul", tensor_type, 32 * blocks, rows, 1, tokens, 1, data=x.tobytes() + y.tobytes())
+    assert (got.size > 0) == has_products
+    if has_products:
+        weights = tensor_type.decode_numpy(x).reshape(rows, -1).astype(np.float64)
+        check_products(got, q8 @ weights.T, y @ weights.T)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_batches_share_a_matrix(driver, has_products, tokens):
+    """src0 [2 matrices], src1 [6 batches]: batch b meets matrix b // 3."""
+    rng = np.random.default_rng(tokens)
+    (sq4,) = (t for t in PRODUCTS if t.name == "sq4")
+    x = random_blocks(sq4, 2 * 21 * 4, rng)
+    y, q8 = activations((6, tokens, 128), rng)
+    got = multiply(driver, "mul", sq4, 128, 21, 2, tokens, 3, data=x.tobytes() + y.tobytes())
+    if has_products:
+        weights = sq4.decode_numpy(x).reshape(2, 21, 128).astype(np.float64).repeat(3, 0).swapaxes(1, 2)
+        check_products(got, q8 @ weights, y @ weights)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["a row for each expert", "one row for all"])
+@pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (5, 3, 4), (40, 2, 5), (64, 1, 200)])
+@pytest.mark.parametrize("tensor_type", PRODUCTS, ids=lambda t: t.name)
+def test_experts(driver, has_products, tensor_type, tokens, used, experts, shared):
+    rng = np.random.default_rng(tokens)
+    blocks, rows = 5, 35
+    x = random_blocks(tensor_type, experts * rows * blocks, rng)
+    y, q8 = activations((tokens, 1 if shared else used, 32 * blocks), rng)
+    ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :used].astype(np.int32)
+    data = x.tobytes() + y.tobytes() + ids.tobytes()
+    sizes = (experts, tokens, used)
+    got = multiply(driver, "mul_id", tensor_type, 32 * blocks, rows, *sizes, data=data, last=[int(shared)])
+    if has_products:
+        weights = tensor_type.decode_numpy(x).reshape(experts, rows, -1).astype(np.float64)[ids]
+        check_products(got, *((weights @ a[..., None])[..., 0] for a in (q8, y)))

@@ -2,12 +2,22 @@
 //
 //   driver encode TYPE N ROWS WEIGHTED   stdin: float32 rows, then (if WEIGHTED) N importances; stdout: blocks
 //   driver dot    TYPE N ROWS            stdin: blocks of each row, then q8_0 blocks of each row; stdout: float32 dots
+//   driver mul    TYPE N ROWS MATRICES TOKENS REPEATS THREADS   MUL_MAT; each matrix with REPEATS batches of TOKENS
+//   driver mul_id TYPE N ROWS MATRICES TOKENS USED THREADS SAME   MUL_MAT_ID; SAME: the experts of a token share its row
+//          stdin: blocks of each matrix, float32 activations, for mul_id int32 experts [TOKENS][USED]; stdout: the result,
+//          or nothing where this instruction set has no kernel
+#define _GNU_SOURCE
 #include "ggml-splitq.c"
+#undef SPLITQ_UNROLL
 #include "ggml-cpu/splitq.c"
+#include "ggml-cpu/splitq-mul.c"
 
+#include <pthread.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 // What the included files take from ggml.c.
 void ggml_abort(const char * file, int line, const char * fmt, ...) {
@@ -21,16 +31,108 @@ static size_t block_bytes(enum ggml_type type) {
 }
 
 size_t ggml_row_size(enum ggml_type type, int64_t n) {
-    return n / (type == GGML_TYPE_SPLITQ_SQ4X ? SPLITQ_QK_SQ4X : SPLITQ_QK) * block_bytes(type);
+    return type == GGML_TYPE_Q8_0 ? n / QK8_0 * sizeof(block_q8_0) : n / (type == GGML_TYPE_SPLITQ_SQ4X ? SPLITQ_QK_SQ4X : SPLITQ_QK) * block_bytes(type);
+}
+
+static pthread_barrier_t barrier;
+static atomic_int        chunk;
+
+void ggml_barrier(struct ggml_threadpool * pool) {
+    (void) pool;
+    pthread_barrier_wait(&barrier);
+}
+
+void ggml_threadpool_chunk_set(struct ggml_threadpool * pool, int value) {
+    (void) pool;
+    chunk = value;
+}
+
+int ggml_threadpool_chunk_add(struct ggml_threadpool * pool, int value) {
+    (void) pool;
+    return atomic_fetch_add(&chunk, value);
+}
+
+void quantize_row_q8_0(const float * x, void * y, int64_t n) {
+    block_q8_0 * b = y;
+    for (int64_t i = 0; i < n/QK8_0; ++i, x += QK8_0) {
+        float max = 0;
+        for (int j = 0; j < QK8_0; ++j) { max = fmaxf(max, fabsf(x[j])); }
+        const float d = max/127, inverse = d ? 1/d : 0;
+        b[i].d = ggml_compute_fp32_to_fp16(d);
+        for (int j = 0; j < QK8_0; ++j) { b[i].qs[j] = (int8_t) nearbyintf(x[j]*inverse); }
+    }
+}
+
+// Memory that ends where a page begins that cannot be touched.
+static void * guarded(size_t size) {
+    const size_t page = 65536, whole = (size + page - 1)/page*page;
+    char * p = mmap(NULL, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    mprotect(p + whole, page, PROT_NONE);
+    return p + whole - size;
 }
 
 static void * read_all(size_t size) {
-    void * data = malloc(size);
+    void * data = guarded(size);
     if (fread(data, 1, size, stdin) != size) {
         fprintf(stderr, "short input\n");
         exit(1);
     }
     return data;
+}
+
+static struct ggml_tensor tensor(enum ggml_type type, size_t element, void * data, int64_t n0, int64_t n1, int64_t n2) {
+    struct ggml_tensor t = { .type = type, .ne = { n0, n1, n2, 1 }, .data = data };
+    t.nb[0] = element;
+    t.nb[1] = type >= GGML_TYPE_SPLITQ_SQ4 ? ggml_row_size(type, n0) : element*n0;
+    t.nb[2] = t.nb[1]*n1;
+    t.nb[3] = t.nb[2]*n2;
+    return t;
+}
+
+struct thread {
+    pthread_t id;
+    struct ggml_compute_params params;
+    struct ggml_tensor * dst;
+};
+
+static void * run(void * arg) {
+    struct thread * t = arg;
+    splitq_mul_forward(&t->params, t->dst);
+    return NULL;
+}
+
+static int multiply(bool experts, enum ggml_type type, int64_t n, int64_t rows, char ** argv) {
+    const int64_t matrices = atoi(argv[0]), tokens = atoi(argv[1]), used = atoi(argv[2]);
+    const int threads = atoi(argv[3]);
+    const int64_t n1 = !experts ? tokens : atoi(argv[4]) ? 1 : used;
+    const int64_t n2 = experts ? tokens : matrices*used;
+    void * weights = read_all(ggml_row_size(type, n)*rows*matrices);
+    void * values  = read_all(sizeof(float)*n*n1*n2);
+    void * chosen  = experts ? read_all(sizeof(int32_t)*used*tokens) : NULL;
+
+    const int64_t results = experts ? used : tokens;
+    struct ggml_tensor x = tensor(type, ggml_row_size(type, SPLITQ_QK), weights, n, rows, matrices);
+    struct ggml_tensor y = tensor(GGML_TYPE_F32, sizeof(float), values, n, n1, n2);
+    struct ggml_tensor ids = tensor(GGML_TYPE_I32, sizeof(int32_t), chosen, used, tokens, 1);
+    struct ggml_tensor dst = tensor(GGML_TYPE_F32, sizeof(float), guarded(sizeof(float)*rows*results*n2), rows, results, n2);
+    dst.op = experts ? GGML_OP_MUL_MAT_ID : GGML_OP_MUL_MAT;
+    dst.src[0] = &x;
+    dst.src[1] = &y;
+    dst.src[2] = experts ? &ids : NULL;
+    if (!splitq_mul_claims(&dst)) {
+        return 0;
+    }
+
+    const size_t size = splitq_mul_work_size(threads, &dst);
+    char * work = guarded(size);
+    struct thread team[16];
+    pthread_barrier_init(&barrier, NULL, threads);
+    for (int i = 0; i < threads; ++i) {
+        team[i] = (struct thread) { .params = { .ith = i, .nth = threads, .wsize = size, .wdata = work }, .dst = &dst };
+        pthread_create(&team[i].id, NULL, run, &team[i]);
+    }
+    for (int i = 0; i < threads; ++i) { pthread_join(team[i].id, NULL); }
+    return fwrite(dst.data, sizeof(float)*rows, results*n2, stdout) != (size_t) (results*n2);
 }
 
 int main(int argc, char ** argv) {
@@ -41,6 +143,9 @@ int main(int argc, char ** argv) {
     const int n = atoi(argv[3]), rows = atoi(argv[4]);
     const size_t row_size = ggml_row_size(type, n);
 
+    if (strncmp(argv[1], "mul", 3) == 0) {
+        return multiply(strcmp(argv[1], "mul_id") == 0, type, n, rows, argv + 5);
+    }
     if (strcmp(argv[1], "encode") == 0) {
         const float * x       = read_all(sizeof(float)*n*rows);
         const float * imatrix = atoi(argv[5]) ? read_all(sizeof(float)*n) : NULL;

@@ -2,6 +2,7 @@
 
 #include "quants.h"
 #include "splitq-ints.h"
+#include "splitq-vec.h"
 
 // Activations are quantized to q8_0 once and laid out for one of two kernels:
 //
@@ -11,154 +12,11 @@
 //
 // Both add in an order that depends on the shapes alone.
 
-#if defined(SPLITQ_AVX512) && defined(__AVX512VBMI__) && defined(__AVX512DQ__)
-
-#define LANES 16  // 32-bit values in a vector
-#define ROWS  16  // rows in a tile: the accumulators that fit the registers beside 8 vectors of activations
-#define BIAS  128 // the dot product takes one factor unsigned: this is added to it, and its share subtracted
-
-typedef __m512i vec_b;
-typedef __m512i vec_i;
-typedef __m512  vec_f;
-typedef __m128i vec_d; // LANES scale bytes
-
-static inline vec_b load_b(const void * p)       { return _mm512_loadu_si512(p); }
-static inline vec_i load_i(const int32_t * p)    { return _mm512_loadu_si512(p); }
-static inline vec_f load_f(const float * p)      { return _mm512_loadu_ps(p); }
-static inline void  store_f(float * p, vec_f v)  { _mm512_storeu_ps(p, v); }
-static inline vec_d zero_d(void)                 { return _mm_setzero_si128(); }
-static inline vec_i zero_i(void)                 { return _mm512_setzero_si512(); }
-static inline vec_f zero_f(void)                 { return _mm512_setzero_ps(); }
-static inline vec_i set_i(int32_t v)             { return _mm512_set1_epi32(v); }
-static inline vec_f set_f(float v)               { return _mm512_set1_ps(v); }
-static inline vec_i add_i(vec_i a, vec_i b)      { return _mm512_add_epi32(a, b); }
-static inline vec_f mul_f(vec_f a, vec_f b)      { return _mm512_mul_ps(a, b); }
-static inline vec_f to_f(vec_i a)                { return _mm512_cvtepi32_ps(a); }
-static inline vec_f fma_f(vec_f a, vec_f b, vec_f c) { return _mm512_fmadd_ps(a, b, c); }
-static inline float sum_f(vec_f a)               { return _mm512_reduce_add_ps(a); }
-
-static inline vec_i dot(vec_i sum, vec_b levels, vec_b y) {
-    return _mm512_dpbusd_epi32(sum, levels, y);
-}
-
-static inline vec_i dot_block(vec_i sum, const vec_b y[8], const int8_t * levels) {
-    for (int i = 0; i < 8; ++i) {
-        int32_t four;
-        memcpy(&four, levels + 4*i, sizeof(four));
-        sum = _mm512_dpbusd_epi32(sum, y[i], _mm512_set1_epi32(four));
-    }
-    return sum;
-}
-
-static inline vec_i reduce4(const vec_i p[4]) {
-    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(p[0], p[1]), _mm512_unpackhi_epi32(p[0], p[1]));
-    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(p[2], p[3]), _mm512_unpackhi_epi32(p[2], p[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-}
-
-static inline vec_i reduce2(const vec_i p[2]) {
-    const __m512 a = _mm512_castsi512_ps(p[0]);
-    const __m512 b = _mm512_castsi512_ps(p[1]);
-    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
-}
-
-// Scale bytes as halves, 2^4 times too large.
-static inline vec_f scale_f(vec_d d) {
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(d), 7), _mm256_set1_epi16((short) 0xbfff));
-    return _mm512_cvtph_ps(half);
-}
-
-// The blocks of one vector, 52 to 104 bytes, are seen through two loads that do not read past them.
-#define AT(byte, span) (char) ((byte) < 64 ? (byte) : (byte) - (span) + 128)
-#define AT4(byte, span)  AT(byte, span), AT(byte + 1, span), AT(byte + 2, span), AT(byte + 3, span)
-#define AT8(byte, span)  AT4(byte, span), AT4(byte + 4, span)
-#define AT16(byte, span) AT8(byte, span), AT8(byte + 8, span)
-#define EACH8(at, size, span, first) { \
-    at(0*size + first, span), at(1*size + first, span), at(2*size + first, span), at(3*size + first, span), \
-    at(4*size + first, span), at(5*size + first, span), at(6*size + first, span), at(7*size + first, span) }
-#define QH(byte, span) AT4(byte, span), 0, 0, 0, 0
-#define PAIR2(a, b, span) AT(a, span), AT(b, span), AT(a, span), AT(b, span)
-#define SAME4(a, span) AT(a, span), AT(a, span), AT(a, span), AT(a, span)
-
-static const char at_qs_sq4[64] = { AT16(0, 68), AT16(17, 68), AT16(34, 68), AT16(51, 68) };
-static const char at_qs_sq3[64] = EACH8(AT8, 13, 104, 0);
-static const char at_qh_sq3[64] = EACH8(QH,  13, 104, 8);
-static const char at_qs_sq2[64] = EACH8(AT8,  9,  72, 0);
-static const char at_d_sq4[64]  = { SAME4(12, 64), SAME4(29, 64), SAME4(46, 64), SAME4(63, 64) }; // of the second load
-static const char at_d_sq3[64]  = { PAIR2(12, 25, 104), PAIR2(38, 51, 104), PAIR2(64, 77, 104), PAIR2(90, 103, 104) };
-static const char at_d_sq2[64]  = { PAIR2(0, 9, 64), PAIR2(18, 27, 64), PAIR2(36, 45, 64), PAIR2(54, 63, 64) };     // the same
-
-static inline vec_b pick(vec_b low, vec_b high, const char * at) {
-    return _mm512_permutex2var_epi8(low, load_b(at), high);
-}
-
-// The lanes of vector v's blocks, see struct few.
-static inline __mmask64 lanes_of(int units, int v) {
-    return (__mmask64) (units == 1 ? 0x1111 : 0x3333) << units*v;
-}
-
-// A look-up takes the low 6 bits of a byte, so neither the bits beside a code nor its place among the 6 need instructions
-// of their own: table i has its levels where code i of a byte finds them.
-static inline void load_tables(const int8_t * levels, int n, vec_b table[3]) {
-    const vec_b at = _mm512_set_epi64(0x3f3e3d3c3b3a3938, 0x3736353433323130, 0x2f2e2d2c2b2a2928, 0x2726252423222120,
-                                      0x1f1e1d1c1b1a1918, 0x1716151413121110, 0x0f0e0d0c0b0a0908, 0x0706050403020100);
-    const vec_b three = _mm512_set1_epi8(3);
-    const vec_b repeated = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) levels)), _mm512_set1_epi8((char) BIAS));
-    vec_b code[3] = { _mm512_and_si512(at, _mm512_set1_epi8((char) (n - 1))), _mm512_srli_epi16(at, 2), _mm512_srli_epi16(at, 4) };
-    if (n == 8) { // the third bit is beside the other two: bit 2 of 0 and 1, bit 4 of 2 and 3, bit 3 of 4 and 5
-        code[1] = _mm512_and_si512(code[1], _mm512_set1_epi8(7));
-        code[2] = _mm512_or_si512(_mm512_and_si512(code[2], three), _mm512_and_si512(_mm512_srli_epi16(at, 1), _mm512_set1_epi8(4)));
-    } else {
-        code[1] = _mm512_and_si512(code[1], three);
-        code[2] = _mm512_and_si512(code[2], three);
-    }
-    for (int i = 0; i < 3; ++i) { table[i] = _mm512_permutexvar_epi8(code[i], repeated); }
-}
-
-static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, const vec_b table[3], vec_b level[2], vec_d d) {
-    const vec_b high = load_b((const char *) x + 4);
-    const vec_b q    = pick(load_b(x), high, at_qs_sq4);
-    level[0] = _mm512_permutexvar_epi8(q, table[0]);
-    level[1] = _mm512_permutexvar_epi8(_mm512_srli_epi16(q, 4), table[0]);
-    return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(1, v), load_b(at_d_sq4), high));
-}
-
-// Bit `place` of byte j: bit 8*i + j of the block's high bits. Elsewhere, and in the code's two bits, from low.
-static inline vec_b with_high_bit(vec_b low, vec_b qh, int i, int place) {
-    const vec_b first = _mm512_set1_epi64(0x0706050403020100);
-    const vec_b bits  = _mm512_multishift_epi64_epi8(_mm512_add_epi8(first, _mm512_set1_epi8((char) (8*i - place))), qh);
-    return _mm512_ternarylogic_epi64(_mm512_set1_epi8((char) (1 << place)), bits, low, 0xca);
-}
-
-static inline vec_d unpack_sq3(const splitq_block_sq3 * x, int v, const vec_b table[3], vec_b level[4], vec_d d) {
-    const vec_b low  = load_b(x);
-    const vec_b high = load_b((const char *) x + 40);
-    const vec_b qs   = pick(low, high, at_qs_sq3);
-    const vec_b qh   = pick(low, high, at_qh_sq3);
-    level[0] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 0, 2), table[0]);
-    level[1] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 1, 4), table[1]);
-    level[2] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 2, 3), table[2]);
-    level[3] = _mm512_permutexvar_epi8(with_high_bit(_mm512_srli_epi16(qs, 2), qh, 3, 3), table[2]);
-    return _mm_or_si128(d, _mm512_castsi512_si128(_mm512_maskz_permutex2var_epi8(lanes_of(2, v), low, load_b(at_d_sq3), high)));
-}
-
-static inline vec_d unpack_sq2(const splitq_block_sq2 * x, int v, const vec_b table[3], vec_b level[4], vec_d d) {
-    const vec_b high = load_b((const char *) x + 8);
-    const vec_b q    = pick(load_b(x), high, at_qs_sq2);
-    level[0] = _mm512_permutexvar_epi8(q, table[0]);
-    level[1] = _mm512_permutexvar_epi8(q, table[1]);
-    level[2] = _mm512_permutexvar_epi8(q, table[2]);
-    level[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(q, 2), table[2]);
-    return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(2, v), load_b(at_d_sq2), high));
-}
-
-#endif
-
 #if defined(LANES)
 
-// With 2-bit codes more instructions go into a byte, and the processor's own prefetching does not look far enough ahead.
+// The processor's own prefetching ends with each page of 4 KB, and files are mapped in such pages.
 #if defined(__GNUC__)
-#define SPLITQ_PREFETCH(at, bytes) for (size_t ahead = 0; ahead < (bytes); ahead += 64) { __builtin_prefetch((const void *) ((uintptr_t) (at) + 4096 + ahead)); }
+#define SPLITQ_PREFETCH(at, bytes) for (size_t ahead = 0; ahead < (bytes); ahead += 64) { __builtin_prefetch((const void *) ((uintptr_t) (at) + 2048 + ahead)); }
 #else
 #define SPLITQ_PREFETCH(at, bytes)
 #endif
@@ -189,7 +47,7 @@ struct tile {
 
 // Activations of blocks [LANES*first, LANES*last) of a row of nb blocks; past its end they are zero.
 static void pack_few(const float * x, int nb, int units, int first, int last, struct few * y) {
-    const int parts = LANES/4, pieces = 2*units, size = 16/units;
+    const int parts = LANES/4, pieces = 2*units;
     for (int g = first; g < last; ++g) {
         block_q8_0 q8[LANES];
         const int n = MIN(nb - LANES*g, LANES);
@@ -199,7 +57,8 @@ static void pack_few(const float * x, int nb, int units, int first, int last, st
             const int v = b/(units*parts), c = b/units%parts, i = b%units;
             int32_t sum = 0;
             for (int p = 0; p < pieces; ++p) {
-                memcpy(y[g].q + 16*(parts*(pieces*v + p) + c) + size*i, q8[b].qs + size*p, size);
+                int8_t * to = y[g].q + 16*(parts*(pieces*v + p) + c);
+                units == 1 ? memcpy(to, q8[b].qs + 16*p, 16) : memcpy(to + 8*i, q8[b].qs + 8*p, 8);
             }
             for (int j = 0; j < 32; ++j) { sum += q8[b].qs[j]; }
             y[g].bias[4*c + units*v + i] = -BIAS*sum;
@@ -247,13 +106,13 @@ static void mul_tile(const struct tile * x, const struct many * y, int nb, float
 // activations of zero, or from a copy where that would be beyond `end`, the end of the tensor.
 // decode_<type>: up to ROWS rows, the others are zero.
 #define SPLITQ_KERNELS(name, units)                                                                                   \
-    static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, const vec_b table[3], const struct few * y, vec_f sum) { \
+    static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_t table, const struct few * y, vec_f sum) { \
         for (int g = 0; g < groups; ++g, x += LANES, ++y) {                                                           \
             vec_i part[4/units];                                                                                      \
             vec_d d = zero_d();                                                                                       \
             for (int v = 0; v < 4/units; ++v) {                                                                       \
                 vec_b level[2*units];                                                                                 \
-                if (units == 2) { SPLITQ_PREFETCH(x + LANES/2*v, LANES/2*sizeof(*x)) }                              \
+                SPLITQ_PREFETCH(x + units*LANES/4*v, units*LANES/4*sizeof(*x))                                        \
                 d = unpack_##name(x + units*LANES/4*v, v, table, level, d);                                           \
                 part[v] = zero_i();                                                                                   \
                 for (int p = 0; p < 2*units; ++p) {                                                                   \
@@ -268,8 +127,7 @@ static void mul_tile(const struct tile * x, const struct many * y, int nb, float
                                                                                                                       \
     static void mul_rows_##name(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct few * y, float * out) { \
         const int groups = (nb + LANES - 1)/LANES;                                                                    \
-        vec_b table[3];                                                                                               \
-        load_tables(table_##name, sizeof(splitq_levels_##name), table);                                               \
+        const vec_t table = load_tables(table_##name, sizeof(splitq_levels_##name));                                  \
         for (int64_t r = 0; r < rows; ++r, row += stride) {                                                           \
             const splitq_block_##name * x = (const void *) row;                                                       \
             if ((const char *) (x + LANES*groups) <= end) {                                                           \
@@ -301,8 +159,6 @@ static void mul_tile(const struct tile * x, const struct many * y, int nb, float
         }                                                                                                             \
     }
 
-#define reduce_1 reduce4
-#define reduce_2 reduce2
 SPLITQ_KERNELS(sq4, 1)
 SPLITQ_KERNELS(sq3, 2)
 SPLITQ_KERNELS(sq2, 2)

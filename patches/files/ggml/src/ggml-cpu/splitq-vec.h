@@ -1,0 +1,376 @@
+// Vectors for splitq-mul.c, one section for each instruction set; without LANES there is no kernel for this one.
+//
+//   LANES    32-bit values in a vector
+//   ROWS     rows in a tile: the accumulators that fit the registers beside 8 vectors of activations
+//   BIAS     128 where the dot product takes one factor unsigned: it is added to that factor, and its share subtracted
+//   vec_b    4*LANES bytes
+//   vec_i, vec_f   LANES int32, floats
+//   vec_d    LANES scale bytes
+//   vec_t    the levels, for looking up codes
+//   dot      adds the products of 4 neighbouring bytes; levels carry the BIAS
+//   dot_block      the same for a block whose levels are the same in all lanes; activations carry the BIAS
+//   reduce_1, reduce_2     LANES sums of a block, from 4 or 2 vectors with 4 or 2 sums for each block
+//   unpack_<type>  the levels of vector v's blocks, see struct few; adds their scale bytes to d and returns it
+#pragma once
+
+#include "splitq-ints.h"
+
+#if defined(SPLITQ_AVX512) && defined(__AVX512VBMI__) && defined(__AVX512DQ__)
+
+#define LANES 16
+#define ROWS  16
+#define BIAS  128
+
+typedef __m512i vec_b;
+typedef __m512i vec_i;
+typedef __m512  vec_f;
+typedef __m128i vec_d;
+typedef struct { vec_b places[3]; } vec_t;
+
+static inline vec_b load_b(const void * p)       { return _mm512_loadu_si512(p); }
+static inline vec_i load_i(const int32_t * p)    { return _mm512_loadu_si512(p); }
+static inline vec_f load_f(const float * p)      { return _mm512_loadu_ps(p); }
+static inline void  store_f(float * p, vec_f v)  { _mm512_storeu_ps(p, v); }
+static inline vec_d zero_d(void)                 { return _mm_setzero_si128(); }
+static inline vec_i zero_i(void)                 { return _mm512_setzero_si512(); }
+static inline vec_f zero_f(void)                 { return _mm512_setzero_ps(); }
+static inline vec_i set_i(int32_t v)             { return _mm512_set1_epi32(v); }
+static inline vec_f set_f(float v)               { return _mm512_set1_ps(v); }
+static inline vec_i add_i(vec_i a, vec_i b)      { return _mm512_add_epi32(a, b); }
+static inline vec_f mul_f(vec_f a, vec_f b)      { return _mm512_mul_ps(a, b); }
+static inline vec_f to_f(vec_i a)                { return _mm512_cvtepi32_ps(a); }
+static inline vec_f fma_f(vec_f a, vec_f b, vec_f c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float sum_f(vec_f a)               { return _mm512_reduce_add_ps(a); }
+
+static inline vec_i dot(vec_i sum, vec_b levels, vec_b y) {
+    return _mm512_dpbusd_epi32(sum, levels, y);
+}
+
+static inline vec_i dot_block(vec_i sum, const vec_b y[8], const int8_t * levels) {
+    for (int i = 0; i < 8; ++i) {
+        int32_t four;
+        memcpy(&four, levels + 4*i, sizeof(four));
+        sum = _mm512_dpbusd_epi32(sum, y[i], _mm512_set1_epi32(four));
+    }
+    return sum;
+}
+
+static inline vec_i reduce_1(const vec_i p[4]) {
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(p[0], p[1]), _mm512_unpackhi_epi32(p[0], p[1]));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(p[2], p[3]), _mm512_unpackhi_epi32(p[2], p[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+static inline vec_i reduce_2(const vec_i p[2]) {
+    const __m512 a = _mm512_castsi512_ps(p[0]);
+    const __m512 b = _mm512_castsi512_ps(p[1]);
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
+}
+
+// Scale bytes as halves, 2^4 times too large.
+static inline vec_f scale_f(vec_d d) {
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(d), 7), _mm256_set1_epi16((short) 0xbfff));
+    return _mm512_cvtph_ps(half);
+}
+
+// The blocks of one vector, 52 to 104 bytes, are seen through two loads that do not read past them.
+#define AT(byte, span) (char) ((byte) < 64 ? (byte) : (byte) - (span) + 128)
+#define AT4(byte, span)  AT(byte, span), AT(byte + 1, span), AT(byte + 2, span), AT(byte + 3, span)
+#define AT8(byte, span)  AT4(byte, span), AT4(byte + 4, span)
+#define AT16(byte, span) AT8(byte, span), AT8(byte + 8, span)
+#define EACH8(at, size, span, first) { \
+    at(0*size + first, span), at(1*size + first, span), at(2*size + first, span), at(3*size + first, span), \
+    at(4*size + first, span), at(5*size + first, span), at(6*size + first, span), at(7*size + first, span) }
+#define QH(byte, span) AT4(byte, span), 0, 0, 0, 0
+#define PAIR2(a, b, span) AT(a, span), AT(b, span), AT(a, span), AT(b, span)
+#define SAME4(a, span) AT(a, span), AT(a, span), AT(a, span), AT(a, span)
+
+static const char at_qs_sq4[64] = { AT16(0, 68), AT16(17, 68), AT16(34, 68), AT16(51, 68) };
+static const char at_qs_sq3[64] = EACH8(AT8, 13, 104, 0);
+static const char at_qh_sq3[64] = EACH8(QH,  13, 104, 8);
+static const char at_qs_sq2[64] = EACH8(AT8,  9,  72, 0);
+static const char at_d_sq4[64]  = { SAME4(12, 64), SAME4(29, 64), SAME4(46, 64), SAME4(63, 64) }; // of the second load
+static const char at_d_sq3[64]  = { PAIR2(12, 25, 104), PAIR2(38, 51, 104), PAIR2(64, 77, 104), PAIR2(90, 103, 104) };
+static const char at_d_sq2[64]  = { PAIR2(0, 9, 64), PAIR2(18, 27, 64), PAIR2(36, 45, 64), PAIR2(54, 63, 64) };     // the same
+
+static inline vec_b pick(vec_b low, vec_b high, const char * at) {
+    return _mm512_permutex2var_epi8(low, load_b(at), high);
+}
+
+// The lanes of vector v's blocks, see struct few.
+static inline __mmask64 lanes_of(int units, int v) {
+    return (__mmask64) (units == 1 ? 0x1111 : 0x3333) << units*v;
+}
+
+// A look-up takes the low 6 bits of a byte, so neither the bits beside a code nor its place among the 6 need instructions
+// of their own: table i has its levels where code i of a byte finds them.
+static inline vec_t load_tables(const int8_t * levels, int n) {
+    const vec_b at = _mm512_set_epi64(0x3f3e3d3c3b3a3938, 0x3736353433323130, 0x2f2e2d2c2b2a2928, 0x2726252423222120,
+                                      0x1f1e1d1c1b1a1918, 0x1716151413121110, 0x0f0e0d0c0b0a0908, 0x0706050403020100);
+    const vec_b three = _mm512_set1_epi8(3);
+    const vec_b repeated = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) levels)), _mm512_set1_epi8((char) BIAS));
+    vec_b code[3] = { _mm512_and_si512(at, _mm512_set1_epi8((char) (n - 1))), _mm512_srli_epi16(at, 2), _mm512_srli_epi16(at, 4) };
+    if (n == 8) { // the third bit is beside the other two: bit 2 of 0 and 1, bit 4 of 2 and 3, bit 3 of 4 and 5
+        code[1] = _mm512_and_si512(code[1], _mm512_set1_epi8(7));
+        code[2] = _mm512_or_si512(_mm512_and_si512(code[2], three), _mm512_and_si512(_mm512_srli_epi16(at, 1), _mm512_set1_epi8(4)));
+    } else {
+        code[1] = _mm512_and_si512(code[1], three);
+        code[2] = _mm512_and_si512(code[2], three);
+    }
+    vec_t table;
+    for (int i = 0; i < 3; ++i) { table.places[i] = _mm512_permutexvar_epi8(code[i], repeated); }
+    return table;
+}
+
+static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
+    const vec_b high = load_b((const char *) x + 4);
+    const vec_b q    = pick(load_b(x), high, at_qs_sq4);
+    level[0] = _mm512_permutexvar_epi8(q, table.places[0]);
+    level[1] = _mm512_permutexvar_epi8(_mm512_srli_epi16(q, 4), table.places[0]);
+    return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(1, v), load_b(at_d_sq4), high));
+}
+
+// Bit `place` of byte j: bit 8*i + j of the block's high bits. Elsewhere, and in the code's two bits, from low.
+static inline vec_b with_high_bit(vec_b low, vec_b qh, int i, int place) {
+    const vec_b first = _mm512_set1_epi64(0x0706050403020100);
+    const vec_b bits  = _mm512_multishift_epi64_epi8(_mm512_add_epi8(first, _mm512_set1_epi8((char) (8*i - place))), qh);
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi8((char) (1 << place)), bits, low, 0xca);
+}
+
+static inline vec_d unpack_sq3(const splitq_block_sq3 * x, int v, vec_t table, vec_b level[4], vec_d d) {
+    const vec_b low  = load_b(x);
+    const vec_b high = load_b((const char *) x + 40);
+    const vec_b qs   = pick(low, high, at_qs_sq3);
+    const vec_b qh   = pick(low, high, at_qh_sq3);
+    level[0] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 0, 2), table.places[0]);
+    level[1] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 1, 4), table.places[1]);
+    level[2] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 2, 3), table.places[2]);
+    level[3] = _mm512_permutexvar_epi8(with_high_bit(_mm512_srli_epi16(qs, 2), qh, 3, 3), table.places[2]);
+    return _mm_or_si128(d, _mm512_castsi512_si128(_mm512_maskz_permutex2var_epi8(lanes_of(2, v), low, load_b(at_d_sq3), high)));
+}
+
+static inline vec_d unpack_sq2(const splitq_block_sq2 * x, int v, vec_t table, vec_b level[4], vec_d d) {
+    const vec_b high = load_b((const char *) x + 8);
+    const vec_b q    = pick(load_b(x), high, at_qs_sq2);
+    level[0] = _mm512_permutexvar_epi8(q, table.places[0]);
+    level[1] = _mm512_permutexvar_epi8(q, table.places[1]);
+    level[2] = _mm512_permutexvar_epi8(q, table.places[2]);
+    level[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(q, 2), table.places[2]);
+    return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(2, v), load_b(at_d_sq2), high));
+}
+
+#elif defined(SPLITQ_AVX2) && defined(__F16C__)
+
+#define LANES 8
+#define ROWS  4
+
+#if defined(SPLITQ_AVX512)
+#define BIAS 128
+#define SPLITQ_DPBUSD _mm256_dpbusd_epi32
+#elif defined(__AVXVNNI__)
+#define BIAS 128
+#define SPLITQ_DPBUSD _mm256_dpbusd_avx_epi32
+#else
+#define BIAS 0
+#endif
+
+typedef __m256i  vec_b;
+typedef __m256i  vec_i;
+typedef __m256   vec_f;
+typedef uint64_t vec_d;
+typedef __m256i  vec_t;
+
+static inline vec_b load_b(const void * p)       { return _mm256_loadu_si256(p); }
+static inline vec_i load_i(const int32_t * p)    { return _mm256_loadu_si256((const __m256i *) p); }
+static inline vec_f load_f(const float * p)      { return _mm256_loadu_ps(p); }
+static inline void  store_f(float * p, vec_f v)  { _mm256_storeu_ps(p, v); }
+static inline vec_d zero_d(void)                 { return 0; }
+static inline vec_i zero_i(void)                 { return _mm256_setzero_si256(); }
+static inline vec_f zero_f(void)                 { return _mm256_setzero_ps(); }
+static inline vec_i set_i(int32_t v)             { return _mm256_set1_epi32(v); }
+static inline vec_f set_f(float v)               { return _mm256_set1_ps(v); }
+static inline vec_i add_i(vec_i a, vec_i b)      { return _mm256_add_epi32(a, b); }
+static inline vec_f mul_f(vec_f a, vec_f b)      { return _mm256_mul_ps(a, b); }
+static inline vec_f to_f(vec_i a)                { return _mm256_cvtepi32_ps(a); }
+static inline vec_f fma_f(vec_f a, vec_f b, vec_f c) { return _mm256_fmadd_ps(a, b, c); }
+static inline float sum_f(vec_f a)               { return total(a, _mm256_setzero_ps()); }
+
+static inline vec_i dot(vec_i sum, vec_b levels, vec_b y) {
+#if BIAS
+    return SPLITQ_DPBUSD(sum, levels, y);
+#else
+    return _mm256_add_epi32(sum, dot_signed(levels, y));
+#endif
+}
+
+static inline vec_i dot_block(vec_i sum, const vec_b y[8], const int8_t * levels) {
+    for (int i = 0; i < 8; ++i) {
+        int32_t four;
+        memcpy(&four, levels + 4*i, sizeof(four));
+#if BIAS
+        sum = SPLITQ_DPBUSD(sum, y[i], _mm256_set1_epi32(four));
+#else
+        sum = _mm256_add_epi32(sum, dot_signed(_mm256_set1_epi32(four), y[i]));
+#endif
+    }
+    return sum;
+}
+
+static inline vec_i reduce_1(const vec_i p[4]) {
+    const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(p[0], p[1]), _mm256_unpackhi_epi32(p[0], p[1]));
+    const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(p[2], p[3]), _mm256_unpackhi_epi32(p[2], p[3]));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+
+static inline vec_i reduce_2(const vec_i p[2]) {
+    const __m256 a = _mm256_castsi256_ps(p[0]);
+    const __m256 b = _mm256_castsi256_ps(p[1]);
+    return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
+}
+
+// Scale bytes as halves, 2^4 times too large.
+static inline vec_f scale_f(vec_d d) {
+    const __m128i word = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *) &d));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(word, 7), _mm_set1_epi16((short) 0xbfff)));
+}
+
+static inline vec_t load_tables(const int8_t * levels, int n) {
+    GGML_UNUSED(n);
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) levels));
+    return _mm256_xor_si256(table, _mm256_set1_epi8((char) BIAS));
+}
+
+static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
+    const vec_b m = _mm256_set1_epi8(15);
+    const vec_b q = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) x[0].qs)),
+                                            _mm_loadu_si128((const __m128i *) x[1].qs), 1);
+    level[0] = _mm256_shuffle_epi8(table, _mm256_and_si256(q, m));
+    level[1] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), m));
+    return d | (vec_d) x[0].d << 8*v | (vec_d) x[1].d << (8*v + 32);
+}
+
+// Four fields of 8 bytes, a qs each.
+#define SPLITQ_FOUR_QS(x) _mm256_setr_m128i( \
+    _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *) x[0].qs)), (const __m64 *) x[1].qs)), \
+    _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *) x[2].qs)), (const __m64 *) x[3].qs)))
+
+#define SPLITQ_FOUR_D(x, v) ((vec_d) (x[0].d | x[1].d << 8) << 16*v | (vec_d) (x[2].d | x[3].d << 8) << (16*v + 32))
+
+static inline vec_d unpack_sq3(const splitq_block_sq3 * x, int v, vec_t table, vec_b level[4], vec_d d) {
+    const vec_b qs = SPLITQ_FOUR_QS(x);
+    int32_t high[4];
+    for (int i = 0; i < 4; ++i) { memcpy(&high[i], x[i].qh, 4); }
+    const vec_b qh  = _mm256_cvtepu32_epi64(_mm_setr_epi32(high[0], high[1], high[2], high[3]));
+    const vec_b bit = _mm256_set1_epi64x((int64_t) 0x8040201008040201);
+    for (int i = 0; i < 4; ++i) {
+        const vec_b byte = _mm256_setr_epi64x(0x0101010101010101*i, 0x0101010101010101*(i + 8), 0x0101010101010101*i, 0x0101010101010101*(i + 8));
+        const vec_b set  = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(qh, byte), bit), bit);
+        const vec_b low  = _mm256_and_si256(_mm256_srli_epi16(qs, 2*i), _mm256_set1_epi8(3));
+        level[i] = _mm256_shuffle_epi8(table, _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(4))));
+    }
+    return d | SPLITQ_FOUR_D(x, v);
+}
+
+static inline vec_d unpack_sq2(const splitq_block_sq2 * x, int v, vec_t table, vec_b level[4], vec_d d) {
+    const vec_b qs = SPLITQ_FOUR_QS(x);
+    for (int i = 0; i < 4; ++i) {
+        level[i] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(qs, 2*i), _mm256_set1_epi8(3)));
+    }
+    return d | SPLITQ_FOUR_D(x, v);
+}
+
+#elif defined(SPLITQ_NEON) && defined(__ARM_FEATURE_DOTPROD)
+
+#define LANES 4
+#define ROWS  8
+#define BIAS  0
+
+typedef int8x16_t   vec_b;
+typedef int32x4_t   vec_i;
+typedef float32x4_t vec_f;
+typedef uint32_t    vec_d;
+typedef int8x16_t   vec_t;
+
+static inline vec_b load_b(const void * p)       { return vld1q_s8(p); }
+static inline vec_i load_i(const int32_t * p)    { return vld1q_s32(p); }
+static inline vec_f load_f(const float * p)      { return vld1q_f32(p); }
+static inline void  store_f(float * p, vec_f v)  { vst1q_f32(p, v); }
+static inline vec_d zero_d(void)                 { return 0; }
+static inline vec_i zero_i(void)                 { return vdupq_n_s32(0); }
+static inline vec_f zero_f(void)                 { return vdupq_n_f32(0); }
+static inline vec_i set_i(int32_t v)             { return vdupq_n_s32(v); }
+static inline vec_f set_f(float v)               { return vdupq_n_f32(v); }
+static inline vec_i add_i(vec_i a, vec_i b)      { return vaddq_s32(a, b); }
+static inline vec_f mul_f(vec_f a, vec_f b)      { return vmulq_f32(a, b); }
+static inline vec_f to_f(vec_i a)                { return vcvtq_f32_s32(a); }
+static inline vec_f fma_f(vec_f a, vec_f b, vec_f c) { return vfmaq_f32(c, a, b); }
+static inline float sum_f(vec_f a)               { return vaddvq_f32(a); }
+static inline vec_i dot(vec_i sum, vec_b a, vec_b b) { return vdotq_s32(sum, a, b); }
+
+static inline vec_i dot_block(vec_i sum, const vec_b y[8], const int8_t * levels) {
+    const int8x16_t low = vld1q_s8(levels), high = vld1q_s8(levels + 16);
+    sum = vdotq_laneq_s32(sum, y[0], low, 0);
+    sum = vdotq_laneq_s32(sum, y[1], low, 1);
+    sum = vdotq_laneq_s32(sum, y[2], low, 2);
+    sum = vdotq_laneq_s32(sum, y[3], low, 3);
+    sum = vdotq_laneq_s32(sum, y[4], high, 0);
+    sum = vdotq_laneq_s32(sum, y[5], high, 1);
+    sum = vdotq_laneq_s32(sum, y[6], high, 2);
+    return vdotq_laneq_s32(sum, y[7], high, 3);
+}
+
+static inline vec_i reduce_1(const vec_i p[4]) {
+    return vpaddq_s32(vpaddq_s32(p[0], p[1]), vpaddq_s32(p[2], p[3]));
+}
+
+static inline vec_i reduce_2(const vec_i p[2]) {
+    return vpaddq_s32(p[0], p[1]);
+}
+
+// Scale bytes as halves, 2^4 times too large.
+static inline vec_f scale_f(vec_d d) {
+    const int16x4_t word = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(d))));
+    return vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(vshl_n_s16(word, 7), vdup_n_s16((int16_t) 0xbfff))));
+}
+
+static inline vec_t load_tables(const int8_t * levels, int n) {
+    GGML_UNUSED(n);
+    return vld1q_s8(levels);
+}
+
+static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
+    const uint8x16_t q = vld1q_u8(x->qs);
+    level[0] = vqtbl1q_s8(table, vandq_u8(q, vdupq_n_u8(15)));
+    level[1] = vqtbl1q_s8(table, vshrq_n_u8(q, 4));
+    return d | (vec_d) x->d << 8*v;
+}
+
+// The four codes of each byte.
+static inline void codes_2bit(const uint8_t * a, const uint8_t * b, uint8x16_t code[4]) {
+    const uint8x16_t q = vcombine_u8(vld1_u8(a), vld1_u8(b)), m = vdupq_n_u8(3);
+    code[0] = vandq_u8(q, m);
+    code[1] = vandq_u8(vshrq_n_u8(q, 2), m);
+    code[2] = vandq_u8(vshrq_n_u8(q, 4), m);
+    code[3] = vshrq_n_u8(q, 6);
+}
+
+static inline vec_d unpack_sq3(const splitq_block_sq3 * x, int v, vec_t table, vec_b level[4], vec_d d) {
+    static const uint8_t bits[16] = { 1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128 };
+    const uint8x16_t bit = vld1q_u8(bits), four = vdupq_n_u8(4);
+    uint8x16_t code[4];
+    codes_2bit(x[0].qs, x[1].qs, code);
+    for (int i = 0; i < 4; ++i) {
+        const uint8x16_t high = vtstq_u8(vcombine_u8(vdup_n_u8(x[0].qh[i]), vdup_n_u8(x[1].qh[i])), bit);
+        level[i] = vqtbl1q_s8(table, vorrq_u8(code[i], vandq_u8(high, four)));
+    }
+    return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
+}
+
+static inline vec_d unpack_sq2(const splitq_block_sq2 * x, int v, vec_t table, vec_b level[4], vec_d d) {
+    uint8x16_t code[4];
+    codes_2bit(x[0].qs, x[1].qs, code);
+    for (int i = 0; i < 4; ++i) { level[i] = vqtbl1q_s8(table, code[i]); }
+    return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
+}
+
+#endif
