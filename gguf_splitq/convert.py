@@ -34,6 +34,7 @@ def convert(
     calib: str | Path | None = None,
     calib_tokens: int = 131_072,
     hessians: str | Path | None = None,
+    tune: bool = False,
     dry_run: bool = False,
     report: str | Path | None = None,
     threads: int | None = None,
@@ -48,7 +49,8 @@ def convert(
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
-    written. A calibrated conversion that was stopped goes on where it was when the same call is made again.
+    written. tune: train block scales and norms on the calibration tokens. A calibrated conversion that was stopped goes
+    on where it was when the same call is made again.
     dry_run: print the plan, write nothing.
     report: a JSON file for the per-tensor errors. max_ram: bytes, or text like "2G". The output appears whole or not
     at all, and is the same at any number of threads.
@@ -92,7 +94,11 @@ def convert(
         display.say(f"{'measuring' if dry_run else 'writing'} {path}, in at most about {gguf_file.mib(peak)} of memory")
         kv = {key: value for key, value in head.kv.items() if not key.startswith("quantize.")}
         kv |= matrix.metadata() if matrix else {}
-        chosen = options(rules, token_embedding_type, output_tensor_type, imatrix, calib, calib_tokens, bpw, plan_file)
+        chosen = options(
+            bpw=bpw, plan=plan_file, tensor_type=list(rules), token_embedding_type=token_embedding_type,
+            output_tensor_type=output_tensor_type, imatrix=imatrix, calib=calib, calib_tokens=calib and calib_tokens,
+            hessians=bool(hessians), tune=tune,
+        )  # fmt: skip
         if calib and calib != "self":
             text = Path(calib).read_text(encoding="utf-8", errors="replace")
             kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text))
@@ -125,14 +131,14 @@ def convert(
 
                 job = Journal(
                     path.with_name(f".{path.name}.unfinished"),
-                    settings(source, entries, calib, calib_tokens, hessians),
+                    settings(source, entries, calib, calib_tokens, hessians, tune),
                 )
             with job as journal:
                 if calib:
                     from . import solve
 
                     solved = solve.run(
-                        source.path, file, entries, calib, calib_tokens, journal, threads, progress.step, hessians
+                        source.path, file, entries, calib, calib_tokens, journal, threads, progress.step, hessians, tune
                     )
                 progress.start(entries)
                 entries, stats = rewrite.rewrite(
@@ -230,7 +236,7 @@ def check_calibration(
 
 def calibration_report(solved) -> dict | None:
     """What the calibration did: tokens seen, output error of every solved tensor by stage, tensors left out."""
-    return solved and {key: getattr(solved, key) for key in ("tokens", "errors", "left", "pooled")}
+    return solved and {key: getattr(solved, key) for key in ("tokens", "errors", "left", "pooled", "tuned")}
 
 
 def peak_ram(
@@ -248,28 +254,10 @@ def peak_ram(
     return max(child, rewrite.peak_ram(entries, threads, rewrite.window_size(entries, threads, limit)))
 
 
-def options(
-    tensor_type: Sequence[str],
-    token_embedding_type: str | None,
-    output_tensor_type: str | None,
-    imatrix: str | Path | None,
-    calib: str | Path | None = None,
-    calib_tokens: int = 0,
-    bpw: float | None = None,
-    plan_file: str | Path | None = None,
-) -> dict:
+def options(**given) -> dict:
     """What of the command line decides the output's bytes, defaults left out; files by name, not by path."""
-    given = {
-        "bpw": bpw,
-        "plan": Path(plan_file).name if plan_file else None,
-        "calib": Path(calib).name if calib else None,
-        "calib_tokens": calib_tokens if calib else None,
-        "imatrix": Path(imatrix).name if imatrix else None,
-        "output_tensor_type": output_tensor_type,
-        "tensor_type": list(tensor_type),
-        "token_embedding_type": token_embedding_type,
-    }
-    return {key: value for key, value in given.items() if value}
+    files = {key: Path(given[key]).name for key in ("plan", "imatrix", "calib") if given[key]}
+    return {key: value for key, value in (given | files).items() if value}
 
 
 def settings(
@@ -278,6 +266,7 @@ def settings(
     calib: str | Path,
     calib_tokens: int,
     hessians: str | Path | None,
+    tune: bool,
 ) -> dict:
     """All that decides what a calibration stores, by name: a run goes on only with what the same settings left."""
     stored = {e.name: e.target_name for e in entries}
@@ -287,6 +276,7 @@ def settings(
         "calib": "self" if calib == "self" else hashlib.sha256(Path(calib).read_bytes()).hexdigest()[:16],
         "calib_tokens": calib_tokens,
         "hessians": hessians is not None,
+        "tune": tune,
         "version": __version__,
     }
 

@@ -171,6 +171,12 @@ def to_float32(raw: np.ndarray, type_id: int) -> np.ndarray:
     return types.by_id(type_id).decode(raw)
 
 
+def each_matrix(file: Gguf, tensor: Tensor) -> Iterator[np.ndarray]:
+    """float32 [rows, columns] of a tensor's matrix, or of one expert after the other."""
+    for first in range(0, tensor.n_rows, tensor.shape[-2]):
+        yield to_float32(file.read_rows(tensor, first, tensor.shape[-2]), tensor.type_id)
+
+
 def encode(source: Gguf, job: Job) -> Chunk:
     """Read, encode and measure one chunk. Threads run this."""
     started = time.perf_counter()
@@ -180,7 +186,8 @@ def encode(source: Gguf, job: Job) -> Chunk:
     if target is None:
         return Chunk(raw, stats)
     limit = math.inf if target.max_abs is None else target.max_abs
-    out = raw if job.entry.copied else np.empty((job.count, target.row_bytes(tensor.n_cols)), np.uint8)
+    copied = job.entry.copied and job.solved is None
+    out = raw if copied else np.empty((job.count, target.row_bytes(tensor.n_cols)), np.uint8)
     step = max(1, PIECE // tensor.n_cols)
     for at in range(0, job.count, step):
         rows = to_float32(raw[at : at + step], tensor.type_id)
@@ -189,7 +196,7 @@ def encode(source: Gguf, job: Job) -> Chunk:
             raise _not_finite(tensor, rows, job.first + at)
         if largest > limit:
             return Chunk(None, stats, largest)
-        if job.entry.copied:
+        if copied:
             continue
         solved = job.solved
         out[at : at + step] = target.encode(rows, job.importance) if solved is None else solved[at : at + step]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from ..errors import InputError
 from ..gguf_file import Gguf
 from ..plan import Entry
-from ..rewrite import to_float32
+from ..rewrite import each_matrix
 from . import calibrate, fisher, formats, solver
+from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
 from .model import Model
@@ -26,6 +28,7 @@ class Solved:
 
     left: tensors of a type the solver handles that no linear layer of the model matches; they are rounded to nearest.
     pooled: matrices solved with the Hessian of all experts of the layer, because this expert saw too few tokens.
+    tuned: the held-out divergence before and after training, in nats a token.
     """
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
@@ -33,6 +36,7 @@ class Solved:
     left: list[str] = field(default_factory=list)
     pooled: list[str] = field(default_factory=list)
     tokens: int = 0
+    tuned: dict[str, float] | None = None
 
     def add(self, rows: Mapping[str, np.ndarray], report: dict) -> None:
         """Take in a finished layer."""
@@ -59,14 +63,15 @@ def run(
     journal: Journal,
     threads: int,
     progress: Callable[[str, int, int], None],
-    hessians: Path | None = None,
+    hessians: str | Path | None = None,
+    tune: bool = False,
 ) -> Solved:
     """Solve every tensor that has a format, on a GPU when there is one.
 
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
     from the model. journal: where finished layers are kept, and found again. progress: what is being done, steps done
     and in all. hessians: a file of Hessians, read when it is there and else written; they are then those of the float
-    model, where otherwise each layer is calibrated behind the layers quantized before it.
+    model, where otherwise each layer is calibrated behind the layers quantized before it. tune: train scales and norms.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     torch.set_num_threads(threads)
@@ -74,23 +79,10 @@ def run(
     model = Model(folder, device)
     cache = Hessians(hessians, journal, len(model)) if hessians else None
     measuring = not (cache and cache.complete)
-    states, weights = [], {}
-    solved = Solved(tokens=tokens)
-    if measuring:
-        if (kept := journal.find("tokens")) is None:
-            sample = model.sample_tokens(tokens) if calib == "self" else model.read_tokens(Path(calib), tokens)
-            rough = Model(folder, device, _rough(device))
-            weights = fisher.token_weights(rough, sample, lambda *steps: progress("weighing tokens", *steps))
-            journal.keep(
-                "tokens", {"tokens": sample.numpy(), **{f"{i} {n}": w.numpy() for (i, n), w in weights.items()}}
-            )
-            del rough
-        else:
-            kept = {name: torch.from_numpy(part[:]) for name, part in kept[0].items()}
-            sample = kept.pop("tokens")
-            weights = {(int(name.split()[0]), name.split()[1]): w for name, w in kept.items()}
-        solved.tokens = sample.numel()
-        states = model.inputs(sample)
+    sample = _sample(model, calib, tokens, journal) if measuring or tune else None
+    weights = _weights(folder, device, sample, journal, progress) if measuring else {}
+    states = model.inputs(sample) if measuring else []
+    solved = Solved(tokens=tokens if sample is None else sample.numel())
     # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.
     with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
         for index in range(len(model)):
@@ -119,7 +111,36 @@ def run(
             progress("calibrating", index + 1, len(model))
     if cache:
         cache.finish()
+    if tune:
+        if journal.find("tuned") is None:
+            again = functools.partial(Model, folder, device)
+            changed = tuning.run(again, file, entries, solved.rows, sample, functools.partial(progress, "tuning"))
+            journal.keep("tuned", *changed)
+        rows, solved.tuned = journal.find("tuned")
+        solved.rows |= rows
     return solved
+
+
+def _sample(model: Model, calib: str | Path, tokens: int, journal: Journal) -> torch.Tensor:
+    """int64 [sequences, CONTEXT] of the text, or drawn from the model."""
+    if (kept := journal.find("tokens")) is None:
+        sample = model.sample_tokens(tokens) if calib == "self" else model.read_tokens(Path(calib), tokens)
+        journal.keep("tokens", {"tokens": sample.numpy()})
+        return sample
+    return torch.from_numpy(kept[0]["tokens"][:])
+
+
+def _weights(
+    folder: Path, device: str, sample: torch.Tensor, journal: Journal, progress: Callable[[str, int, int], None]
+) -> dict[tuple[int, str], torch.Tensor]:
+    """What `fisher.token_weights` gives."""
+    if (kept := journal.find("weights")) is None:
+        model = Model(folder, device, _rough(device))
+        weights = fisher.token_weights(model, sample, functools.partial(progress, "weighing tokens"))
+        journal.keep("weights", {f"{index} {name}": w.numpy() for (index, name), w in weights.items()})
+        return weights
+    split = {tuple(key.split(" ", 1)): torch.from_numpy(part[:]) for key, part in kept[0].items()}
+    return {(int(index), name): w for (index, name), w in split.items()}
 
 
 def _advance(model: Model, module: torch.nn.Module, index: int, states: list[torch.Tensor]) -> None:
@@ -165,7 +186,7 @@ def _solve_tensor(
 ) -> tuple[np.ndarray, dict[str, float], list[str]] | None:
     """(uint8 [n_rows, row_bytes], errors by stage, the experts that took the pooled Hessian), None when unmatched."""
     fmt, matrices, errors, pooled = formats.for_type(entry.target, device), [], [], []
-    for rows in _matrices(file, entry):
+    for rows in each_matrix(file, entry.tensor):
         found = calibrate.match(rows, layers)
         if found is None or found[0].hessian is None:
             return None
@@ -185,15 +206,9 @@ def _solve_tensor(
 def _put(file: Gguf, entry: Entry, layers: list[calibrate.Layer], stored) -> None:
     """Put into the model what is stored of a tensor: `stored` rows, or its values rounded to nearest."""
     first = 0
-    for rows in _matrices(file, entry):
+    for rows in each_matrix(file, entry.tensor):
         if found := calibrate.match(rows, layers):
             layer, order = found
             packed = entry.target.encode(rows) if stored is None else stored[first : first + len(rows)]
             layer.weight[order.to(layer.weight.device)] = torch.from_numpy(entry.target.decode(packed)).to(layer.weight)
         first += len(rows)
-
-
-def _matrices(file: Gguf, entry: Entry) -> Iterator[np.ndarray]:
-    """float32 [rows, columns] of a tensor's matrix, or of each expert's."""
-    for first in range(0, entry.tensor.n_rows, entry.tensor.shape[-2]):
-        yield to_float32(file.read_rows(entry.tensor, first, entry.tensor.shape[-2]), entry.tensor.type_id)

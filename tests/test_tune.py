@@ -1,0 +1,58 @@
+"""Training block scales and norms: it helps on held-out tokens, stores what it trained, and refuses what harms."""
+
+import json
+
+import numpy as np
+import torch
+
+from gguf_splitq import convert, gguf_file, types
+from gguf_splitq.rewrite import to_float32
+from gguf_splitq.solve import formats, tune
+
+
+def run(folder, text, outfile, type="sq2", **options):
+    report = outfile.with_suffix(".json")
+    convert.convert(
+        folder, type, outfile=outfile, calib=str(text), calib_tokens=4096, threads=1, report=report, **options
+    )
+    return json.loads(report.read_text())["calibration"]
+
+
+def values(path):
+    with gguf_file.read(path) as file:
+        return {t.name: to_float32(file.read_rows(t, 0, t.n_rows), t.type_id) for t in file.tensors}
+
+
+def test_what_is_trained_is_stored(runtime_library, tiny_llama, tmp_path):
+    folder, text = tiny_llama
+    plain = run(folder, text, tmp_path / "plain.gguf", "q4_0")
+    tuned = run(folder, text, tmp_path / "tuned.gguf", "q4_0", tune=True)
+    assert plain["tuned"] is None and tuned["tuned"]["after"] < tuned["tuned"]["before"]
+    before, after = values(tmp_path / "plain.gguf"), values(tmp_path / "tuned.gguf")
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in before if name != "token_embd.weight"}
+
+
+def test_a_piece_is_the_stored_weight_and_has_a_gradient(runtime_library):
+    sq3 = types.get("sq3")
+    fmt = formats.for_type(sq3)
+    rows = sq3.encode(np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32))
+    piece = tune.piece_of(None, fmt, rows)
+    np.testing.assert_array_equal(piece.weight().detach().numpy(), sq3.decode(rows))
+    piece.weight().square().sum().backward()
+    assert (piece.change.grad > 0).all()
+    with torch.no_grad():
+        piece.change += 0.3
+    stored = fmt.pack(piece.codes, piece.stored()).numpy()
+    np.testing.assert_array_equal(piece.weight().detach().numpy(), sq3.decode(stored))
+    assert (stored != rows).any()
+
+
+def test_training_that_does_not_help_is_thrown_away(runtime_library, tiny_llama, tmp_path, monkeypatch):
+    folder, text = tiny_llama
+    run(folder, text, tmp_path / "plain.gguf")
+    monkeypatch.setattr(tune, "RATE", 3.0)
+    tuned = run(folder, text, tmp_path / "tuned.gguf", tune=True)["tuned"]
+    assert tuned["after"] == tuned["before"]
+    for name, value in values(tmp_path / "plain.gguf").items():
+        np.testing.assert_array_equal(value, values(tmp_path / "tuned.gguf")[name])
