@@ -85,7 +85,7 @@ def convert(
             entries = make(saved.types)
         elif measured:
             mix.check(entries, bpw, architecture)
-        peak = peak_ram(source, entries, threads, limit, calib_tokens if calib else 0)
+        peak = peak_ram(source, entries, threads, limit, calib_tokens if calib else 0, calib == "self")
         if dry_run and not measured:
             display.show_plan(path, entries)
             return path
@@ -138,8 +138,9 @@ def convert(
                     from . import solve
 
                     solved = solve.run(
-                        source.path, file, entries, calib, calib_tokens, journal, threads, progress.step, hessians, tune
-                    )
+                        source.path, file, entries, calib, calib_tokens, journal, threads, progress.step, hessians,
+                        tune, limit,
+                    )  # fmt: skip
                 progress.start(entries)
                 entries, stats = rewrite.rewrite(
                     file, entries, kv, path, importance, threads, limit, solved and solved.rows, progress.done
@@ -240,15 +241,23 @@ def calibration_report(solved) -> dict | None:
 
 
 def peak_ram(
-    source: checkpoint.Source, entries: Sequence[plan.Entry], threads: int, limit: int | None, calib_tokens: int = 0
+    source: checkpoint.Source,
+    entries: Sequence[plan.Entry],
+    threads: int,
+    limit: int | None,
+    calib_tokens: int = 0,
+    whole: bool = False,
 ) -> int:
-    """Bytes of memory the whole run needs at most, the converter process included; UsageError when above `limit`."""
+    """Bytes of memory the whole run needs at most, the converter process included; UsageError when above `limit`.
+
+    whole: the calibration text is sampled from the model, which is all in memory then.
+    """
     largest = max((e.tensor.n_bytes for e in entries), default=0)
     child = checkpoint.ADAPTER_RAM + 3 * largest if source.child else 0
     if calib_tokens:
         from . import solve
 
-        child = max(child, solve.peak_ram(entries, calib_tokens))
+        child = max(child, solve.peak_ram(entries, calib_tokens, threads, whole or source.child is None, limit))
     if limit is not None and child > limit:
         raise UsageError(f"--max-ram {gguf_file.mib(limit)} is too small: reading this needs {gguf_file.mib(child)}")
     return max(child, rewrite.peak_ram(entries, threads, rewrite.window_size(entries, threads, limit)))

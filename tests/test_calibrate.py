@@ -2,7 +2,12 @@
 
 import contextlib
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import crafted
 import numpy as np
@@ -10,8 +15,9 @@ import pytest
 import torch
 import transformers
 
-from gguf_splitq import convert, errors, resources
-from gguf_splitq.solve import calibrate
+from gguf_splitq import convert, errors, gguf_file, plan, resources
+from gguf_splitq.solve import calibrate, memory
+from gguf_splitq.solve import model as streamed
 from gguf_splitq.solve.model import Model
 
 torch.set_num_threads(1)  # the models are too small to share
@@ -126,13 +132,13 @@ def test_one_layer_is_in_memory_at_a_time(checkpoint, kind):
 def test_hidden_states_may_be_in_a_file(checkpoint, tmp_path, dtype):
     model, text = Model(checkpoint("llama"), dtype=dtype), tokens(11)
     results = []
-    for states in (model.inputs(text), model.inputs(text, tmp_path / "hidden")):
+    for states in (model.inputs(text), model.inputs(text, tmp_path)):
         with model.layer(0) as layer:
             for i, state in enumerate(states):
                 states[i] = model.forward(layer, 0, state)
         results.append(torch.cat(list(states)))
     assert torch.equal(*results) and results[0].shape == (11, 512, 64)
-    assert (tmp_path / "hidden").stat().st_size == results[0].nbytes
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_a_long_text_pieces_are_taken_evenly(checkpoint, tmp_path):
@@ -378,3 +384,74 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(copy):
     config = copy / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 1000}))
     refuses(errors.InputError, "gives token .* has 1000 rows", Model(copy).read_tokens, TEXT, 2048)
+
+
+# Memory
+
+
+def entries(*layers):
+    """A plan of a Llama with hidden 1024, feed-forward 2816 and the given kinds of layers."""
+    shapes = {"token_embd.weight": (4096, 1024)}
+    for i, experts in enumerate(layers):
+        shapes |= {f"blk.{i}.attn_{part}.weight": (1024, 1024) for part in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{i}.ffn_{part}.weight": (*experts, 2816, 1024) for part in ("gate", "up")}
+        shapes[f"blk.{i}.ffn_down.weight"] = (*experts, 1024, 2816)
+    return [plan.Entry(gguf_file.Tensor(name, shape, 0, 0, 0, Path()), None, "") for name, shape in shapes.items()]
+
+
+def test_the_estimate_of_memory_follows_what_is_in_memory():
+    base = memory.peak(entries((), ()), 1 << 20, 1)
+    states = (1 << 20) * 1024 * 4
+    assert base > states > memory.peak(entries((), ()), 1 << 20, 1, on_disk=True)
+    assert memory.peak(entries((), (), ()), 1 << 20, 1) - base < 0.1 * base  # more layers, the same layer at a time
+    assert memory.peak(entries((), ()), 1 << 20, 2) > base
+    assert memory.peak(entries((), (8,)), 1 << 20, 1) - base > 8 * 8 * (2 * 1024**2 + 2816**2) - 16 * 2816**2
+    many = entries(*[()] * 100)
+    assert memory.peak(many, 2048, 1, whole=True) > 4 * sum(e.tensor.n_weights for e in many)
+
+
+CHILD = """
+import re, sys
+from gguf_splitq import cli
+code = cli.main(sys.argv[1:])
+print("PEAK", int(re.search(r"VmHWM:[^0-9]*([0-9]+) kB", open("/proc/self/status").read())[1]) * 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
+def test_memory_stays_below_what_was_stated(tmp_path):
+    folder = tmp_path / "wide"
+    config = COMMON | dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=1, max_position_embeddings=512)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(torch.bfloat16).save_pretrained(folder)
+    for file in crafted.TOKENIZER:
+        shutil.copy(crafted.DEMO / file, folder)
+    command = ["convert", folder, "--type", "sq4", "--calib", TEXT, "--calib-tokens", "4096", "--threads", "2"]
+    command += ["--outfile", tmp_path]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", CHILD, *map(str, command)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    stated = float(re.search(r"in at most about ([0-9,.]+) MiB", done.stderr)[1].replace(",", "")) * 2**20
+    peak = int(done.stdout.split("PEAK")[1])
+    print(f"stated {stated / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB")
+    assert stated / 2 < peak < stated
+
+
+def test_hidden_states_on_disk_give_the_same_bytes(runtime_library, checkpoint, tmp_path, monkeypatch):
+    options = dict(calib=str(TEXT), calib_tokens=2048, threads=1)
+    one = convert.convert(checkpoint("llama"), "sq4", tmp_path / "one.gguf", **options)
+    used = []
+    monkeypatch.setattr(memory, "peak", lambda *_, on_disk=False: 1 << 28 if on_disk else 1 << 40)
+    monkeypatch.setattr(streamed.OnDisk, "__getitem__", spied(streamed.OnDisk.__getitem__, used))
+    other = convert.convert(checkpoint("llama"), "sq4", tmp_path / "other.gguf", max_ram="2G", **options)
+    assert used and one.read_bytes() == other.read_bytes()
+    with pytest.raises(errors.UsageError, match="--max-ram 200.0 MiB is too small"):
+        convert.convert(checkpoint("llama"), "sq4", tmp_path / "none.gguf", max_ram="200M", **options)
+
+
+def spied(method, calls):
+    def call(self, *args):
+        calls.append(args)
+        return method(self, *args)
+
+    return call

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..gguf_file import Gguf
 from ..plan import Entry
 from ..rewrite import each_matrix
-from . import calibrate, fisher, formats, solver
+from . import calibrate, fisher, formats, memory, solver
 from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
@@ -46,12 +46,12 @@ class Solved:
         self.pooled += report["pooled"]
 
 
-def peak_ram(entries: Sequence[Entry], tokens: int) -> int:
-    """Bytes that `run` needs at most: the model in float32 twice while it loads, hidden states, Hessians, PyTorch."""
-    widest = max((e.tensor.n_cols for e in entries if len(e.tensor.shape) > 1), default=0)
-    hidden = max((e.tensor.n_cols for e in entries if e.name == "token_embd.weight"), default=0)
-    weights = sum(e.tensor.n_weights for e in entries)
-    return (1 << 30) + 8 * weights + 12 * tokens * hidden + 5 * 8 * widest**2
+def peak_ram(
+    entries: Sequence[Entry], tokens: int, threads: int = 1, whole: bool = False, limit: int | None = None
+) -> int:
+    """Bytes that `run` needs at most. whole: for `self`, or a GGUF. limit: beyond it the hidden states go to a file."""
+    peak = memory.peak(entries, tokens, threads, whole)
+    return peak if limit is None or peak <= limit else memory.peak(entries, tokens, threads, whole, on_disk=True)
 
 
 def run(
@@ -65,6 +65,7 @@ def run(
     progress: Callable[[str, int, int], None],
     hessians: str | Path | None = None,
     tune: bool = False,
+    limit: int | None = None,
 ) -> Solved:
     """Solve every tensor that has a format, on a GPU when there is one.
 
@@ -72,6 +73,7 @@ def run(
     from the model. journal: where finished layers are kept, and found again. progress: what is being done, steps done
     and in all. hessians: a file of Hessians, read when it is there and else written; they are then those of the float
     model, where otherwise each layer is calibrated behind the layers quantized before it. tune: train scales and norms.
+    limit: bytes of memory; where they do not suffice the hidden states are kept in a file.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     torch.set_num_threads(threads)
@@ -81,7 +83,9 @@ def run(
     measuring = not (cache and cache.complete)
     sample = _sample(model, calib, tokens, journal) if measuring or tune else None
     weights = _weights(folder, device, sample, journal, progress) if measuring else {}
-    states = model.inputs(sample) if measuring else []
+    whole = calib == "self" or Path(folder).is_file()
+    on_disk = limit is not None and memory.peak(entries, tokens, threads, whole) > limit
+    states = model.inputs(sample, journal.folder if on_disk else None) if measuring else []
     solved = Solved(tokens=tokens if sample is None else sample.numel())
     # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.
     with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool, torch.no_grad():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -121,13 +122,13 @@ class Model:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def inputs(self, tokens: torch.Tensor, file: Path | None = None) -> list[torch.Tensor] | OnDisk:
+    def inputs(self, tokens: torch.Tensor, folder: Path | None = None) -> list[torch.Tensor] | OnDisk:
         """The hidden states entering layer 0 for int64 [sequences, CONTEXT]: [BATCH, CONTEXT, hidden], on the CPU.
 
-        file: keeps them instead of memory; use them as `states[i]` and `states[i] = ...`.
+        folder: a file there keeps them instead of memory; use them as `states[i]` and `states[i] = ...`.
         Raises UnsupportedError when layers are called with more that depends on the tokens than the hidden states.
         """
-        states = [] if file is None else OnDisk(file)
+        states = [] if folder is None else OnDisk(folder)
         for batch in tokens.split(BATCH):
             hidden, arguments = self._catch(batch.to(self.device))
             if not _same(arguments, self.arguments.setdefault(batch.shape, arguments)):
@@ -319,13 +320,14 @@ class Model:
 
 
 class OnDisk:
-    """A list of tensors in a file, each read when it is asked for. All have the size of the first, the last may be
-    smaller; what is put back has the size of what was there.
+    """A list of tensors in a file without a name in `folder`, each read when it is asked for.
+
+    All have the size of the first, the last may be smaller; what is put back has the size of what was there.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.shapes, self.dtype, self.size = path, [], torch.float32, 0
-        path.write_bytes(b"")
+    def __init__(self, folder: Path):
+        self.folder, self.shapes, self.dtype, self.size = folder, [], torch.float32, 0
+        self.file = tempfile.TemporaryFile(dir=folder)
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -337,17 +339,17 @@ class OnDisk:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         shape = self.shapes[index]  # IndexError ends a loop over them
-        count = shape.numel() * self.dtype.itemsize
-        data = np.fromfile(self.path, np.uint8, count, offset=index * self.size)
+        self.file.seek(index * self.size)
+        data = np.fromfile(self.file, np.uint8, shape.numel() * self.dtype.itemsize)
         return torch.from_numpy(data).view(self.dtype).view(shape)
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
         try:
-            with open(self.path, "r+b") as file:
-                file.seek(index * self.size)
-                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            self.file.seek(index * self.size)
+            self.file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            self.file.flush()
         except OSError as error:
-            raise disk_error(error, self.path.parent, len(self) * self.size) from error
+            raise disk_error(error, self.folder, len(self) * self.size) from error
 
 
 class _Caught(Exception):
