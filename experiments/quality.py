@@ -23,7 +23,7 @@ from pathlib import Path
 
 import gguf_splitq
 from gguf_splitq import patching, runtime
-from gguf_splitq.validate import Baseline
+from gguf_splitq.validate import Baseline, check_overlap
 
 from . import models
 from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
@@ -113,7 +113,8 @@ def digest(data: bytes) -> str:
 def source_hash() -> str:
     """Of the code that decides the bytes of a file."""
     folder = Path(gguf_splitq.__file__).parent
-    return digest(b"".join(p.read_bytes() for kind in ("types", "solve") for p in sorted(folder.glob(f"{kind}/*.py"))))
+    files = [p for pattern in ("types/*.py", "solve/*.py", "mix.py") for p in sorted(folder.glob(pattern))]
+    return digest(b"".join(p.read_bytes() for p in files))
 
 
 def measure(wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, rows: Rows, args) -> list[dict]:
@@ -138,6 +139,7 @@ def measure(wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, 
             start = time.monotonic()
             file = make(source, f16, matrix() if source.data == "imatrix" else None, args)
             minutes = (time.monotonic() - start) / 60
+            check_overlap(file, text)
             result = base().compare(file) | {"minutes": minutes}
             if source.data == "feedback" and source.type in UNPATCHED:
                 result["unpatched_kld"] = base().compare(file, unpatched(args))["mean_kld"]
