@@ -8,11 +8,11 @@ errors of two weights have nothing to do with each other, only squares are left 
 
 row and column sums being all that is kept of each matrix, whatever the number of candidates.
 
-Measured on 8 k tokens of calibration text against the divergences of a model with one matrix rounded at a time, on other
-text: rank correlation 0.98 on ref-a (84 matrices, sq2) and 0.98 and 0.99 on the demo (28, sq2 and sq4); the sums are
-0.76, 0.86 and 0.95 of the measured ones, since an error as large as sq2's is beyond second order. With all of G^2 it is
-the same; with tokens taken as independent, mean(g_o^2) mean(|g|^2 x_i^2), 0.96 and 0.98, too low for V; by the relative
-output error of each matrix alone 0.73 on the demo.
+Measured on 8 k tokens of text, against the divergence of a model with one matrix rounded at a time, on other
+tokens: rank correlation 0.98 on ref-a (84 matrices, sq2) and 0.98 and 0.99 on the demo (28, sq2 and sq4); the sums are
+0.76, 0.86 and 0.95 of the measured ones, since errors as large as sq2's are beyond second order. All of G^2 instead of
+its sums gives the same. Tokens taken as independent, mean(g_o^2) mean(|g|^2 x_i^2), give 0.96 and 0.97, too little for
+V; the relative output error of each matrix alone gives 0.73 on the demo.
 
 Error feedback is not run for this: it lowers the divergence of sq4, sq3 and sq2 by nearly the same factor, `FEEDBACK`.
 """
