@@ -16,7 +16,7 @@
 
 // The processor's own prefetching ends with each page of 4 KB, and files are mapped in such pages.
 #if defined(__GNUC__)
-#define SPLITQ_PREFETCH(at, bytes) for (size_t ahead = 0; ahead < (bytes); ahead += 64) { __builtin_prefetch((const void *) ((uintptr_t) (at) + 2048 + ahead)); }
+#define SPLITQ_PREFETCH(at, bytes) for (size_t ahead = 2048; ahead + 32 < 2048 + (bytes); ahead += 64) { __builtin_prefetch((const void *) ((uintptr_t) (at) + ahead)); }
 #else
 #define SPLITQ_PREFETCH(at, bytes)
 #endif
@@ -90,13 +90,16 @@ static void mul_tile(const struct tile * x, const struct many * y, int nb, float
     for (int b = 0; b < nb; ++b) {
         vec_b q[8];
         for (int i = 0; i < 8; ++i) { q[i] = load_b(y[b].q + 4*LANES*i); }
+        arrange(q);
         const vec_f d = load_f(y[b].d);
 #if defined(__GNUC__)
-#pragma GCC unroll 16
+#pragma GCC unroll 8
 #endif
-        for (int r = 0; r < ROWS; ++r) {
-            const vec_i dots = dot_block(set_i(x[b].bias[r]), q, x[b].q[r]);
-            sum[r] = fma_f(mul_f(to_f(dots), d), set_f(x[b].d[r]), sum[r]);
+        for (int r = 0; r < ROWS; r += 2) {
+            vec_i dots[2] = { set_i(x[b].bias[r]), set_i(x[b].bias[r + 1]) };
+            dot_rows(dots, q, x[b].q + r);
+            sum[r]     = fma_f(mul_f(to_f(dots[0]), d), set_f(x[b].d[r]),     sum[r]);
+            sum[r + 1] = fma_f(mul_f(to_f(dots[1]), d), set_f(x[b].d[r + 1]), sum[r + 1]);
         }
     }
     for (int r = 0; r < ROWS; ++r) { store_f(out[r], sum[r]); }

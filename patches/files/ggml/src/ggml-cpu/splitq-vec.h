@@ -8,7 +8,8 @@
 //   vec_d    LANES scale bytes
 //   vec_t    the levels, for looking up codes
 //   dot      adds the products of 4 neighbouring bytes; levels carry the BIAS
-//   dot_block      the same for a block whose levels are the same in all lanes; activations carry the BIAS
+//   arrange  makes a block of LANES tokens ready for dot_rows
+//   dot_rows the products of two rows' block, whose levels are the same in all lanes; activations carry the BIAS
 //   reduce_1, reduce_2     LANES sums of a block, from 4 or 2 vectors with 4 or 2 sums for each block
 //   unpack_<type>  the levels of vector v's blocks, see struct few; adds their scale bytes to d and returns it
 #pragma once
@@ -46,13 +47,18 @@ static inline vec_i dot(vec_i sum, vec_b levels, vec_b y) {
     return _mm512_dpbusd_epi32(sum, levels, y);
 }
 
-static inline vec_i dot_block(vec_i sum, const vec_b y[8], const int8_t * levels) {
-    for (int i = 0; i < 8; ++i) {
-        int32_t four;
-        memcpy(&four, levels + 4*i, sizeof(four));
-        sum = _mm512_dpbusd_epi32(sum, y[i], _mm512_set1_epi32(four));
+static inline void arrange(vec_b y[8]) {
+    GGML_UNUSED(y);
+}
+
+static inline void dot_rows(vec_i sum[2], const vec_b y[8], const int8_t levels[2][32]) {
+    for (int r = 0; r < 2; ++r) {
+        for (int i = 0; i < 8; ++i) {
+            int32_t four;
+            memcpy(&four, levels[r] + 4*i, sizeof(four));
+            sum[r] = _mm512_dpbusd_epi32(sum[r], y[i], _mm512_set1_epi32(four));
+        }
     }
-    return sum;
 }
 
 static inline vec_i reduce_1(const vec_i p[4]) {
@@ -77,7 +83,6 @@ static inline vec_f scale_f(vec_d d) {
 #define AT(byte, span) (char) ((byte) < 64 ? (byte) : (byte) - (span) + 128)
 #define AT4(byte, span)  AT(byte, span), AT(byte + 1, span), AT(byte + 2, span), AT(byte + 3, span)
 #define AT8(byte, span)  AT4(byte, span), AT4(byte + 4, span)
-#define AT16(byte, span) AT8(byte, span), AT8(byte + 8, span)
 #define EACH8(at, size, span, first) { \
     at(0*size + first, span), at(1*size + first, span), at(2*size + first, span), at(3*size + first, span), \
     at(4*size + first, span), at(5*size + first, span), at(6*size + first, span), at(7*size + first, span) }
@@ -85,7 +90,6 @@ static inline vec_f scale_f(vec_d d) {
 #define PAIR2(a, b, span) AT(a, span), AT(b, span), AT(a, span), AT(b, span)
 #define SAME4(a, span) AT(a, span), AT(a, span), AT(a, span), AT(a, span)
 
-static const char at_qs_sq4[64] = { AT16(0, 68), AT16(17, 68), AT16(34, 68), AT16(51, 68) };
 static const char at_qs_sq3[64] = EACH8(AT8, 13, 104, 0);
 static const char at_qh_sq3[64] = EACH8(QH,  13, 104, 8);
 static const char at_qs_sq2[64] = EACH8(AT8,  9,  72, 0);
@@ -95,6 +99,11 @@ static const char at_d_sq2[64]  = { PAIR2(0, 9, 64), PAIR2(18, 27, 64), PAIR2(36
 
 static inline vec_b pick(vec_b low, vec_b high, const char * at) {
     return _mm512_permutex2var_epi8(low, load_b(at), high);
+}
+
+// By multiplying, which leaves the units that shift to the shuffles.
+static inline vec_b shift_right(vec_b q, int bits) {
+    return _mm512_mulhi_epu16(q, _mm512_set1_epi16((short) (1 << (16 - bits))));
 }
 
 // The lanes of vector v's blocks, see struct few.
@@ -124,9 +133,12 @@ static inline vec_t load_tables(const int8_t * levels, int n) {
 
 static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
     const vec_b high = load_b((const char *) x + 4);
-    const vec_b q    = pick(load_b(x), high, at_qs_sq4);
+    vec_b q = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) x[0].qs));
+    q = _mm512_mask_broadcast_i32x4(q, 0x00f0, _mm_loadu_si128((const __m128i *) x[1].qs));
+    q = _mm512_mask_broadcast_i32x4(q, 0x0f00, _mm_loadu_si128((const __m128i *) x[2].qs));
+    q = _mm512_mask_broadcast_i32x4(q, 0xf000, _mm_loadu_si128((const __m128i *) x[3].qs));
     level[0] = _mm512_permutexvar_epi8(q, table.places[0]);
-    level[1] = _mm512_permutexvar_epi8(_mm512_srli_epi16(q, 4), table.places[0]);
+    level[1] = _mm512_permutexvar_epi8(shift_right(q, 4), table.places[0]);
     return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(1, v), load_b(at_d_sq4), high));
 }
 
@@ -145,7 +157,7 @@ static inline vec_d unpack_sq3(const splitq_block_sq3 * x, int v, vec_t table, v
     level[0] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 0, 2), table.places[0]);
     level[1] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 1, 4), table.places[1]);
     level[2] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 2, 3), table.places[2]);
-    level[3] = _mm512_permutexvar_epi8(with_high_bit(_mm512_srli_epi16(qs, 2), qh, 3, 3), table.places[2]);
+    level[3] = _mm512_permutexvar_epi8(with_high_bit(shift_right(qs, 2), qh, 3, 3), table.places[2]);
     return _mm_or_si128(d, _mm512_castsi512_si128(_mm512_maskz_permutex2var_epi8(lanes_of(2, v), low, load_b(at_d_sq3), high)));
 }
 
@@ -155,7 +167,7 @@ static inline vec_d unpack_sq2(const splitq_block_sq2 * x, int v, vec_t table, v
     level[0] = _mm512_permutexvar_epi8(q, table.places[0]);
     level[1] = _mm512_permutexvar_epi8(q, table.places[1]);
     level[2] = _mm512_permutexvar_epi8(q, table.places[2]);
-    level[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(q, 2), table.places[2]);
+    level[3] = _mm512_permutexvar_epi8(shift_right(q, 2), table.places[2]);
     return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(2, v), load_b(at_d_sq2), high));
 }
 
@@ -203,17 +215,22 @@ static inline vec_i dot(vec_i sum, vec_b levels, vec_b y) {
 #endif
 }
 
-static inline vec_i dot_block(vec_i sum, const vec_b y[8], const int8_t * levels) {
-    for (int i = 0; i < 8; ++i) {
-        int32_t four;
-        memcpy(&four, levels + 4*i, sizeof(four));
+static inline void arrange(vec_b y[8]) {
+    GGML_UNUSED(y);
+}
+
+static inline void dot_rows(vec_i sum[2], const vec_b y[8], const int8_t levels[2][32]) {
+    for (int r = 0; r < 2; ++r) {
+        for (int i = 0; i < 8; ++i) {
+            int32_t four;
+            memcpy(&four, levels[r] + 4*i, sizeof(four));
 #if BIAS
-        sum = SPLITQ_DPBUSD(sum, y[i], _mm256_set1_epi32(four));
+            sum[r] = SPLITQ_DPBUSD(sum[r], y[i], _mm256_set1_epi32(four));
 #else
-        sum = _mm256_add_epi32(sum, dot_signed(_mm256_set1_epi32(four), y[i]));
+            sum[r] = _mm256_add_epi32(sum[r], dot_signed(_mm256_set1_epi32(four), y[i]));
 #endif
+        }
     }
-    return sum;
 }
 
 static inline vec_i reduce_1(const vec_i p[4]) {
@@ -307,17 +324,52 @@ static inline vec_f fma_f(vec_f a, vec_f b, vec_f c) { return vfmaq_f32(c, a, b)
 static inline float sum_f(vec_f a)               { return vaddvq_f32(a); }
 static inline vec_i dot(vec_i sum, vec_b a, vec_b b) { return vdotq_s32(sum, a, b); }
 
-static inline vec_i dot_block(vec_i sum, const vec_b y[8], const int8_t * levels) {
-    const int8x16_t low = vld1q_s8(levels), high = vld1q_s8(levels + 16);
-    sum = vdotq_laneq_s32(sum, y[0], low, 0);
-    sum = vdotq_laneq_s32(sum, y[1], low, 1);
-    sum = vdotq_laneq_s32(sum, y[2], low, 2);
-    sum = vdotq_laneq_s32(sum, y[3], low, 3);
-    sum = vdotq_laneq_s32(sum, y[4], high, 0);
-    sum = vdotq_laneq_s32(sum, y[5], high, 1);
-    sum = vdotq_laneq_s32(sum, y[6], high, 2);
-    return vdotq_laneq_s32(sum, y[7], high, 3);
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// Each vector becomes 8 weights of two tokens.
+static inline void arrange(vec_b y[8]) {
+    for (int i = 0; i < 8; i += 2) {
+        const int32x4_t a = vreinterpretq_s32_s8(y[i]), b = vreinterpretq_s32_s8(y[i + 1]);
+        y[i]     = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+        y[i + 1] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+    }
 }
+
+static inline void dot_rows(vec_i sum[2], const vec_b y[8], const int8_t levels[2][32]) {
+    int32x4_t first = vdupq_n_s32(0), second = first; // row by row, tokens 0 and 1, tokens 2 and 3
+    for (int i = 0; i < 2; ++i) {
+        const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(levels[0] + 16*i));
+        const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(levels[1] + 16*i));
+        const int8x16_t low = vreinterpretq_s8_s64(vzip1q_s64(a, b)), high = vreinterpretq_s8_s64(vzip2q_s64(a, b));
+        first  = vmmlaq_s32(vmmlaq_s32(first,  low, y[4*i]),     high, y[4*i + 2]);
+        second = vmmlaq_s32(vmmlaq_s32(second, low, y[4*i + 1]), high, y[4*i + 3]);
+    }
+    const int64x2_t a = vreinterpretq_s64_s32(first), b = vreinterpretq_s64_s32(second);
+    sum[0] = vaddq_s32(sum[0], vreinterpretq_s32_s64(vzip1q_s64(a, b)));
+    sum[1] = vaddq_s32(sum[1], vreinterpretq_s32_s64(vzip2q_s64(a, b)));
+}
+
+#else
+
+static inline void arrange(vec_b y[8]) {
+    GGML_UNUSED(y);
+}
+
+static inline void dot_rows(vec_i sum[2], const vec_b y[8], const int8_t levels[2][32]) {
+    for (int r = 0; r < 2; ++r) {
+        const int8x16_t low = vld1q_s8(levels[r]), high = vld1q_s8(levels[r] + 16);
+        sum[r] = vdotq_laneq_s32(sum[r], y[0], low, 0);
+        sum[r] = vdotq_laneq_s32(sum[r], y[1], low, 1);
+        sum[r] = vdotq_laneq_s32(sum[r], y[2], low, 2);
+        sum[r] = vdotq_laneq_s32(sum[r], y[3], low, 3);
+        sum[r] = vdotq_laneq_s32(sum[r], y[4], high, 0);
+        sum[r] = vdotq_laneq_s32(sum[r], y[5], high, 1);
+        sum[r] = vdotq_laneq_s32(sum[r], y[6], high, 2);
+        sum[r] = vdotq_laneq_s32(sum[r], y[7], high, 3);
+    }
+}
+
+#endif
 
 static inline vec_i reduce_1(const vec_i p[4]) {
     return vpaddq_s32(vpaddq_s32(p[0], p[1]), vpaddq_s32(p[2], p[3]));
