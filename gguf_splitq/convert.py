@@ -85,7 +85,7 @@ def convert(
             entries = make(saved.types)
         elif measured:
             mix.check(entries, bpw, architecture)
-        peak = peak_ram(source, entries, threads, limit, calib_tokens if calib else 0, calib == "self")
+        peak = peak_ram(source, entries, threads, limit, calib_tokens if calib else 0, calib == "self", tune)
         if dry_run and not measured:
             display.show_plan(path, entries)
             return path
@@ -247,6 +247,7 @@ def peak_ram(
     limit: int | None,
     calib_tokens: int = 0,
     whole: bool = False,
+    tune: bool = False,
 ) -> int:
     """Bytes of memory the whole run needs at most, the converter process included; UsageError when above `limit`.
 
@@ -257,7 +258,8 @@ def peak_ram(
     if calib_tokens:
         from . import solve
 
-        child = max(child, solve.peak_ram(entries, calib_tokens, threads, whole or source.child is None, limit))
+        whole = whole or source.child is None
+        child = max(child, solve.peak_ram(entries, calib_tokens, threads, whole, tune, limit))
     if limit is not None and child > limit:
         raise UsageError(f"--max-ram {gguf_file.mib(limit)} is too small: reading this needs {gguf_file.mib(child)}")
     return max(child, rewrite.peak_ram(entries, threads, rewrite.window_size(entries, threads, limit)))

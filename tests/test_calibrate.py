@@ -366,6 +366,13 @@ def test_a_model_that_cannot_be_built_is_refused(copy, change, cause):
     refuses(errors.UnsupportedError, cause, Model, copy)
 
 
+def test_layers_that_see_the_tokens_are_refused(tmp_path):
+    options = dict(global_head_dim=32, vocab_size_per_layer_input=4096, hidden_size_per_layer_input=32)
+    config = COMMON | SLIDING | options
+    transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**config)).save_pretrained(tmp_path)
+    refuses(errors.UnsupportedError, "more than one another's hidden states", Model(tmp_path).inputs, tokens(16))
+
+
 def test_tokenizers_that_do_not_fit_are_refused(copy, tmp_path):
     model, short = Model(copy), tmp_path / "short.txt"
     short.write_text("too short")
@@ -407,7 +414,9 @@ def test_the_estimate_of_memory_follows_what_is_in_memory():
     assert memory.peak(entries((), ()), 1 << 20, 2) > base
     assert memory.peak(entries((), (8,)), 1 << 20, 1) - base > 8 * 8 * (2 * 1024**2 + 2816**2) - 16 * 2816**2
     many = entries(*[()] * 100)
-    assert memory.peak(many, 2048, 1, whole=True) > 4 * sum(e.tensor.n_weights for e in many)
+    weights = 4 * sum(e.tensor.n_weights for e in many)
+    assert memory.peak(many, 2048, 1) < weights < memory.peak(many, 2048, 1, whole=True)
+    assert memory.peak(many, 2048, 1, tune=True) > 3 * weights
 
 
 CHILD = """

@@ -47,11 +47,16 @@ class Solved:
 
 
 def peak_ram(
-    entries: Sequence[Entry], tokens: int, threads: int = 1, whole: bool = False, limit: int | None = None
+    entries: Sequence[Entry],
+    tokens: int,
+    threads: int = 1,
+    whole: bool = False,
+    tune: bool = False,
+    limit: int | None = None,
 ) -> int:
     """Bytes that `run` needs at most. whole: for `self`, or a GGUF. limit: beyond it the hidden states go to a file."""
-    peak = memory.peak(entries, tokens, threads, whole)
-    return peak if limit is None or peak <= limit else memory.peak(entries, tokens, threads, whole, on_disk=True)
+    peak = memory.peak(entries, tokens, threads, whole, tune)
+    return peak if limit is None or peak <= limit else memory.peak(entries, tokens, threads, whole, tune, on_disk=True)
 
 
 def run(
@@ -84,7 +89,7 @@ def run(
     sample = _sample(model, calib, tokens, journal) if measuring or tune else None
     weights = _weights(folder, device, sample, journal, progress) if measuring else {}
     whole = calib == "self" or Path(folder).is_file()
-    on_disk = limit is not None and memory.peak(entries, tokens, threads, whole) > limit
+    on_disk = limit is not None and memory.peak(entries, tokens, threads, whole, tune) > limit
     states = model.inputs(sample, journal.folder if on_disk else None) if measuring else []
     solved = Solved(tokens=tokens if sample is None else sample.numel())
     # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.

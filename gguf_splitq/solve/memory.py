@@ -19,9 +19,16 @@ SAMPLED = 64  # sequences drawn at a time
 BOUNDARIES = 1 << 30  # bytes of hidden states between the layers: KEPT in fisher.py
 
 
-def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = False, on_disk: bool = False) -> int:
-    """Bytes at most. whole: the model is all in memory once (to sample text, or read from a GGUF). on_disk: the hidden
-    states entering a layer are kept in a file.
+def peak(
+    entries: Sequence[Entry],
+    tokens: int,
+    threads: int,
+    whole: bool = False,
+    tune: bool = False,
+    on_disk: bool = False,
+) -> int:
+    """Bytes at most. whole: the model is all in memory once (to sample text, or read from a GGUF). tune: scales are
+    trained afterwards. on_disk: the hidden states entering a layer are kept in a file.
     """
     layers = defaultdict(list)
     for entry in entries:
@@ -41,7 +48,11 @@ def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = Fals
     moments = FLOAT * tokens * sum(len(e.tensor.shape) == 2 for e in inside)  # of each token at each matrix
     solving = (0 if on_disk else states) + 2 * batch
     solving += max((_solving(layer, threads) for layer in layers.values()), default=0)
-    return BASE + _floats(outside) + max(reading, moments + max(weighing, solving))
+    stages = [reading, moments + max(weighing, solving)]
+    if tune:  # two models; of one the weights once more as made from their codes, in steps, and with gradients
+        outputs = 2 * sum(map(_outputs, layers.values())) + 2 * BATCH * logits
+        stages.append(_floats(outside) + 7 * _floats(inside) + outputs)
+    return BASE + _floats(outside) + max(stages)
 
 
 def _floats(entries: Sequence[Entry]) -> int:

@@ -24,17 +24,23 @@ import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 
-from ..errors import InputError, SplitqError, UnsupportedError
+from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError
 from ..gguf_file import disk_error
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        convert_and_load_state_dict_in_model,
+        rename_source_key,
+    )
+    from transformers.modeling_utils import LoadStateDictConfig
+except ImportError as error:
+    raise EnvironmentFailed(
+        f"transformers {transformers.__version__} cannot load models layer by layer ({error}): install 5.23 or later"
+    ) from error
 
 CONTEXT = 512  # tokens per sequence: what llama-perplexity and llama-imatrix use
 BATCH = 8  # sequences
@@ -126,15 +132,17 @@ class Model:
         """The hidden states entering layer 0 for int64 [sequences, CONTEXT]: [BATCH, CONTEXT, hidden], on the CPU.
 
         folder: a file there keeps them instead of memory; use them as `states[i]` and `states[i] = ...`.
-        Raises UnsupportedError when layers are called with more that depends on the tokens than the hidden states.
+        Raises UnsupportedError when layers are given more than hidden states that depends on the tokens.
         """
         states = [] if folder is None else OnDisk(folder)
         for batch in tokens.split(BATCH):
-            hidden, arguments = self._catch(batch.to(self.device))
-            if not _same(arguments, self.arguments.setdefault(batch.shape, arguments)):
+            with self._explained():
+                hidden, arguments = self._catch(batch.to(self.device))
+            shares = any(value == {} for _, kwargs in arguments for value in kwargs.values() if isinstance(value, dict))
+            if hidden.dim() != 3 or shares or not _same(arguments, self.arguments.setdefault(batch.shape, arguments)):
                 raise UnsupportedError(
-                    f"{self.path}: decoder layers of {type(self.module).__name__} see the tokens themselves: "
-                    f"{self.advice}"
+                    f"{self.path}: decoder layers of {type(self.module).__name__} are given more than one another's "
+                    f"hidden states: {self.advice}"
                 )
             states.append(hidden.cpu())
         return states
