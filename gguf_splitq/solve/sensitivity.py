@@ -58,6 +58,7 @@ def of_checkpoint(
     calib: str | Path,
     tokens: int,
     threads: int,
+    scratch: Path,
     progress: Callable[[int, int], None],
 ) -> dict[str, dict[str, float]]:
     """`measure` on the checkpoint that `file` was made from, on `TOKENS` of at most `tokens` tokens of the text."""
@@ -65,7 +66,7 @@ def of_checkpoint(
     model = Model(folder, "cuda" if torch.cuda.is_available() else "cpu")
     count = min(tokens, TOKENS)
     text = model.sample_tokens(count) if calib == "self" else model.read_tokens(Path(calib), count)
-    return measure(model, text, file, candidates, progress)
+    return measure(model, text, file, candidates, scratch, progress)
 
 
 def measure(
@@ -73,12 +74,13 @@ def measure(
     tokens: torch.Tensor,
     file: Gguf,
     candidates: Mapping[str, Sequence[TensorType]],
+    scratch: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, float]]:
     """Tensor -> type -> expected divergence added, in nats a token, for int64 `tokens` [sequences, CONTEXT].
 
     candidates: tensor name of `file` -> types. Left out are tensors that no matrix of the model has the rows of, and
-    those that no token reached. progress: decoder layers done and in all, twice.
+    those that no token reached. scratch: a folder for hidden states. progress: decoder layers done and in all, twice.
     """
     sums: dict[tuple[int, str], _Sums] = {}
 
@@ -86,14 +88,15 @@ def measure(
         key = index, name if expert is None else f"{name}[{expert}]"
         sums.setdefault(key, _Sums()).add(x, g)
 
-    fisher.visit(model, tokens, see, progress)
+    for _ in fisher.backward(model, tokens, see, scratch, progress):
+        pass
     costs: dict[str, dict[str, float]] = {}
     for index in range(len(model)):
         wanted = [t for t in file.tensors if t.name in candidates and t.name.startswith(f"blk.{index}.")]
         if not wanted:
             continue
         with model.layer(index) as module:
-            layers = [layer for layer in calibrate.bare_layers_of(module) if (index, layer.name) in sums]
+            layers = [layer for layer in calibrate.layers_of(module) if (index, layer.name) in sums]
             for tensor in wanted:
                 found = _cost(tensor, file, candidates[tensor.name], layers, sums, index)
                 if found is not None:
@@ -116,10 +119,11 @@ def _cost(
             return None
         layer, order = match
         found = sums[index, layer.name]
-        share, columns = (found.rows / found.rows.sum())[order].numpy(), found.columns.numpy()
-        importance = np.maximum(columns / columns.mean(), 1e-6).astype(np.float32)
+        share, mean = (found.rows / found.rows.sum())[order].numpy(), float(found.columns.mean())
+        columns = (found.columns / mean).float().numpy()
         for type in types:
-            error = type.decode(type.encode(rows, importance)) - rows
+            error = type.decode(type.encode(rows, np.maximum(columns, 1e-6)))
+            error -= rows
             gain = FEEDBACK if formats.for_type(type) else 1
-            total[type.name] += gain * float(share @ np.square(error, dtype=np.float64) @ columns) / 2
+            total[type.name] += gain * float(share @ (np.square(error, out=error) @ columns)) * mean / 2
     return total if any(total.values()) else None
