@@ -12,7 +12,8 @@ from gguf_splitq.solve import formats, solver
 
 torch.set_num_threads(1)  # the problems are too small to share
 
-NAMES = ["sq4", "sq3", "sq2", "q4_0", "iq4_nl", "iq4_xs", "q4_k"]
+NAMES = ["sq4", "sq3", "sq2", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"]
+NAMES += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 
 
 def problem(n_rows: int, n_cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,11 +31,60 @@ def test_feedback_and_polish_lower_the_output_error(runtime_library, name):
     assert result.errors["polish"] < result.errors["feedback"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", NAMES)
+def test_no_step_after_feedback_raises_the_error(runtime_library, name, seed):
+    weight, hessian = problem(24, 256, seed)
+    h, order, push, _ = solver._prepare(hessian, solver.DAMPING)
+    rows = solver._Rows(weight, h, formats.for_type(types.get(name)))
+    nearest = rows.error()
+    rows.feedback(order, push)
+    errors = [rows.error()]
+    chance = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        for step in (rows.refit, lambda: rows.search(chance)):
+            step()
+            errors.append(rows.error())
+    assert errors[0] < nearest
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
+    assert errors[1] < errors[0] and errors[-1] < errors[1]  # both kinds of step find something
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_packed_rows_are_the_weights_it_reports(runtime_library, name):
     tensor_type = types.get(name)
-    result = solver.solve(*problem(16, 512), formats.for_type(tensor_type))
+    weight, hessian = problem(16, 512)
+    weight[0] = 0
+    weight[1, :256] = 0
+    weight[2, 32:64] = 0
+    weight[3, 7] = 14  # about the largest that the sq types hold
+    weight[4] *= 1e-6
+    result = solver.solve(weight, hessian, formats.for_type(tensor_type))
     np.testing.assert_array_equal(tensor_type.decode(result.packed.numpy()), result.weight.numpy())
+    assert not result.weight[0].any()
+    codes, params = formats.for_type(tensor_type).unpack(result.packed.numpy())
+    again = formats.for_type(tensor_type).pack(codes, params)
+    np.testing.assert_array_equal(tensor_type.decode(again.numpy()), result.weight.numpy())
+    assert result.errors["polish"] < result.errors["nearest"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_smallest_problems(runtime_library, name):
+    tensor_type = types.get(name)
+    for n_rows in (1, 3):
+        for n_cols in (tensor_type.block_size, 3 * tensor_type.block_size):
+            result = solver.solve(*problem(n_rows, n_cols), formats.for_type(tensor_type))
+            assert result.packed.shape == (n_rows, tensor_type.row_bytes(n_cols))
+            assert result.errors["polish"] < result.errors["nearest"]
+
+
+def test_the_same_input_gives_the_same_bytes_and_pieces_of_rows_are_joined(runtime_library, monkeypatch):
+    weight, hessian = problem(12, 128)
+    fmt = formats.for_type(types.get("sq3"))
+    monkeypatch.setattr(solver, "ROWS", 5)
+    first, again = (solver.solve(weight, hessian, fmt) for _ in range(2))
+    assert torch.equal(first.packed, again.packed) and first.errors == again.errors
+    assert torch.equal(solver.solve(weight[5:10], hessian, fmt).packed, first.packed[5:10])
 
 
 def test_the_reported_error_is_the_one_of_its_weights(runtime_library):
@@ -58,25 +108,53 @@ class _FourColumns(formats.ScaleByteFormat):
 
     block_size = 4
 
+    def __init__(self):
+        super().__init__(types.get("sq2"))
+        self.super_size = 4
+
     def fit(self, weight, importance):
-        return self.nearest(weight.abs().amax(1, keepdim=True) / 100)
+        return self.nearest(weight.abs().amax(1, keepdim=True) / 100, None, None)
 
     def pack(self, codes, params):
-        return codes
+        return params
 
 
-def test_close_to_the_best_of_all_assignments():
-    fmt, ratios = _FourColumns(types.get("sq2")), []
+class _FourColumnsWithMinimum(formats.HalfFormat):
+    """Two bits of q4_1 with blocks of four."""
+
+    block_size = 4
+
+    def __init__(self):
+        super().__init__(types.get("q4_1"), np.arange(4), "cpu")
+        self.super_size = 4
+
+    def fit(self, weight, importance):
+        least, most = weight.aminmax(dim=1, keepdim=True)
+        return self.nearest((most - least) / 3, least, torch.zeros(1, 1, 2))
+
+    def pack(self, codes, params):
+        return params
+
+
+@pytest.mark.parametrize("kind", [_FourColumns, _FourColumnsWithMinimum])
+def test_close_to_the_best_of_all_assignments(kind):
+    fmt, ratios, refitted = kind(), [], []
     codes = torch.tensor(list(itertools.product(range(4), repeat=4)))
     for seed in range(40):
         weight, hessian = problem(1, 4, seed)
-        result = solver.solve(weight, hessian, fmt)
-        scale = (result.weight[0, 0] / fmt.unit(result.packed)[0, 0]).double()  # `pack` returns the codes here
-        difference = weight.double() - scale * fmt.levels.double()[codes]
-        least = float(((difference @ solver.damped(hessian)) * difference).sum(1).min())
+        h, result = solver.damped(hessian), solver.solve(weight, hessian, fmt)
+        scale, offset = fmt.scale(result.packed)[0, 0], fmt.offset(result.packed)[0, 0]  # `pack` returns these here
+        difference = weight.double() - (scale * fmt.levels[codes] + offset).double()
+        least = float(((difference @ h) * difference).sum(1).min())
         ratios.append(result.errors["polish"] / least)
+
+        directions = torch.stack([(result.weight[0] - offset) / scale, torch.ones(4)][: 1 + fmt.has_offset]).double()
+        best = torch.linalg.solve(directions @ h @ directions.T, directions @ h @ weight[0].double())
+        difference = weight[0].double() - best @ directions
+        refitted.append(float(difference @ h @ difference) / result.errors["polish"])
     assert min(ratios) >= 1 - 1e-3
-    assert np.mean(np.array(ratios) < 1.001) > 0.5
+    assert np.mean(np.array(ratios) < 1.001) > 0.9
+    assert np.median(refitted) > (0.99 if fmt.has_offset else 0.9)  # halves are finer than the scale byte
 
 
 def test_columns_never_active_cost_nothing(runtime_library):
@@ -93,6 +171,17 @@ def test_bad_hessians_are_refused(runtime_library):
         solver.solve(weight, hessian * torch.nan, fmt)
     with pytest.raises(errors.InputError, match="not positive definite"):
         solver.solve(weight, 1.9 * torch.eye(64).double() - 0.9, fmt)
+
+
+def test_damping_is_raised_until_it_is_enough(runtime_library):
+    weight, hessian = problem(8, 64)
+    fmt = formats.for_type(types.get("sq4"))
+    assert solver.solve(weight, hessian, fmt).damping == solver.DAMPING
+    values, vectors = torch.linalg.eigh(hessian)
+    values[0] = -5e-3 * hessian.diagonal().mean()
+    result = solver.solve(weight, vectors @ torch.diag(values) @ vectors.T, fmt)
+    assert result.damping == pytest.approx(10 * solver.DAMPING)
+    assert result.errors["polish"] < result.errors["nearest"]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""What the solver needs of each type: its levels, its scales and its packing.
+"""What the solver needs of each type: its levels, its scales and offsets, and its packing.
 
-In every format here a block is 32 weights and weight = scale * level[code] + offset. Fitting is done by the type's own
-encoder, weighted by the Hessian's diagonal, and the parameters are read from its bytes; the bytes of the stock types
-are drawn in ggml/src/ggml-common.h of llama.cpp.
+Fitting is done by the type's own encoder, weighted by the Hessian's diagonal, and the parameters are read from its
+bytes. The bytes of the stock types are those of ggml/src/ggml-common.h in llama.cpp, drawn at each class.
 """
 
 from __future__ import annotations
@@ -11,34 +10,46 @@ import numpy as np
 import torch
 
 from ..types import TensorType, splitquant
+from ..types.splitquant import pack_4bit
 
 
-class CodebookFormat:
-    """Levels and what follows from them; a subclass reads and writes the parameters."""
+class BlockFormat:
+    """Levels and what follows from them; a subclass reads and writes the parameters. See `solver.Format`."""
 
     block_size = 32
+    has_offset = False
 
     def __init__(self, tensor_type: TensorType, levels: np.ndarray, device: str | torch.device):
         self.type = tensor_type
+        self.super_size = tensor_type.block_size
         self.levels = torch.tensor(levels, dtype=torch.float32, device=device)
-        self.middles = (self.levels[1:] + self.levels[:-1]) / 2
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-        blocks = self.type.encode(weight.cpu().numpy(), importance.cpu().numpy())
-        return self._params(blocks.reshape(len(weight), -1, self.type.block_bytes)).to(weight.device)
-
-    def round(self, column: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        units = (column - self.offset(params)) / self.scale(params)
-        return torch.bucketize(units, self.middles, out_int32=True).to(torch.uint8)
-
-    def unit(self, codes: torch.Tensor) -> torch.Tensor:
-        return self.levels[codes.int()]
+        return self._params(self.type.encode(weight.cpu().numpy(), importance.cpu().numpy())).to(weight.device)
 
     def offset(self, params: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(self.scale(params))
 
+    def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """uint8 codes [n_rows, n_cols] -> uint8 [n_rows, row_bytes], on the CPU."""
+        blocks = codes.reshape(-1, self.type.block_size).cpu().numpy()
+        per_block = self.type.block_size // self.block_size
+        written = self._write(blocks, params.reshape(len(blocks), per_block, *params.shape[2:]).cpu())
+        return torch.from_numpy(written.reshape(len(codes), -1))
 
-class ScaleByteFormat(CodebookFormat):
+    def unpack(self, packed: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [n_rows, row_bytes] -> uint8 codes [n_rows, n_cols] and parameters, on the levels' device."""
+        device = self.levels.device
+        params = self._params(packed).to(device)
+        weight = torch.from_numpy(self.type.decode(packed)).to(device).unflatten(1, (-1, self.block_size))
+        units = _ratio(weight - self.offset(params)[..., None], self.scale(params)[..., None]).flatten(1)
+        return torch.bucketize(units, (self.levels[1:] + self.levels[:-1]) / 2).to(torch.uint8), params
+
+    def _params(self, packed: np.ndarray) -> torch.Tensor:
+        return self._read(packed.reshape(len(packed), -1, self.type.block_bytes))
+
+
+class ScaleByteFormat(BlockFormat):
     """sq4, sq3, sq2: the parameter is the scale byte, uint8 [n_rows, n_blocks]."""
 
     def __init__(self, tensor_type: TensorType, device: str | torch.device = "cpu"):
@@ -48,42 +59,51 @@ class ScaleByteFormat(CodebookFormat):
     def scale(self, params: torch.Tensor) -> torch.Tensor:
         return self.scales[params.int()]
 
-    def nearest(self, scale: torch.Tensor, params: torch.Tensor | None = None) -> torch.Tensor:
-        positive = self.scales[1:128]
-        index = torch.bucketize(scale.abs(), (positive[1:] + positive[:-1]) / 2) + 1
+    def nearest(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        positive = self.scales[:128]
+        index = torch.bucketize(scale.abs(), (positive[1:] + positive[:-1]) / 2)
         return (index + 128 * (scale < 0)).to(torch.uint8)
 
-    def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        blocks = self.type.pack(codes.reshape(-1, 32).cpu().numpy(), params.reshape(-1).cpu().numpy())
-        return torch.from_numpy(blocks.reshape(len(codes), -1))
+    def _read(self, blocks: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(blocks[..., -1].copy())
 
-    def _params(self, blocks: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.maximum(blocks[..., -1], 1))  # a zero scale could not be divided by
+    def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
+        return self.type.pack(codes, params[:, 0].numpy())
 
 
-class HalfScaleFormat(CodebookFormat):
-    """q4_0 and iq4_nl: | d: float16 | 16 bytes of 4-bit codes as in sq4 |; the parameter is d."""
+class HalfFormat(BlockFormat):
+    """q4_0, q5_0, iq4_nl: | d: float16 | codes |; q4_1, q5_1: | d, m: float16 | codes |. weight = d * level + m.
+
+    Codes: the fifth bits of 5-bit codes (bit i of 4 bytes belongs to weight i), then 16 bytes of 4-bit codes as in sq4.
+    Parameters are float16 [n_rows, n_blocks, 1 or 2].
+    """
+
+    def __init__(self, tensor_type: TensorType, levels: np.ndarray, device: str | torch.device):
+        super().__init__(tensor_type, levels, device)
+        self.has_offset = tensor_type.name.endswith("_1")
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
-        return params.float()
+        return params[..., 0].float()
 
-    def nearest(self, scale: torch.Tensor, params: torch.Tensor | None = None) -> torch.Tensor:
-        half = scale.half()
-        return torch.where(half == 0, torch.finfo(torch.float16).tiny, half)
+    def offset(self, params: torch.Tensor) -> torch.Tensor:
+        return params[..., 1].float() if self.has_offset else super().offset(params)
 
-    def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        blocks = np.hstack([_bytes(params.reshape(-1, 1)), splitquant.pack_4bit(_blocks_of(codes, 32))])
-        return torch.from_numpy(blocks.reshape(len(codes), -1))
+    def nearest(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return _half(torch.stack([scale, offset][: params.shape[-1]], -1))
 
-    def _params(self, blocks: np.ndarray) -> torch.Tensor:
-        return self.nearest(_halves(blocks[..., :2])[..., 0])
+    def _read(self, blocks: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(_halves(blocks[..., : 4 if self.has_offset else 2]))
+
+    def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
+        fifth = [np.packbits(codes >> 4, 1, "little")] if len(self.levels) == 32 else []
+        return np.hstack([_bytes(params[:, 0]), *fifth, pack_4bit(codes & 15)])
 
 
-class SuperBlockFormat(CodebookFormat):
-    """iq4_xs and q4_k: 6-bit integers times one or two float16 per 256 weights.
+class SuperBlockFormat(BlockFormat):
+    """256 weights in blocks of 16 or 32: weight = d * scale * level - dmin * minimum, scale and minimum integers.
 
-    Parameters are float32 [n_rows, n_blocks, 4]: the block's integer scale and minimum, the super-block's d and dmin.
-    d and dmin stay as fitted.
+    Parameters are float32 [n_rows, n_blocks, 4]: scale, minimum, and the super-block's d and dmin, which are float16
+    values. A subclass gives the ranges of the integers, and reads and writes them.
     """
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
@@ -92,22 +112,25 @@ class SuperBlockFormat(CodebookFormat):
     def offset(self, params: torch.Tensor) -> torch.Tensor:
         return -params[..., 1] * params[..., 3]
 
-    def nearest(self, scale: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        whole = torch.round(scale / params[..., 2]).clamp(self.least, self.most)
-        return torch.cat([torch.where(whole == 0, 1, whole)[..., None], params[..., 1:]], -1)
+    def nearest(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        new = params.clone()
+        new[..., 0] = _ratio(scale, params[..., 2]).round().clamp(*self.scales)
+        if self.has_offset:
+            new[..., 1] = _ratio(-offset, params[..., 3]).round().clamp(0, self.scales[1])
+        return new
 
-    def _params(self, blocks: np.ndarray) -> torch.Tensor:
-        scale, minimum, d, dmin = (torch.from_numpy(np.asarray(part, np.float32)) for part in self._read(blocks))
-        d = torch.where(d == 0, torch.finfo(torch.float16).tiny, d)
-        wide = (part.expand(scale.shape) for part in (d, dmin))
-        params = torch.stack([torch.where(scale == 0, 1, scale), minimum, *wide], -1)
-        return params.flatten(1, 2)  # [n_rows, super-blocks, 8, 4] -> [n_rows, n_blocks, 4]
+    def stretch(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        factors = torch.stack([scale, offset], -1)
+        return torch.cat([params[..., :2], _half(params[..., 2:] * factors).float()], -1)
 
-    def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        parts = params.reshape(-1, 8, 4).cpu()
-        scale, minimum = parts[..., 0].numpy().astype(np.int64), parts[..., 1].numpy().astype(np.int64)
-        blocks = self._write(scale, minimum, parts[:, 0, 2:].half(), _blocks_of(codes, 256).reshape(-1, 8, 32))
-        return torch.from_numpy(blocks.reshape(len(codes), -1))
+    def _read(self, blocks: np.ndarray) -> torch.Tensor:
+        scale, minimum, d, dmin = (np.asarray(part, np.float32) for part in self._read_parts(blocks))
+        params = np.stack(np.broadcast_arrays(scale, minimum, d, dmin), -1)
+        return torch.from_numpy(params).flatten(1, 2)  # [n_rows, super-blocks, blocks, 4] -> [n_rows, n_blocks, 4]
+
+    def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
+        scale, minimum = (params[..., i].numpy().astype(np.int64) for i in (0, 1))
+        return np.hstack(self._write_parts(scale, minimum, params[:, 0, 2:].half(), codes))
 
 
 class Iq4XsFormat(SuperBlockFormat):
@@ -116,55 +139,120 @@ class Iq4XsFormat(SuperBlockFormat):
     A scale is stored plus 32.
     """
 
-    least, most = -32, 31
+    scales = -32, 31
 
-    def _read(self, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _read_parts(self, blocks: np.ndarray) -> tuple:
         high = np.ascontiguousarray(blocks[..., 2:4]).view("<u2").astype(np.int64) >> 2 * np.arange(8) & 3
         low = np.repeat(blocks[..., 4:8], 2, -1) >> np.tile(np.uint8([0, 4]), 4) & 15
-        zero = np.zeros((1, 1, 1))
-        return (low | high << 4) - 32, np.zeros(high.shape), _halves(blocks[..., :2]), zero
+        return (low | high << 4) - 32, 0, _halves(blocks[..., :2]), 0
 
-    def _write(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> np.ndarray:
+    def _write_parts(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> list:
         stored = scale + 32
         high = ((stored >> 4) << 2 * np.arange(8)).sum(1, keepdims=True).astype("<u2").view(np.uint8)
         low = (stored[:, ::2] & 15 | (stored[:, 1::2] & 15) << 4).astype(np.uint8)
-        return np.hstack([_bytes(d[:, :1]), high, low, splitquant.pack_4bit(codes).reshape(-1, 128)])
+        return [_bytes(d[:, :1]), high, low, pack_4bit(codes.reshape(-1, 8, 32)).reshape(-1, 128)]
 
 
-class Q4KFormat(SuperBlockFormat):
-    """| d, dmin: float16 | 12 bytes: 8 scales and 8 minima of 6 bits | 4 x 32 bytes of codes |.
+class Q45KFormat(SuperBlockFormat):
+    """q4_k, q5_k: | d, dmin: float16 | 12 bytes: 8 scales, 8 minima of 6 bits | fifth bits | 4 x 32 bytes of codes |.
 
     The 12 bytes: scales 0-3 and minima 0-3 in the low 6 bits of bytes 0-7, whose high 2 bits belong to scales 4-7 and
     minima 4-7; bytes 8-11 hold their low 4 bits, scale first. Code bytes: block 2i in the low, 2i + 1 in the high half.
+    Fifth bits, q5_k only: bit b of byte i belongs to weight i of block b.
     """
 
-    least, most = 1, 63
+    scales = 0, 63
+    has_offset = True
 
-    def _read(self, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _read_parts(self, blocks: np.ndarray) -> tuple:
         first, last = blocks[..., 4:12] & 63, blocks[..., 12:16]
         high = blocks[..., 4:12] >> 6 << 4
         scale = np.concatenate([first[..., :4], last & 15 | high[..., :4]], -1)
         minimum = np.concatenate([first[..., 4:], last >> 4 | high[..., 4:]], -1)
         return scale, minimum, _halves(blocks[..., :2]), _halves(blocks[..., 2:4])
 
-    def _write(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> np.ndarray:
+    def _write_parts(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> list:
         both = np.hstack([scale[:, :4] | scale[:, 4:] >> 4 << 6, minimum[:, :4] | minimum[:, 4:] >> 4 << 6])
         last = scale[:, 4:] & 15 | (minimum[:, 4:] & 15) << 4
-        packed = (codes[:, ::2] | codes[:, 1::2] << 4).reshape(-1, 128)
-        return np.hstack([_bytes(d), both.astype(np.uint8), last.astype(np.uint8), packed])
+        codes = codes.reshape(-1, 8, 32)
+        fifth = [np.packbits(codes >> 4, 1, "little")[:, 0]] if len(self.levels) == 32 else []
+        packed = codes[:, ::2] & 15 | codes[:, 1::2] << 4
+        return [_bytes(d), both.astype(np.uint8), last.astype(np.uint8), *fifth, packed.reshape(-1, 128)]
 
 
-def for_type(tensor_type: TensorType, device: str | torch.device = "cpu") -> CodebookFormat | None:
+class Q2KFormat(SuperBlockFormat):
+    """| 16 bytes: scale, minimum << 4 | 64 bytes of codes | d, dmin: float16 |, blocks of 16, codes as `_pack_2bit`."""
+
+    block_size = 16
+    scales = 0, 15
+    has_offset = True
+
+    def _read_parts(self, blocks: np.ndarray) -> tuple:
+        return blocks[..., :16] & 15, blocks[..., :16] >> 4, _halves(blocks[..., 80:82]), _halves(blocks[..., 82:])
+
+    def _write_parts(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> list:
+        return [(scale | minimum << 4).astype(np.uint8), _pack_2bit(codes), _bytes(d)]
+
+
+class Q3KFormat(SuperBlockFormat):
+    """| 32 bytes: third bits | 64 bytes: low 2 bits, as `_pack_2bit` | 12 bytes: 16 scales of 6 bits | d: float16 |.
+
+    Third bits: bit b of byte i belongs to weight 32 b + i. Scales are stored plus 32: the low 4 bits of scales i and
+    i + 8 in byte i, the high 2 bits of scale i in byte 8 + i mod 4, from bit 2 (i div 4).
+    """
+
+    block_size = 16
+    scales = -32, 31
+
+    def _read_parts(self, blocks: np.ndarray) -> tuple:
+        low = np.concatenate([blocks[..., 96:104] & 15, blocks[..., 96:104] >> 4], -1)
+        high = np.tile(blocks[..., 104:108], 4) >> np.repeat(np.uint8([0, 2, 4, 6]), 4) & 3
+        return (low | high << 4).astype(np.int64) - 32, 0, _halves(blocks[..., 108:]), 0
+
+    def _write_parts(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> list:
+        stored = (scale + 32).astype(np.uint8)
+        low = stored[:, :8] & 15 | (stored[:, 8:] & 15) << 4
+        high = ((stored >> 4).reshape(-1, 4, 4) << np.uint8([0, 2, 4, 6])[:, None]).sum(1, dtype=np.uint8)
+        third = np.packbits(codes.reshape(-1, 8, 32) >> 2, 1, "little")[:, 0]
+        return [third, _pack_2bit(codes & 3), low, high, _bytes(d[:, :1])]
+
+
+class Q6KFormat(SuperBlockFormat):
+    """| 128 bytes: low 4 bits | 64 bytes: high 2 bits, as `_pack_2bit` | 16 scales: int8 | d: float16 |, blocks of 16.
+
+    Low bits: of each 128 weights, weight i in the low and i + 64 in the high half of byte i.
+    """
+
+    block_size = 16
+    scales = -128, 127
+
+    def _read_parts(self, blocks: np.ndarray) -> tuple:
+        return np.ascontiguousarray(blocks[..., 192:208]).view(np.int8), 0, _halves(blocks[..., 208:]), 0
+
+    def _write_parts(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> list:
+        low = (codes & 15).reshape(-1, 2, 2, 64)
+        packed = low[:, :, 0] | low[:, :, 1] << 4
+        return [packed.reshape(-1, 128), _pack_2bit(codes >> 4), scale.astype(np.int8).view(np.uint8), _bytes(d[:, :1])]
+
+
+def for_type(tensor_type: TensorType, device: str | torch.device = "cpu") -> BlockFormat | None:
     """The format of a type, None when the solver does not handle it."""
     from gguf.quants import IQ4_NL
 
     if isinstance(tensor_type, splitquant.SplitQuant):
         return ScaleByteFormat(tensor_type, device)
     stock = {
-        "q4_0": (HalfScaleFormat, np.arange(-8, 8)),
-        "iq4_nl": (HalfScaleFormat, np.array(IQ4_NL.kvalues)),
+        "q4_0": (HalfFormat, np.arange(-8, 8)),
+        "q4_1": (HalfFormat, np.arange(16)),
+        "q5_0": (HalfFormat, np.arange(-16, 16)),
+        "q5_1": (HalfFormat, np.arange(32)),
+        "q2_k": (Q2KFormat, np.arange(4)),
+        "q3_k": (Q3KFormat, np.arange(-4, 4)),
+        "q4_k": (Q45KFormat, np.arange(16)),
+        "q5_k": (Q45KFormat, np.arange(32)),
+        "q6_k": (Q6KFormat, np.arange(-32, 32)),
+        "iq4_nl": (HalfFormat, np.array(IQ4_NL.kvalues)),
         "iq4_xs": (Iq4XsFormat, np.array(IQ4_NL.kvalues)),
-        "q4_k": (Q4KFormat, np.arange(16)),
     }
     if tensor_type.name not in stock:
         return None
@@ -172,15 +260,25 @@ def for_type(tensor_type: TensorType, device: str | torch.device = "cpu") -> Cod
     return kind(tensor_type, levels, device)
 
 
-def _blocks_of(codes: torch.Tensor, size: int) -> np.ndarray:
-    return codes.reshape(-1, size).cpu().numpy()
+def _pack_2bit(codes: np.ndarray) -> np.ndarray:
+    """uint8 [n, 256] below 4 -> uint8 [n, 64]: of each 128 weights, i, i + 32, i + 64, i + 96 from bit 0 of byte i."""
+    return np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << np.uint8([0, 2, 4, 6])[:, None], 2).reshape(-1, 64)
+
+
+def _ratio(value: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    return torch.where(unit == 0, 0, value / unit)
+
+
+def _half(values: torch.Tensor) -> torch.Tensor:
+    """float16, never infinite."""
+    return values.clamp(-65504, 65504).half()
 
 
 def _bytes(halves: torch.Tensor) -> np.ndarray:
     """float16 [n, k] -> uint8 [n, 2 k]."""
-    return np.ascontiguousarray(halves.cpu().numpy()).view(np.uint8)
+    return np.ascontiguousarray(halves.numpy()).view(np.uint8)
 
 
-def _halves(data: np.ndarray) -> torch.Tensor:
-    """uint8 [..., 2 k] -> float32 [..., k]."""
-    return torch.from_numpy(np.ascontiguousarray(data).view(np.float16).astype(np.float32))
+def _halves(data: np.ndarray) -> np.ndarray:
+    """uint8 [..., 2 k] -> float16 [..., k]."""
+    return np.ascontiguousarray(data).view(np.float16)

@@ -1,16 +1,19 @@
 """Error feedback: the codes of one weight matrix, chosen for the outputs they give on calibration inputs.
 
-Knows no format. A `Format` gives three things: it fits the parameters of its blocks, rounds a column given them, and
-packs; the solver decides the order and what each column is rounded to.
+Knows no format. In a block, weight = scale * level[code] + offset; a `Format` says which levels there are, and which
+scales and offsets can be stored. The error is the trace of (W - Q) H (W - Q)^T, H the second moment of the inputs.
 
 1. Feedback (GPTQ, Frantar et al., arXiv 2210.17323): columns are coded in the order of falling Hessian diagonal, with
-   block parameters fixed beforehand, and each column's error is pushed into the columns not yet coded through the
-   Cholesky factor of the inverse Hessian, lazily in groups of columns.
-2. Polish: the scale of every block is set to its least-squares value for the codes it has, and every code to its best
-   value given all the others, in turn, while the error falls. Neither step can raise the error, and both see the whole
-   Hessian, where feedback sees only the columns that are still to come.
+   block parameters fixed beforehand, each column to what is best given the columns already coded, if those still to
+   come could be anything.
+2. Refit: scale and offset of every block, then what the blocks of a super-block share, are set to their least-squares
+   values for the codes they have.
+3. Search: a few random blocks at a time are coded again by feedback, then each of their codes given all others, with
+   their parameters as they are and in a slightly changed copy; a row keeps what lowers its error. It goes on where no
+   single code could be improved, since it changes many codes and a scale at once.
 
-The error is the trace of (W - Q) H (W - Q)^T, H the second moment of the inputs.
+Only feedback can do worse than nearest rounding, and is then dropped; refit and search change nothing that does not
+lower the error, and see the whole Hessian. Rows are independent of each other.
 """
 
 from __future__ import annotations
@@ -23,78 +26,91 @@ import torch
 from ..errors import InputError
 
 DAMPING = 1e-3  # of the Hessian's mean diagonal; GPTQ uses ten times as much
-GROUP = 128  # columns whose errors are pushed on together
-ROUNDS = 6  # of polish, at most
-LEAST_GAIN = 2e-3  # relative; a round that gains less is the last
+MOST_DAMPING = 1.0
+PASSES = 8  # of search and refit
+COLUMNS = 128  # searched at a time
+COPIES = 2  # of the parameters, the unchanged ones included
+SPREAD = 0.05  # standard deviation of the relative change in a copy
+ROWS = 4096  # coded at a time, to bound the memory
+LEAF = 16  # columns whose changes are pushed on one by one
 
 
 class Format(Protocol):
-    """What the solver needs of a block format: weight = scale * unit + offset.
+    """What the solver needs of a block format.
 
     Parameters are one tensor [n_rows, n_cols / block_size, ...], whatever the format keeps for a block.
+    block_size: columns that share a scale and an offset. super_size: columns whose scales share a factor, and their
+    offsets another one; block_size where there is no such thing. has_offset: whether offsets can differ from 0.
+    levels: float32 [n_levels], whole and rising: what the codes 0, 1, ... stand for at scale 1 and offset 0.
     """
 
     block_size: int
+    super_size: int
+    has_offset: bool
+    levels: torch.Tensor
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         """Block parameters for float32 weights [n_rows, n_cols], columns weighted by importance [n_cols]."""
 
-    def round(self, column: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        """float32 [n_rows] -> uint8 codes [n_rows], given the parameters [n_rows, ...] of the column's block."""
-
-    def unit(self, codes: torch.Tensor) -> torch.Tensor:
-        """What a code stands for at scale 1, float32 like `codes`."""
-
     def scale(self, params: torch.Tensor) -> torch.Tensor:
-        """float32 scale of each block."""
+        """float32 scale of each block; 0 is allowed."""
 
     def offset(self, params: torch.Tensor) -> torch.Tensor:
         """float32 offset of each block."""
 
-    def nearest(self, scale: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        """The parameters of a block with the storable scale nearest to `scale`, the rest unchanged."""
+    def nearest(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """The parameters of blocks with the storable scales and offsets nearest to these, the rest unchanged."""
+
+    def stretch(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """The parameters of the blocks of a super-block, all scales and offsets multiplied by about these factors.
+
+        params: [n_rows, super_size / block_size, ...]; the factors: float32 [n_rows, 1].
+        """
 
     def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        """uint8 [n_rows, row_bytes]."""
+        """uint8 codes [n_rows, n_cols] -> uint8 [n_rows, row_bytes], on the CPU."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """packed: uint8 [n_rows, row_bytes]; weight: float32, what the bytes stand for; errors: by stage, per row."""
+    """packed: uint8 [n_rows, row_bytes], on the CPU; weight: float32, what the bytes stand for.
+
+    errors: by stage, the mean of a row; "polish" is the final one. damping: what the Hessian needed.
+    """
 
     packed: torch.Tensor
     weight: torch.Tensor
     errors: dict[str, float]
+    damping: float
 
 
-def solve(weight: torch.Tensor, hessian: torch.Tensor, fmt: Format, damping: float = DAMPING) -> Solution:
+def solve(
+    weight: torch.Tensor, hessian: torch.Tensor, fmt: Format, damping: float = DAMPING, passes: int = PASSES
+) -> Solution:
     """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols], on the device they are on.
 
-    damping: added to the diagonal, relative to its mean. Raises InputError when the damped Hessian is not positive
-    definite, or not finite.
+    damping: added to the diagonal, relative to its mean; tenfold as long as that is not positive definite. passes: of
+    search and refit; the time goes with them. The same input gives the same bytes. Raises InputError when the Hessian
+    is not finite or not positive definite even with MOST_DAMPING.
     """
-    hessian = damped(hessian, damping)
-    h = hessian.float()
-    params = fmt.fit(weight, h.diagonal())
-    nearest = _codes(weight, params, fmt)
-    errors = {"nearest": _error(weight, nearest, params, fmt, h)}
-
-    codes = _feedback(weight, hessian, params, fmt)
-    errors["feedback"] = _error(weight, codes, params, fmt, h)
-    if errors["feedback"] > errors["nearest"]:  # possible where the Hessian is nearly diagonal
-        codes = nearest
-    error = min(errors.values())
-    for _ in range(ROUNDS):
-        tried = _polish(weight, codes, params, fmt, h)
-        lower = _error(weight, *tried, fmt, h)
-        if not lower < error:
-            break
-        codes, params = tried
-        gain, error = 1 - lower / error, lower
-        if gain < LEAST_GAIN:
-            break
-    errors["polish"] = error
-    return Solution(fmt.pack(codes, params), _weight(codes, params, fmt), errors)
+    h, order, push, damping = _prepare(hessian, damping)
+    stages, parts = [], []
+    for piece in weight.split(ROWS):
+        rows, chance = _Rows(piece, h, fmt), torch.Generator().manual_seed(0)
+        nearest, rounded = rows.error(), rows.units
+        rows.feedback(order, push)
+        fed = rows.error()
+        if not fed < nearest:  # possible where the Hessian is nearly diagonal
+            rows.units = rounded
+        for _ in range(passes):
+            rows.refit()
+            rows.search(chance)
+        rows.refit()
+        stages.append((nearest, fed, rows.error()))
+        parts.append((fmt.pack(rows.codes(), rows.params), rows.value().T))
+    errors = (sum(stage) / len(weight) for stage in zip(*stages, strict=True))
+    packed, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Solution(packed, values, dict(zip(("nearest", "feedback", "polish"), errors, strict=True)), damping)
 
 
 def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -108,77 +124,200 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     return h
 
 
-def _feedback(weight: torch.Tensor, hessian: torch.Tensor, params: torch.Tensor, fmt: Format) -> torch.Tensor:
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor, failed = torch.linalg.cholesky_ex(hessian[order][:, order])
-    if not failed:
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-    if failed:
-        raise InputError("the Hessian is not positive definite: use more calibration text or a larger damping")
-    factor, scale, offset = factor.float(), fmt.scale(params), fmt.offset(params)
-    work, n_cols = weight[:, order].contiguous(), weight.shape[1]
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for start in range(0, n_cols, GROUP):
-        end = min(start + GROUP, n_cols)
-        group = work[:, start:end].T.contiguous()  # a column of the matrix is a row here: contiguous
-        errors = torch.empty_like(group)
-        for i in range(end - start):
-            column, block = order[start + i], order[start + i] // fmt.block_size
-            code = fmt.round(group[i], params[:, block])
-            codes[:, column] = code
-            value = scale[:, block] * fmt.unit(code) + offset[:, block]
-            errors[i] = (group[i] - value) / factor[start + i, start + i]
-            group[i + 1 :].addr_(factor[start + i, start + i + 1 : end], errors[i], alpha=-1)
-        work[:, end:] -= errors.T @ factor[start:end, end:]
-    return codes
+def _prepare(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """The damped Hessian in float32, the order of coding, the push matrix of that order, and the damping it took."""
+    while True:
+        h = damped(hessian, damping)
+        order = h.diagonal().argsort(descending=True, stable=True)
+        factor, failed = torch.linalg.cholesky_ex(_reversed(h[order][:, order]))
+        if not failed:
+            return h.float(), order, _push(factor), damping
+        damping = max(10 * damping, 1e-6)
+        if damping > MOST_DAMPING:
+            raise InputError("the Hessian is not positive definite: use more calibration text or a larger damping")
 
 
-def _polish(
-    weight: torch.Tensor, codes: torch.Tensor, params: torch.Tensor, fmt: Format, h: torch.Tensor
+def _reversed(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.flip(0, 1)
+
+
+def _push(factor: torch.Tensor) -> torch.Tensor:
+    """How a change of a column moves the best value of each later one: float32 [earlier, later], for `_sweep`.
+
+    factor: lower Cholesky factor of the Hessian with its columns in the reverse order of coding. With H = C^T G C, C
+    unit lower triangular and G diagonal, an error e of a row costs sum_i G_i (e_i + sum_j<i C_ij e_j)^2: given the
+    errors of the earlier columns, that of column i is best at minus the inner sum. C is this factor, turned around;
+    the codes are GPTQ's, without its inverse of the Hessian.
+    """
+    return _reversed(factor / factor.diagonal()).neg().float()
+
+
+def _sweep(
+    aims: torch.Tensor, base: torch.Tensor, push: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, fmt: Format
+) -> torch.Tensor:
+    """Round column after column to its aim; what it changes from `base` moves the aims of the later ones.
+
+    aims, base, scale, offset: float32 [n_cols, n_rows]; aims is overwritten. push: float32 [n_cols, n_cols], of which
+    the upper triangle counts. Returns the level of each code, float32 [n_cols, n_rows].
+    """
+    # Levels are whole: the ceiling of twice the weight at scale 1 tells which one is nearest.
+    first, last = 2 * int(fmt.levels[0]), 2 * int(fmt.levels[-1])
+    table = _nearest(torch.arange(first, last + 1, device=aims.device) / 2, fmt.levels)
+    double = 2 * _inverse(scale)
+    shift = -offset * double - first
+    units, changes = torch.empty_like(aims), torch.empty_like(aims)
+    position, index = torch.empty_like(aims[0]), torch.empty_like(aims[0], dtype=torch.int64)
+    parts = (aims, base, scale, offset, double, shift, units, changes)
+    columns = list(zip(*(part.unbind() for part in parts), strict=True))
+
+    def code(start: int, end: int) -> None:
+        if end - start > LEAF:  # half by half, so that most changes are pushed on in large groups
+            half = (start + end) // 2
+            code(start, half)
+            aims[half:end].addmm_(push[start:half, half:end].T, changes[start:half])
+            code(half, end)
+            return
+        for i in range(start, end):
+            aim, old, scale, offset, double, shift, unit, change = columns[i]
+            torch.addcmul(shift, aim, double, out=position)
+            index.copy_(position.ceil_().clamp_(0, last - first))
+            torch.index_select(table, 0, index, out=unit)
+            torch.addcmul(offset, unit, scale, out=change).sub_(old)
+            if i + 1 < end:
+                aims[i + 1 : end].addr_(push[i, i + 1 : end], change)
+
+    code(0, len(aims))
+    return units
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale; 0 for scale 0, where every code is as good as the one of the level nearest to 0."""
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def _nearest(units: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    return levels[torch.bucketize(units, (levels[1:] + levels[:-1]) / 2, out_int32=True)]
+
+
+class _Rows:
+    """Rows being coded. Matrices are transposed, so that a column of the weight is contiguous.
+
+    weight: float32 [n_cols, n_rows]; units: the level of each code, alike; params: the format's, for all blocks.
+    """
+
+    def __init__(self, weight: torch.Tensor, h: torch.Tensor, fmt: Format):
+        """Fitted, and rounded to nearest."""
+        self.weight, self.h, self.fmt = weight.T.contiguous(), h, fmt
+        self.params = fmt.fit(weight, h.diagonal())
+        self.block = torch.arange(len(h), device=h.device) // fmt.block_size  # of each column
+        scale, offset = self.columns_of(self.params, self.block)
+        self.units = _nearest((self.weight - offset) * _inverse(scale), fmt.levels)
+
+    def columns_of(self, params: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and offset of columns that lie in these blocks, float32 [n, n_rows]."""
+        return self.fmt.scale(params).T[block], self.fmt.offset(params).T[block]
+
+    def codes(self) -> torch.Tensor:
+        return torch.searchsorted(self.fmt.levels, self.units.T.contiguous()).to(torch.uint8)
+
+    def value(self) -> torch.Tensor:
+        """What is stored, float32 [n_cols, n_rows]."""
+        return _value(self.units, *self.columns_of(self.params, self.block))
+
+    def error(self) -> float:
+        """Summed over the rows."""
+        difference = self.weight - self.value()
+        return float(((self.h @ difference) * difference).sum(dtype=torch.float64))
+
+    def feedback(self, order: torch.Tensor, push: torch.Tensor) -> None:
+        """Code all columns, in this order."""
+        weight = self.weight[order]
+        units = _sweep(weight.clone(), weight, push, *self.columns_of(self.params, self.block[order]), self.fmt)
+        self.units = torch.empty_like(units)
+        self.units[order] = units
+
+    def refit(self) -> None:
+        """Least squares for the parameters of each block in turn, then of each super-block, given the codes."""
+        fmt, size = self.fmt, self.fmt.block_size
+        for span in dict.fromkeys((size, fmt.super_size)):
+            pull = self.h @ (self.weight - self.value())
+            for first in range(0, len(pull), span):
+                end = first + span
+                inside, blocks = slice(first, end), slice(first // size, end // size)
+                h, unit, here, old = self.h[inside, inside], self.units[inside], pull[inside], self.params[:, blocks]
+                block = self.block[first : first + 1 if span == size else end] - blocks.start  # one broadcasts
+                scale, offset = self.columns_of(old, block)
+                if span == size:
+                    steps = _least_squares(h, here, unit, torch.ones_like(unit), fmt.has_offset)
+                    new = fmt.nearest(fmt.scale(old) + steps[0], fmt.offset(old) + steps[1], old)
+                else:
+                    steps = _least_squares(h, here, unit * scale, offset, fmt.has_offset)
+                    new = fmt.stretch(1 + steps[0], 1 + steps[1], old)
+                change = _value(unit, *self.columns_of(new, block)) - _value(unit, scale, offset)
+                better = _gain(h, here, change) > 0
+                self.params[better, blocks] = new[better]
+                pull[end:].addmm_(self.h[end:, inside], torch.where(better, change, 0), alpha=-1)
+
+    def search(self, chance: torch.Generator) -> None:
+        """Code every block again, a few random ones at a time, and keep in each row what lowers its error."""
+        fmt, size, n_rows, device = self.fmt, self.fmt.block_size, self.weight.shape[1], self.weight.device
+        diagonal, value = self.h.diagonal(), self.value()
+        pull = self.h @ (self.weight - value)
+        for some in torch.randperm(len(diagonal) // size, generator=chance).split(max(COLUMNS // size, 1)):
+            blocks = some.to(device)
+            columns = (blocks[:, None] * size + torch.arange(size, device=device)).flatten()
+            order = diagonal[columns].argsort(descending=True, stable=True)
+            columns, block = columns[order], order // size
+            wide, old, base, here = self.h[columns], self.params[:, blocks], value[columns], pull[columns]
+            h = wide[:, columns]
+            factor, failed = torch.linalg.cholesky_ex(_reversed(h).double())
+            if failed:  # positive definite, but not in float32
+                continue
+            aims = torch.addmm(base, _reversed(torch.cholesky_inverse(factor)).float(), here)
+
+            params = torch.cat([old] * COPIES)
+            scale, offset = fmt.scale(params), fmt.offset(params)
+            factors = 1 + SPREAD * torch.randn((2, *scale.shape), generator=chance).to(device)
+            changed = fmt.nearest(scale * factors[0], offset * factors[1], params)
+            params = torch.cat([old, changed[n_rows:]])
+            scale, offset = self.columns_of(params, block)
+
+            aims, base, here = (part.repeat(1, COPIES) for part in (aims, base, here))
+            units = _sweep(aims.clone(), aims, _push(factor), scale, offset, fmt)
+            found, ratio = _value(units, scale, offset), h / h.diagonal()
+            units = _sweep(torch.addmm(found, ratio.T, aims - found), found, -ratio, scale, offset, fmt)
+            change = _value(units, scale, offset) - base
+
+            gain, copy = _gain(h, here, change).view(COPIES, n_rows).max(0)
+            better = (gain > 0).nonzero()[:, 0]
+            best = copy[better] * n_rows + better
+            self.params[better[:, None], blocks] = params[best]
+            self.units[columns[:, None], better] = units[:, best]
+            kept = torch.zeros_like(self.weight[: len(columns)]).index_copy_(1, better, change[:, best])
+            value[columns] += kept
+            pull.addmm_(wide.T, kept, alpha=-1)
+
+
+def _value(unit: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    return unit * scale + offset
+
+
+def _gain(h: torch.Tensor, pull: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """float32 [n_rows]: by how much a change of the weights [n_cols, n_rows] lowers the error; pull = H (W - Q)."""
+    return (change * (2 * pull - h @ change)).sum(0)
+
+
+def _least_squares(
+    h: torch.Tensor, pull: torch.Tensor, first: torch.Tensor, second: torch.Tensor, both: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass over the scales, then one over the codes."""
-    codes, params, size = codes.clone(), params.clone(), fmt.block_size
-    error = weight - _weight(codes, params, fmt)
-    pull = error @ h
-    for block, at in enumerate(range(0, weight.shape[1], size)):
-        inside = slice(at, at + size)
-        unit, old = fmt.unit(codes[:, inside]), fmt.scale(params[:, block])
-        slope = (pull[:, inside] * unit).sum(1)
-        curve = ((unit @ h[inside, inside]) * unit).sum(1)
-        new = fmt.nearest(old + torch.where(curve > 0, slope / curve, 0), params[:, block])
-        step = fmt.scale(new) - old
-        better = step * (step * curve - 2 * slope) < 0
-        params[better, block] = new[better]
-        change = torch.where(better, step, 0)[:, None] * unit
-        pull -= change @ h[inside]
-
-    scale, offset = fmt.scale(params), fmt.offset(params)
-    pull = (weight - _weight(codes, params, fmt)) @ h
-    for start in range(0, weight.shape[1], GROUP):
-        end = min(start + GROUP, weight.shape[1])
-        group = pull[:, start:end].T.contiguous()
-        changes = torch.empty_like(group)
-        for i in range(end - start):
-            column, block = start + i, (start + i) // size
-            old = scale[:, block] * fmt.unit(codes[:, column])
-            aim = old + offset[:, block] + group[i] / h[column, column]
-            codes[:, column] = fmt.round(aim, params[:, block])
-            changes[i] = scale[:, block] * fmt.unit(codes[:, column]) - old
-            group.addr_(h[column, start:end], changes[i], alpha=-1)
-        pull[:, end:] -= changes.T @ h[start:end, end:]
-    return codes, params
-
-
-def _codes(weight: torch.Tensor, params: torch.Tensor, fmt: Format) -> torch.Tensor:
-    columns = [fmt.round(weight[:, i], params[:, i // fmt.block_size]) for i in range(weight.shape[1])]
-    return torch.stack(columns, 1)
-
-
-def _weight(codes: torch.Tensor, params: torch.Tensor, fmt: Format) -> torch.Tensor:
-    scale, offset = (part.repeat_interleave(fmt.block_size, 1) for part in (fmt.scale(params), fmt.offset(params)))
-    return fmt.unit(codes) * scale + offset
-
-
-def _error(weight: torch.Tensor, codes: torch.Tensor, params: torch.Tensor, fmt: Format, h: torch.Tensor) -> float:
-    difference = weight - _weight(codes, params, fmt)
-    return float(((difference @ h) * difference).sum(dtype=torch.float64)) / len(weight)
+    """How much of two directions [n_cols, n_rows] to add, or of the first alone: float32 [n_rows, 1] each."""
+    a = h @ first
+    aa, pa = (a * first).sum(0), (pull * first).sum(0)
+    x, y = torch.where(aa > 0, pa / aa, 0), torch.zeros_like(pa)
+    if both:
+        ab, bb, pb = (a * second).sum(0), ((h @ second) * second).sum(0), (pull * second).sum(0)
+        determinant = aa * bb - ab * ab
+        solvable = determinant > 1e-4 * aa * bb
+        x = torch.where(solvable, (pa * bb - pb * ab) / determinant, x)
+        y = torch.where(solvable, (pb * aa - pa * ab) / determinant, y)
+    return x[:, None], y[:, None]

@@ -26,7 +26,7 @@ from .model import BATCH, Model
 PASSES = 2
 RATE = 3e-3  # of both, relative to the values' own size
 HELD_OUT = 16  # one sequence in so many
-OWN_SCALE = (formats.ScaleByteFormat, formats.HalfScaleFormat)
+OWN_SCALE = (formats.ScaleByteFormat, formats.HalfFormat)
 
 
 @dataclass
@@ -34,20 +34,21 @@ class _Piece:
     """A GGUF matrix with trainable scales. codes: uint8 [rows, columns]; change: float32 [rows, blocks], relative."""
 
     entry: Entry
-    fmt: formats.CodebookFormat
+    fmt: formats.BlockFormat
     codes: torch.Tensor
     params: torch.Tensor
     change: torch.Tensor
 
     def stored(self) -> torch.Tensor:
         """The parameters with the storable scales nearest to the trained ones."""
-        return self.fmt.nearest(self.fmt.scale(self.params) * (1 + self.change.detach()), self.params)
+        scale = self.fmt.scale(self.params) * (1 + self.change.detach())
+        return self.fmt.nearest(scale, self.fmt.offset(self.params), self.params)
 
     def weight(self) -> torch.Tensor:
         """float32 [rows, columns] as stored, differentiable by `change`."""
         scale = self.fmt.scale(self.params) * (1 + self.change)
         scale = scale + (self.fmt.scale(self.stored()) - scale).detach()
-        unit = self.fmt.unit(self.codes).unflatten(1, (scale.shape[1], -1))
+        unit = self.fmt.levels[self.codes.int()].unflatten(1, (scale.shape[1], -1))
         return (unit * scale[..., None] + self.fmt.offset(self.params)[..., None]).flatten(1)
 
 
@@ -157,7 +158,7 @@ def _pieces(
                     weight = torch.from_numpy(entry.target.decode(packed)).to(student.device)
                     stored.setdefault(layer.name, []).append((layer, order.to(student.device), weight))
                     if solved is not None and isinstance(fmt, OWN_SCALE):
-                        piece = piece_of(entry, fmt, packed, student.device)
+                        piece = piece_of(entry, fmt, packed)
                         pieces.setdefault(layer.weight.data_ptr(), []).append((piece, order.to(student.device)))
                     first += len(matrix)
         for found in stored.values():
@@ -169,14 +170,10 @@ def _pieces(
     return pieces
 
 
-def piece_of(
-    entry: Entry, fmt: formats.CodebookFormat, packed: np.ndarray, device: torch.device | str = "cpu"
-) -> _Piece:
+def piece_of(entry: Entry, fmt: formats.BlockFormat, packed: np.ndarray) -> _Piece:
     """From uint8 [rows, row_bytes]."""
-    params = fmt._params(packed.reshape(len(packed), -1, fmt.type.block_bytes)).to(device)
-    weight = torch.from_numpy(fmt.type.decode(packed)).to(device)
-    codes = [fmt.round(weight[:, i], params[:, i // fmt.block_size]) for i in range(weight.shape[1])]
-    return _Piece(entry, fmt, torch.stack(codes, 1), params, torch.zeros_like(fmt.scale(params), requires_grad=True))
+    codes, params = fmt.unpack(packed)
+    return _Piece(entry, fmt, codes, params, torch.zeros_like(fmt.scale(params), requires_grad=True))
 
 
 def _packed(pieces: Mapping[int, list[tuple[_Piece, torch.Tensor]]]) -> dict[str, np.ndarray]:
