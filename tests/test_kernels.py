@@ -147,45 +147,55 @@ def check_products(got: np.ndarray, exact: np.ndarray, full: np.ndarray) -> None
     assert np.square(got - full).sum() < 5e-4 * np.square(full).sum()
 
 
+@pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
 @pytest.mark.parametrize("blocks, rows, tokens", [
     (1, 1, 1), (18, 37, 1), (33, 70, 2), (48, 5, 3), (16, 33, 4), (3, 64, 5), (18, 37, 17), (40, 130, 33), (7, 19, 600),
 ])  # fmt: skip
 @pytest.mark.parametrize("tensor_type", PRODUCTS, ids=lambda t: t.name)
-def test_matrix_products(driver, has_products, tensor_type, blocks, rows, tokens):
+def test_matrix_products(driver, has_products, tensor_type, blocks, rows, tokens, interleaved):
     rng = np.random.default_rng(rows)
+    rows = -(-rows // 16) * 16 if interleaved else rows
     x = random_blocks(tensor_type, rows * blocks, rng)
     y, q8 = activations((tokens, 32 * blocks), rng)
-    got = multiply(driver, "mul", tensor_type, 32 * blocks, rows, 1, tokens, 1, data=x.tobytes() + y.tobytes())
+    data = x.tobytes() + y.tobytes()
+    got = multiply(driver, "mul", tensor_type, 32 * blocks, rows, 1, tokens, 1, interleaved, data=data)
     assert (got.size > 0) == has_products
     if has_products:
         weights = tensor_type.decode_numpy(x).reshape(rows, -1).astype(np.float64)
         check_products(got, q8 @ weights.T, y @ weights.T)
 
 
+def test_only_whole_panels_are_interleaved(driver):
+    sq2 = next(t for t in PRODUCTS if t.name == "sq2")
+    data = bytes(33 * sq2.block_bytes) + bytes(32 * 4)
+    assert multiply(driver, "mul", sq2, 32, 33, 1, 1, 1, 1, data=data).size == 0
+
+
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_batches_share_a_matrix(driver, has_products, tokens):
     """src0 [2 matrices], src1 [6 batches]: batch b meets matrix b // 3."""
     rng = np.random.default_rng(tokens)
-    (sq4,) = (t for t in PRODUCTS if t.name == "sq4")
+    sq4 = next(t for t in PRODUCTS if t.name == "sq4")
     x = random_blocks(sq4, 2 * 21 * 4, rng)
     y, q8 = activations((6, tokens, 128), rng)
-    got = multiply(driver, "mul", sq4, 128, 21, 2, tokens, 3, data=x.tobytes() + y.tobytes())
+    got = multiply(driver, "mul", sq4, 128, 21, 2, tokens, 3, 0, data=x.tobytes() + y.tobytes())
     if has_products:
         weights = sq4.decode_numpy(x).reshape(2, 21, 128).astype(np.float64).repeat(3, 0).swapaxes(1, 2)
         check_products(got, q8 @ weights, y @ weights)
 
 
+@pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
 @pytest.mark.parametrize("shared", [False, True], ids=["a row for each expert", "one row for all"])
 @pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (5, 3, 4), (40, 2, 5), (64, 1, 200)])
 @pytest.mark.parametrize("tensor_type", PRODUCTS, ids=lambda t: t.name)
-def test_experts(driver, has_products, tensor_type, tokens, used, experts, shared):
+def test_experts(driver, has_products, tensor_type, tokens, used, experts, shared, interleaved):
     rng = np.random.default_rng(tokens)
-    blocks, rows = 5, 35
+    blocks, rows = 5, 48 if interleaved else 35
     x = random_blocks(tensor_type, experts * rows * blocks, rng)
     y, q8 = activations((tokens, 1 if shared else used, 32 * blocks), rng)
     ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :used].astype(np.int32)
     data = x.tobytes() + y.tobytes() + ids.tobytes()
-    sizes = (experts, tokens, used)
+    sizes = (experts, tokens, used, interleaved)
     got = multiply(driver, "mul_id", tensor_type, 32 * blocks, rows, *sizes, data=data, last=[int(shared)])
     if has_products:
         weights = tensor_type.decode_numpy(x).reshape(experts, rows, -1).astype(np.float64)[ids]

@@ -2,8 +2,9 @@
 //
 //   driver encode TYPE N ROWS WEIGHTED   stdin: float32 rows, then (if WEIGHTED) N importances; stdout: blocks
 //   driver dot    TYPE N ROWS            stdin: blocks of each row, then q8_0 blocks of each row; stdout: float32 dots
-//   driver mul    TYPE N ROWS MATRICES TOKENS REPEATS THREADS   MUL_MAT; each matrix with REPEATS batches of TOKENS
-//   driver mul_id TYPE N ROWS MATRICES TOKENS USED THREADS SAME   MUL_MAT_ID; SAME: the experts of a token share its row
+//   driver mul    TYPE N ROWS MATRICES TOKENS REPEATS INTERLEAVED THREADS   MUL_MAT; REPEATS batches of TOKENS a matrix
+//   driver mul_id TYPE N ROWS MATRICES TOKENS USED INTERLEAVED THREADS SAME   MUL_MAT_ID; SAME: the experts of a token
+//                                                                           share its row
 //          stdin: blocks of each matrix, float32 activations, for mul_id int32 experts [TOKENS][USED]; stdout: the result,
 //          or nothing where this instruction set has no kernel
 #define _GNU_SOURCE
@@ -103,8 +104,8 @@ static void * run(void * arg) {
 
 static int multiply(bool experts, enum ggml_type type, int64_t n, int64_t rows, char ** argv) {
     const int64_t matrices = atoi(argv[0]), tokens = atoi(argv[1]), used = atoi(argv[2]);
-    const int threads = atoi(argv[3]);
-    const int64_t n1 = !experts ? tokens : atoi(argv[4]) ? 1 : used;
+    const int threads = atoi(argv[4]);
+    const int64_t n1 = !experts ? tokens : atoi(argv[5]) ? 1 : used;
     const int64_t n2 = experts ? tokens : matrices*used;
     void * weights = read_all(ggml_row_size(type, n)*rows*matrices);
     void * values  = read_all(sizeof(float)*n*n1*n2);
@@ -119,6 +120,13 @@ static int multiply(bool experts, enum ggml_type type, int64_t n, int64_t rows, 
     dst.src[0] = &x;
     dst.src[1] = &y;
     dst.src[2] = experts ? &ids : NULL;
+    if (atoi(argv[3])) {
+        if (!splitq_mul_can_interleave(&x)) {
+            return 0;
+        }
+        x.data = guarded(ggml_row_size(type, n)*rows*matrices);
+        splitq_mul_interleave(&x, weights);
+    }
     if (!splitq_mul_claims(&dst)) {
         return 0;
     }

@@ -4,5 +4,6 @@
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
 
-// An extra buffer type of the CPU back end that claims operations and holds no tensors.
+// An extra buffer type of the CPU back end: claims operations by the type of their weights, and interleaves weights that
+// are placed in it.
 ggml_backend_buffer_type_t splitq_hook_buffer_type(void);

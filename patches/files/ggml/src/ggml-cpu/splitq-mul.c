@@ -4,13 +4,15 @@
 #include "splitq-ints.h"
 #include "splitq-vec.h"
 
-// Activations are quantized to q8_0 once and laid out for one of two kernels:
+// Two kernels:
 //
-//   few tokens    row by row: LANES blocks of a row give LANES integer sums, which meet LANES scales in one
-//                 multiply-add. Weights are read once, in the order in which they are stored.
-//   many tokens   ROWS rows are decoded to bytes, then multiplied with LANES tokens at a time, a token in each lane.
+//   row by row   for few tokens and weights as they are in the file: LANES blocks of a row give LANES integer sums, which
+//                meet LANES scales in one multiply-add.
+//   panels       for everything else: LANES interleaved rows, a row in each lane. Tensors in the buffer type of
+//                splitq-hook.cpp are stored so; of others, rows are interleaved into the work buffer when many tokens share
+//                the effort.
 //
-// Both add in an order that depends on the shapes alone.
+// Activations are quantized to q8_0 once. Both kernels add in an order that depends on the length of a row alone.
 
 #if defined(LANES)
 
@@ -19,6 +21,14 @@
 #define SPLITQ_PREFETCH(at, bytes) for (size_t ahead = 2048; ahead + 32 < 2048 + (bytes); ahead += 64) { __builtin_prefetch((const void *) ((uintptr_t) (at) + ahead)); }
 #else
 #define SPLITQ_PREFETCH(at, bytes)
+#endif
+
+#if defined(__GNUC__)
+#define SPLITQ_ALWAYS_INLINE   static inline __attribute__((always_inline))
+#define SPLITQ_UNROLL_8 _Pragma("GCC unroll 8")
+#else
+#define SPLITQ_ALWAYS_INLINE   static inline
+#define SPLITQ_UNROLL_8
 #endif
 
 #define SPLITQ_FEW 3 // tokens up to which rows are multiplied as stored
@@ -32,17 +42,11 @@ struct few {
     float   d[LANES];
 };
 
-// One block of LANES rows of activations, for many tokens. q: byte 4*(LANES*i + t) + j is weight 4*i + j of token t, plus BIAS.
+// One block of activations, for panels.
 struct many {
-    uint8_t q[32*LANES];
-    float   d[LANES];
-};
-
-// One block of ROWS rows of weights.
-struct tile {
-    int8_t  q[ROWS][32];
-    int32_t bias[ROWS];
-    float   d[ROWS];
+    int8_t  q[32];
+    int32_t bias;
+    float   d;
 };
 
 // Activations of blocks [LANES*first, LANES*last) of a row of nb blocks; past its end they are zero.
@@ -67,47 +71,36 @@ static void pack_few(const float * x, int nb, int units, int first, int last, st
     }
 }
 
-// Activations of blocks [first, last) of one token into lane t. A token that is not there has x NULL.
-static void pack_many(const float * x, int t, int first, int last, struct many * y) {
-    block_q8_0 q8 = { 0 };
+static void pack_many(const float * x, int first, int last, struct many * y) {
     for (int b = first; b < last; ++b) {
-        if (x != NULL) {
-            quantize_row_q8_0(x + 32*b, &q8, 32);
-        }
-        for (int i = 0; i < 8; ++i) {
-            uint8_t four[4];
-            for (int j = 0; j < 4; ++j) { four[j] = (uint8_t) (q8.qs[4*i + j] + BIAS); }
-            memcpy(y[b].q + 4*(LANES*i + t), four, 4);
-        }
-        y[b].d[t] = to_float(q8.d);
+        block_q8_0 q8;
+        quantize_row_q8_0(x + 32*b, &q8, 32);
+        int32_t sum = 0;
+        for (int j = 0; j < 32; ++j) { sum += q8.qs[j]; }
+        memcpy(y[b].q, q8.qs, 32);
+        y[b].bias = -BIAS*sum;
+        y[b].d    = to_float(q8.d)*0x1p-4f; // see scale_f
     }
 }
 
-// ROWS rows times LANES tokens. out[row][token]
-static void mul_tile(const struct tile * x, const struct many * y, int nb, float out[ROWS][LANES]) {
-    vec_f sum[ROWS];
-    for (int r = 0; r < ROWS; ++r) { sum[r] = zero_f(); }
-    for (int b = 0; b < nb; ++b) {
-        vec_b q[8];
-        for (int i = 0; i < 8; ++i) { q[i] = load_b(y[b].q + 4*LANES*i); }
-        arrange(q);
-        const vec_f d = load_f(y[b].d);
-#if defined(__GNUC__)
-#pragma GCC unroll 8
-#endif
-        for (int r = 0; r < ROWS; r += 2) {
-            vec_i dots[2] = { set_i(x[b].bias[r]), set_i(x[b].bias[r + 1]) };
-            dot_rows(dots, q, x[b].q + r);
-            sum[r]     = fma_f(mul_f(to_f(dots[0]), d), set_f(x[b].d[r]),     sum[r]);
-            sum[r + 1] = fma_f(mul_f(to_f(dots[1]), d), set_f(x[b].d[r + 1]), sum[r + 1]);
+// A panel: for each block its words of 4 bytes, word w of row r at 4*(LANES*w + r), then the scale bytes of all rows.
+// Rows that are not there are zero. size: bytes of a block.
+static void interleave(const char * row, size_t stride, int rows, int nb, size_t size, uint8_t * to) {
+    if (rows < LANES) {
+        memset(to, 0, LANES*size*nb);
+    }
+    for (int b = 0; b < nb; ++b, to += LANES*size) {
+        for (int r = 0; r < rows; ++r) {
+            const char * x = row + stride*r + size*b;
+            for (size_t w = 0; w < size/4; ++w) { memcpy(to + 4*(LANES*w + r), x + 4*w, 4); }
+            to[LANES*(size - 1) + r] = (uint8_t) x[size - 1];
         }
     }
-    for (int r = 0; r < ROWS; ++r) { store_f(out[r], sum[r]); }
 }
 
 // mul_rows_<type>: rows times one token. A last group that is not whole is read beyond the row's end, which meets
 // activations of zero, or from a copy where that would be beyond `end`, the end of the tensor.
-// decode_<type>: up to ROWS rows, the others are zero.
+// mul_panel_<type>: LANES rows times n tokens, n constant, 1 or even; y: a token's blocks after the other's.
 #define SPLITQ_KERNELS(name, units)                                                                                   \
     static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_t table, const struct few * y, vec_f sum) { \
         for (int g = 0; g < groups; ++g, x += LANES, ++y) {                                                           \
@@ -144,22 +137,40 @@ static void mul_tile(const struct tile * x, const struct many * y, int nb, float
         }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \
-    static void decode_##name(const char * row, size_t stride, int rows, int nb, struct tile * t) {                   \
-        for (int r = 0; r < ROWS; ++r, row += stride) {                                                               \
-            const splitq_block_##name * x = (const void *) row;                                                       \
-            for (int b = 0; b < nb; ++b) {                                                                            \
-                if (r < rows) {                                                                                       \
-                    const ints level = look_up(codes_##name(x + b), table_##name);                                    \
-                    store_ints(t[b].q[r], level);                                                                     \
-                    t[b].bias[r] = -BIAS*sum_ints(level);                                                             \
-                    t[b].d[r]    = splitq_scale[x[b].d];                                                              \
-                } else {                                                                                              \
-                    memset(t[b].q[r], 0, 32);                                                                         \
-                    t[b].bias[r] = 0;                                                                                 \
-                    t[b].d[r]    = 0;                                                                                 \
-                }                                                                                                     \
+    SPLITQ_ALWAYS_INLINE void mul_panel_##name(const uint8_t * x, int nb, const struct many * y, const int n, float * const * out) { \
+        const size_t size = sizeof(splitq_block_##name);                                                              \
+        const vec_t table = load_tables(table_##name, sizeof(splitq_levels_##name));                                  \
+        vec_f sum[TOKENS];                                                                                            \
+        for (int t = 0; t < n; ++t) { sum[t] = zero_f(); }                                                            \
+        for (int b = 0; b < nb; ++b, x += LANES*size, ++y) {                                                          \
+            vec_b w[8];                                                                                               \
+            panel_##name(x, table, w);                                                                                \
+            const vec_f d = scale_f(load_d(x + LANES*(size - 1)));                                                    \
+            if (n == 1) {                                                                                             \
+                sum[0] = fma_f(mul_f(to_f(dot_token(set_i(y->bias), w, y->q)), set_f(y->d)), d, sum[0]);              \
+                continue;                                                                                             \
+            }                                                                                                         \
+            arrange(w);                                                                                               \
+            SPLITQ_UNROLL_8                                                                                           \
+            for (int t = 0; t < n; t += 2) {                                                                          \
+                const struct many * y0 = y + (size_t) nb*t, * y1 = y0 + nb;                                           \
+                vec_i dots[2] = { set_i(y0->bias), set_i(y1->bias) };                                                 \
+                dot_pair(dots, w, y0->q, y1->q);                                                                      \
+                sum[t]     = fma_f(mul_f(to_f(dots[0]), set_f(y0->d)), d, sum[t]);                                    \
+                sum[t + 1] = fma_f(mul_f(to_f(dots[1]), set_f(y1->d)), d, sum[t + 1]);                                \
             }                                                                                                         \
         }                                                                                                             \
+        for (int t = 0; t < n; ++t) { store_f(out[t], sum[t]); }                                                      \
+    }                                                                                                                 \
+                                                                                                                      \
+    /* As many of n tokens as one pass takes: their number. */                                                       \
+    static int mul_panel_some_##name(const uint8_t * x, int nb, const struct many * y, int n, float * const * out) {  \
+        if (TOKENS >= 16 && n >= 16) { mul_panel_##name(x, nb, y, 16, out); return 16; }                              \
+        if (TOKENS >=  8 && n >=  8) { mul_panel_##name(x, nb, y,  8, out); return  8; }                              \
+        if (n >= 4)                  { mul_panel_##name(x, nb, y,  4, out); return  4; }                              \
+        if (n >= 2)                  { mul_panel_##name(x, nb, y,  2, out); return  2; }                              \
+        mul_panel_##name(x, nb, y, 1, out);                                                                           \
+        return 1;                                                                                                     \
     }
 
 SPLITQ_KERNELS(sq4, 1)
@@ -169,13 +180,13 @@ SPLITQ_KERNELS(sq2, 2)
 struct kernels {
     int units;
     void (*mul_rows)(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct few * y, float * out);
-    void (*decode)(const char * row, size_t stride, int rows, int nb, struct tile * t);
+    int  (*mul_panel)(const uint8_t * x, int nb, const struct many * y, int n, float * const * out);
 };
 
 static const struct kernels * kernels_of(enum ggml_type type) {
-    static const struct kernels sq4 = { 1, mul_rows_sq4, decode_sq4 };
-    static const struct kernels sq3 = { 2, mul_rows_sq3, decode_sq3 };
-    static const struct kernels sq2 = { 2, mul_rows_sq2, decode_sq2 };
+    static const struct kernels sq4 = { 1, mul_rows_sq4, mul_panel_some_sq4 };
+    static const struct kernels sq3 = { 2, mul_rows_sq3, mul_panel_some_sq3 };
+    static const struct kernels sq2 = { 2, mul_rows_sq2, mul_panel_some_sq2 };
     switch (type) {
         case GGML_TYPE_SPLITQ_SQ4: return &sq4;
         case GGML_TYPE_SPLITQ_SQ3: return &sq3;
@@ -184,19 +195,37 @@ static const struct kernels * kernels_of(enum ggml_type type) {
     }
 }
 
+static const char interleaved; // its address marks tensors
+
+static bool is_interleaved(const struct ggml_tensor * x) {
+    return x->extra == (void *) (uintptr_t) &interleaved;
+}
+
+bool splitq_mul_can_interleave(const struct ggml_tensor * x) {
+    return kernels_of(x->type) && x->view_src == NULL && x->ne[1] % LANES == 0 && x->ne[3] == 1;
+}
+
+void splitq_mul_interleave(struct ggml_tensor * x, const void * data) {
+    const size_t row_size = ggml_row_size(x->type, x->ne[0]), size = ggml_row_size(x->type, SPLITQ_QK);
+    for (int64_t r = 0; r < x->ne[1]*x->ne[2]; r += LANES) {
+        interleave((const char *) data + r*row_size, row_size, LANES, x->ne[0]/SPLITQ_QK, size, (uint8_t *) x->data + r*row_size);
+    }
+    x->extra = (void *) (uintptr_t) &interleaved;
+}
+
 bool splitq_mul_claims(const struct ggml_tensor * op) {
     if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
         return false;
     }
     const struct ggml_tensor * x = op->src[0];
     const struct ggml_tensor * y = op->src[1];
-    return kernels_of(x->type) && x->view_src == NULL && x->ne[3] == 1 && x->nb[0] == ggml_row_size(x->type, SPLITQ_QK) &&
-        y->type == GGML_TYPE_F32 && y->ne[3] == 1 && y->nb[0] == sizeof(float) &&
+    return kernels_of(x->type) && x->view_src == NULL && (x->extra == NULL || is_interleaved(x)) && x->ne[3] == 1 && x->nb[0] == ggml_row_size(x->type, SPLITQ_QK) &&
+        y->type == GGML_TYPE_F32 && y->nb[0] == sizeof(float) &&
         op->type == GGML_TYPE_F32 && op->nb[0] == sizeof(float);
 }
 
 struct token {
-    int32_t i1, i2; // its indices in dst
+    int32_t i1, i2, i3; // its indices in dst
 };
 
 // The tokens of one matrix: of src0, or of one expert.
@@ -207,17 +236,22 @@ struct job {
 };
 
 // How an operation's work buffer is used: jobs, tokens of the jobs (both MUL_MAT_ID only), packed activations, and for each
-// thread the tiles of one chunk of rows.
+// thread the panels of one chunk of rows.
 struct layout {
-    int64_t nb;                    // blocks in a row
-    int64_t chunk;                 // rows of a unit of work
-    size_t  few, many;             // bytes of one token's, of LANES tokens' activations
-    size_t  tokens, packed, tiles; // offsets
-    size_t  tile, size;            // bytes of a thread's tiles, of the whole
+    int64_t nb;                     // blocks in a row
+    int64_t chunk;                  // rows of a unit of work
+    bool    interleaved;
+    size_t  few, many;              // bytes of a token's activations
+    size_t  tokens, packed, panels; // offsets
+    size_t  panel, size;            // bytes of a thread's panels, of the whole
 };
 
+static bool row_by_row(const struct layout * l, int64_t count) {
+    return !l->interleaved && count <= SPLITQ_FEW;
+}
+
 static size_t packed_size(const struct layout * l, int64_t count) {
-    return count <= SPLITQ_FEW ? l->few*count : l->many*((count + LANES - 1)/LANES);
+    return count*(row_by_row(l, count) ? l->few : l->many);
 }
 
 static struct layout layout_of(const struct ggml_tensor * op, int n_threads) {
@@ -227,28 +261,24 @@ static struct layout layout_of(const struct ggml_tensor * op, int n_threads) {
     l.nb   = x->ne[0]/SPLITQ_QK;
     l.few  = sizeof(struct few)*((l.nb + LANES - 1)/LANES);
     l.many = sizeof(struct many)*l.nb;
+    l.interleaved = is_interleaved(x);
 
     const int64_t matrices = x->ne[2];
-    const int64_t tokens   = ids ? ids->ne[0]*ids->ne[1] : op->ne[1]*op->ne[2]/matrices; // of all experts, of each matrix
+    const int64_t tokens   = ids ? ids->ne[0]*ids->ne[1] : op->ne[1]*op->ne[2]*op->ne[3]/matrices; // of all experts, of each matrix
     l.tokens = ids ? GGML_PAD(sizeof(int64_t) + sizeof(struct job)*matrices, 64) : 0;
     l.packed = l.tokens + (ids ? GGML_PAD(sizeof(struct token)*tokens, 64) : 0);
-    if (ids) { // at most, however the tokens are spread
-        const int64_t many = MIN(tokens/LANES + matrices, tokens/(SPLITQ_FEW + 1));
-        l.tiles = l.packed + l.few*MIN(tokens, SPLITQ_FEW*matrices) + l.many*many;
-    } else {
-        l.tiles = l.packed + matrices*packed_size(&l, tokens);
-    }
-    l.chunk = ids || tokens > SPLITQ_FEW ? 32 : 64;
-    while (l.chunk > ROWS && (ids ? 1 : matrices)*((x->ne[1] + l.chunk - 1)/l.chunk) < 4*n_threads) {
+    l.panels = GGML_PAD(l.packed + (ids ? tokens*MAX(l.few, l.many) : matrices*packed_size(&l, tokens)), 64);
+    l.chunk = 64;
+    while (l.chunk > LANES && (ids ? 1 : matrices)*((x->ne[1] + l.chunk - 1)/l.chunk) < 4*n_threads) {
         l.chunk /= 2;
     }
-    l.tile = tokens > SPLITQ_FEW ? sizeof(struct tile)*l.nb*(l.chunk/ROWS) : 0;
-    l.size = l.tiles + l.tile*n_threads;
+    l.panel = row_by_row(&l, tokens) || l.interleaved ? 0 : GGML_PAD(ggml_row_size(x->type, x->ne[0])*l.chunk, 64);
+    l.size = l.panels + l.panel*n_threads;
     return l;
 }
 
 size_t splitq_mul_work_size(int n_threads, const struct ggml_tensor * op) {
-    size_t reference = ggml_row_size(GGML_TYPE_Q8_0, op->src[1]->ne[0])*op->src[1]->ne[1]*op->src[1]->ne[2] + 64;
+    size_t reference = ggml_row_size(GGML_TYPE_Q8_0, op->src[1]->ne[0])*op->src[1]->ne[1]*op->src[1]->ne[2]*op->src[1]->ne[3] + 64;
     if (op->op == GGML_OP_MUL_MAT_ID) { // counts, rows and a counter for each expert, see ggml_graph_plan
         reference += op->src[0]->ne[2]*(sizeof(int64_t) + 64 + 2*sizeof(int32_t)*op->src[2]->ne[0]*op->src[2]->ne[1]) + 256;
     }
@@ -257,7 +287,7 @@ size_t splitq_mul_work_size(int n_threads, const struct ggml_tensor * op) {
 
 // MUL_MAT: one job for each matrix.
 static struct job job_of(const struct layout * l, const struct ggml_tensor * dst, int64_t i, char * work) {
-    const int64_t count = dst->ne[1]*dst->ne[2]/dst->src[0]->ne[2];
+    const int64_t count = dst->ne[1]*dst->ne[2]*dst->ne[3]/dst->src[0]->ne[2];
     return (struct job) { i, count, NULL, work + l->packed + i*packed_size(l, count) };
 }
 
@@ -281,7 +311,7 @@ static void route(const struct layout * l, const struct ggml_tensor * ids, int64
     for (int64_t t = 0; t < ids->ne[1]; ++t) {
         for (int64_t i = 0; i < ids->ne[0]; ++i) {
             struct job * job = &jobs[*(const int32_t *) ((const char *) ids->data + i*ids->nb[0] + t*ids->nb[1])];
-            *job->tokens++ = (struct token) { (int32_t) i, (int32_t) t };
+            *job->tokens++ = (struct token) { (int32_t) i, (int32_t) t, 0 };
         }
     }
     for (int64_t e = 0; e < experts; ++e) {
@@ -300,68 +330,76 @@ static inline struct token token_of(const struct job * job, const struct ggml_te
     if (job->tokens) {
         return job->tokens[t];
     }
-    const int64_t repeats = dst->ne[2]/dst->src[0]->ne[2];
-    return (struct token) { (int32_t) (t % dst->ne[1]), (int32_t) (t/dst->ne[1] + job->matrix*repeats) };
+    const int64_t repeats = dst->ne[2]/dst->src[0]->ne[2], batch = t/dst->ne[1];
+    return (struct token) { (int32_t) (t % dst->ne[1]), (int32_t) (job->matrix*repeats + batch % repeats), (int32_t) (batch/repeats) };
 }
 
 static const float * row_of(const struct job * job, const struct ggml_tensor * dst, int64_t t) {
     const struct ggml_tensor * y = dst->src[1];
     const struct token at = token_of(job, dst, t);
-    return (const float *) ((const char *) y->data + at.i1 % y->ne[1]*y->nb[1] + at.i2*y->nb[2]);
+    return (const float *) ((const char *) y->data + at.i1 % y->ne[1]*y->nb[1] + at.i2*y->nb[2] + at.i3*y->nb[3]);
 }
 
 static float * result_of(const struct job * job, const struct ggml_tensor * dst, int64_t t) {
     const struct token at = token_of(job, dst, t);
-    return (float *) ((char *) dst->data + at.i1*dst->nb[1] + at.i2*dst->nb[2]);
+    return (float *) ((char *) dst->data + at.i1*dst->nb[1] + at.i2*dst->nb[2] + at.i3*dst->nb[3]);
 }
 
 // Thread ith of nth packs its share of each row.
 static void pack(const struct layout * l, const struct job * job, const struct ggml_tensor * dst, int ith, int nth) {
-    const int64_t n = job->count <= SPLITQ_FEW ? (l->nb + LANES - 1)/LANES : l->nb;
+    const bool rows = row_by_row(l, job->count);
+    const int64_t n = rows ? (l->nb + LANES - 1)/LANES : l->nb;
     const int first = n*ith/nth, last = n*(ith + 1)/nth;
-    if (job->count <= SPLITQ_FEW) {
-        const int units = kernels_of(dst->src[0]->type)->units;
-        for (int64_t t = 0; t < job->count; ++t) {
+    const int units = kernels_of(dst->src[0]->type)->units;
+    for (int64_t t = 0; t < job->count; ++t) {
+        if (rows) {
             pack_few(row_of(job, dst, t), l->nb, units, first, last, (struct few *) (job->packed + l->few*t));
-        }
-    } else {
-        for (int64_t t = 0; t < GGML_PAD(job->count, LANES); ++t) {
-            const float * x = t < job->count ? row_of(job, dst, t) : NULL;
-            pack_many(x, t % LANES, first, last, (struct many *) (job->packed + l->many*(t/LANES)));
+        } else {
+            pack_many(row_of(job, dst, t), first, last, (struct many *) (job->packed + l->many*t));
         }
     }
 }
 
 // Rows [first, last) of one matrix times its tokens.
-static void mul_rows(const struct layout * l, const struct job * job, const struct ggml_tensor * dst, int64_t first, int64_t last, struct tile * tiles) {
+static void mul(const struct layout * l, const struct job * job, const struct ggml_tensor * dst, int64_t first, int64_t last, char * panels) {
     const struct ggml_tensor * x = dst->src[0];
     const struct kernels * k = kernels_of(x->type);
-    const char * row = (const char *) x->data + job->matrix*x->nb[2];
-    const char * end = (const char *) x->data + (x->ne[2] - 1)*x->nb[2] + (x->ne[1] - 1)*x->nb[1] + ggml_row_size(x->type, x->ne[0]);
-    if (job->count <= SPLITQ_FEW) {
+    const size_t row_size = ggml_row_size(x->type, x->ne[0]);
+    const char * row = (const char *) x->data + job->matrix*x->nb[2] + first*x->nb[1];
+    if (row_by_row(l, job->count)) {
+        const char * end = (const char *) x->data + (x->ne[2] - 1)*x->nb[2] + (x->ne[1] - 1)*x->nb[1] + row_size;
         for (int64_t t = 0; t < job->count; ++t) {
             const struct few * y = (const struct few *) (job->packed + l->few*t);
-            k->mul_rows(row + first*x->nb[1], x->nb[1], last - first, end, l->nb, y, result_of(job, dst, t) + first);
+            k->mul_rows(row, x->nb[1], last - first, end, l->nb, y, result_of(job, dst, t) + first);
         }
         return;
     }
-    for (int64_t r = first; r < last; r += ROWS) {
-        k->decode(row + r*x->nb[1], x->nb[1], MIN(ROWS, last - r), l->nb, tiles + (r - first)/ROWS*l->nb);
+    if (!l->interleaved) {
+        for (int64_t r = 0; r < last - first; r += LANES) {
+            interleave(row + r*x->nb[1], x->nb[1], MIN(LANES, last - first - r), l->nb, row_size/l->nb, (uint8_t *) panels + r*row_size);
+        }
     }
-    for (int64_t t = 0; t < job->count; t += LANES) {
-        for (int64_t r = first; r < last; r += ROWS) {
-            float out[ROWS][LANES];
-            mul_tile(tiles + (r - first)/ROWS*l->nb, (const struct many *) (job->packed + l->many*(t/LANES)), l->nb, out);
-            for (int i = 0; i < MIN(LANES, job->count - t); ++i) {
-                float * to = result_of(job, dst, t + i) + r;
-                for (int j = 0; j < MIN(ROWS, last - r); ++j) { to[j] = out[j][i]; }
+    const char * panel = l->interleaved ? row : panels;
+    for (int64_t t = 0, n; t < job->count; t += n) {
+        const struct many * y = (const struct many *) (job->packed + l->many*t);
+        n = 0;
+        for (int64_t r = 0; r < last - first; r += LANES) {
+            float   rest[TOKENS][LANES]; // of a panel that is not whole
+            float * out[TOKENS];
+            const int64_t rows = MIN(LANES, last - first - r);
+            for (int i = 0; i < MIN(TOKENS, job->count - t); ++i) {
+                out[i] = rows < LANES ? rest[i] : result_of(job, dst, t + i) + first + r;
+            }
+            n = k->mul_panel((const uint8_t *) panel + r*row_size, l->nb, y, MIN(TOKENS, job->count - t), out);
+            for (int i = 0; i < n && rows < LANES; ++i) {
+                memcpy(result_of(job, dst, t + i) + first + r, rest[i], sizeof(float)*rows);
             }
         }
     }
 }
 
 bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    if (params->use_ref) {
+    if (params->use_ref && !is_interleaved(dst->src[0])) { // ggml's own path cannot read these
         return false;
     }
     const int ith = params->ith, nth = params->nth;
@@ -393,12 +431,21 @@ bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_t
     for (int64_t c = ith; c < n_jobs*chunks; c = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const struct job job = SPLITQ_JOB(c/chunks);
         const int64_t first = c % chunks*l.chunk;
-        mul_rows(&l, &job, dst, first, MIN(first + l.chunk, x->ne[1]), (struct tile *) (work + l.tiles + l.tile*ith));
+        mul(&l, &job, dst, first, MIN(first + l.chunk, x->ne[1]), work + l.panels + l.panel*ith);
     }
     return true;
 }
 
 #else // no kernels for this instruction set: ggml's own path, with splitq_vec_dot_*
+
+bool splitq_mul_can_interleave(const struct ggml_tensor * x) {
+    GGML_UNUSED(x);
+    return false;
+}
+
+void splitq_mul_interleave(struct ggml_tensor * x, const void * data) {
+    GGML_UNUSED(x), GGML_UNUSED(data);
+}
 
 bool splitq_mul_claims(const struct ggml_tensor * op) {
     GGML_UNUSED(op);

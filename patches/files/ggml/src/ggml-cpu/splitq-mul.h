@@ -1,4 +1,5 @@
-// Matrix products of the SplitQuantV2 family that see the whole operation: MUL_MAT and MUL_MAT_ID with weights as stored.
+// Matrix products of the SplitQuantV2 family that see the whole operation, MUL_MAT and MUL_MAT_ID. Weights are either as
+// in the file, or interleaved: as many rows as a vector has lanes side by side, which takes no more memory and is faster.
 #pragma once
 
 #include "ggml-cpu-impl.h"
@@ -15,8 +16,14 @@ bool splitq_mul_claims(const struct ggml_tensor * op);
 size_t splitq_mul_work_size(int n_threads, const struct ggml_tensor * op);
 
 // Computes a claimed operation, called by every thread. The result does not depend on the number of threads.
-// False, and nothing done, with params->use_ref.
+// False, and nothing done, with params->use_ref and weights as in the file.
 bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+// Whether x, of this type and shape, can be interleaved.
+bool splitq_mul_can_interleave(const struct ggml_tensor * x);
+
+// Fills x from `data`, the whole tensor as in the file, and marks it as interleaved.
+void splitq_mul_interleave(struct ggml_tensor * x, const void * data);
 
 #ifdef __cplusplus
 }

@@ -1,26 +1,27 @@
 // Vectors for splitq-mul.c, one section for each instruction set; without LANES there is no kernel for this one.
 //
 //   LANES    32-bit values in a vector
-//   ROWS     rows in a tile: the accumulators that fit the registers beside 8 vectors of activations
-//   BIAS     128 where the dot product takes one factor unsigned: it is added to that factor, and its share subtracted
+//   TOKENS   how many tokens' sums fit the registers beside the 8 vectors of a block of LANES rows
+//   BIAS     128 where the dot product takes one factor unsigned: it is added to the levels, and its share subtracted
 //   vec_b    4*LANES bytes
 //   vec_i, vec_f   LANES int32, floats
 //   vec_d    LANES scale bytes
 //   vec_t    the levels, for looking up codes
-//   dot      adds the products of 4 neighbouring bytes; levels carry the BIAS
-//   arrange  makes a block of LANES tokens ready for dot_rows
-//   dot_rows the products of two rows' block, whose levels are the same in all lanes; activations carry the BIAS
+//   dot            adds the products of 4 neighbouring bytes; levels carry the BIAS
+//   dot_token      a block of LANES rows, as unpacked below, times a block of one token
+//   arrange, dot_pair      the same for two tokens, after arranging the rows
 //   reduce_1, reduce_2     LANES sums of a block, from 4 or 2 vectors with 4 or 2 sums for each block
-//   unpack_<type>  the levels of vector v's blocks, see struct few; adds their scale bytes to d and returns it
+//   unpack_<type>  rows as stored: the levels of vector v's blocks, see struct few; adds their scale bytes to d, returns it
+//   panel_<type>   interleaved rows: w[i] has levels 4*i .. 4*i + 3 of a block of LANES rows
 #pragma once
 
 #include "splitq-ints.h"
 
 #if defined(SPLITQ_AVX512) && defined(__AVX512VBMI__) && defined(__AVX512DQ__)
 
-#define LANES 16
-#define ROWS  16
-#define BIAS  128
+#define LANES  16
+#define TOKENS 16
+#define BIAS   128
 
 typedef __m512i vec_b;
 typedef __m512i vec_i;
@@ -28,6 +29,7 @@ typedef __m512  vec_f;
 typedef __m128i vec_d;
 typedef struct { vec_b places[3]; } vec_t;
 
+static inline vec_d load_d(const uint8_t * p)    { return _mm_loadu_si128((const __m128i *) p); }
 static inline vec_b load_b(const void * p)       { return _mm512_loadu_si512(p); }
 static inline vec_i load_i(const int32_t * p)    { return _mm512_loadu_si512(p); }
 static inline vec_f load_f(const float * p)      { return _mm512_loadu_ps(p); }
@@ -47,18 +49,22 @@ static inline vec_i dot(vec_i sum, vec_b levels, vec_b y) {
     return _mm512_dpbusd_epi32(sum, levels, y);
 }
 
-static inline void arrange(vec_b y[8]) {
-    GGML_UNUSED(y);
+static inline vec_i dot_token(vec_i sum, const vec_b w[8], const int8_t * y) {
+    for (int i = 0; i < 8; ++i) {
+        int32_t four;
+        memcpy(&four, y + 4*i, sizeof(four));
+        sum = dot(sum, w[i], _mm512_set1_epi32(four));
+    }
+    return sum;
 }
 
-static inline void dot_rows(vec_i sum[2], const vec_b y[8], const int8_t levels[2][32]) {
-    for (int r = 0; r < 2; ++r) {
-        for (int i = 0; i < 8; ++i) {
-            int32_t four;
-            memcpy(&four, levels[r] + 4*i, sizeof(four));
-            sum[r] = _mm512_dpbusd_epi32(sum[r], y[i], _mm512_set1_epi32(four));
-        }
-    }
+static inline void arrange(vec_b w[8]) {
+    GGML_UNUSED(w);
+}
+
+static inline void dot_pair(vec_i sum[2], const vec_b w[8], const int8_t * y0, const int8_t * y1) {
+    sum[0] = dot_token(sum[0], w, y0);
+    sum[1] = dot_token(sum[1], w, y1);
 }
 
 static inline vec_i reduce_1(const vec_i p[4]) {
@@ -142,10 +148,10 @@ static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, vec_t table, v
     return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(1, v), load_b(at_d_sq4), high));
 }
 
-// Bit `place` of byte j: bit 8*i + j of the block's high bits. Elsewhere, and in the code's two bits, from low.
-static inline vec_b with_high_bit(vec_b low, vec_b qh, int i, int place) {
-    const vec_b first = _mm512_set1_epi64(0x0706050403020100);
-    const vec_b bits  = _mm512_multishift_epi64_epi8(_mm512_add_epi8(first, _mm512_set1_epi8((char) (8*i - place))), qh);
+// Into bit `place` of each byte that bit of its 8 bytes of qh which is `more` after the one given by byte j of first.
+static inline vec_b with_high_bit(vec_b low, vec_b qh, int64_t first, int more, int place) {
+    const vec_b at   = _mm512_add_epi8(_mm512_set1_epi64(first), _mm512_set1_epi8((char) (more - place)));
+    const vec_b bits = _mm512_multishift_epi64_epi8(at, qh);
     return _mm512_ternarylogic_epi64(_mm512_set1_epi8((char) (1 << place)), bits, low, 0xca);
 }
 
@@ -154,10 +160,11 @@ static inline vec_d unpack_sq3(const splitq_block_sq3 * x, int v, vec_t table, v
     const vec_b high = load_b((const char *) x + 40);
     const vec_b qs   = pick(low, high, at_qs_sq3);
     const vec_b qh   = pick(low, high, at_qh_sq3);
-    level[0] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 0, 2), table.places[0]);
-    level[1] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 1, 4), table.places[1]);
-    level[2] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, 2, 3), table.places[2]);
-    level[3] = _mm512_permutexvar_epi8(with_high_bit(shift_right(qs, 2), qh, 3, 3), table.places[2]);
+    const int64_t first = 0x0706050403020100;
+    level[0] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, first, 0, 2), table.places[0]);
+    level[1] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, first, 8, 4), table.places[1]);
+    level[2] = _mm512_permutexvar_epi8(with_high_bit(qs, qh, first, 16, 3), table.places[2]);
+    level[3] = _mm512_permutexvar_epi8(with_high_bit(shift_right(qs, 2), qh, first, 24, 3), table.places[2]);
     return _mm_or_si128(d, _mm512_castsi512_si128(_mm512_maskz_permutex2var_epi8(lanes_of(2, v), low, load_b(at_d_sq3), high)));
 }
 
@@ -171,10 +178,40 @@ static inline vec_d unpack_sq2(const splitq_block_sq2 * x, int v, vec_t table, v
     return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(2, v), load_b(at_d_sq2), high));
 }
 
+static inline void panel_sq4(const uint8_t * x, vec_t table, vec_b w[8]) {
+    for (int i = 0; i < 4; ++i) {
+        const vec_b q = load_b(x + 4*LANES*i);
+        w[i]     = _mm512_permutexvar_epi8(q, table.places[0]);
+        w[i + 4] = _mm512_permutexvar_epi8(_mm512_srli_epi16(q, 4), table.places[0]);
+    }
+}
+
+static inline void panel_sq3(const uint8_t * x, vec_t table, vec_b w[8]) {
+    const int64_t first = 0x2322212003020100; // two rows
+    const vec_b   qh    = load_b(x + 8*LANES);
+    for (int i = 0; i < 2; ++i) {
+        const vec_b q = load_b(x + 4*LANES*i);
+        w[i]     = _mm512_permutexvar_epi8(with_high_bit(q, qh, first, 4*i, 2), table.places[0]);
+        w[i + 2] = _mm512_permutexvar_epi8(with_high_bit(q, qh, first, 4*i + 8, 4), table.places[1]);
+        w[i + 4] = _mm512_permutexvar_epi8(with_high_bit(q, qh, first, 4*i + 16, 3), table.places[2]);
+        w[i + 6] = _mm512_permutexvar_epi8(with_high_bit(_mm512_srli_epi16(q, 2), qh, first, 4*i + 24, 3), table.places[2]);
+    }
+}
+
+static inline void panel_sq2(const uint8_t * x, vec_t table, vec_b w[8]) {
+    for (int i = 0; i < 2; ++i) {
+        const vec_b q = load_b(x + 4*LANES*i);
+        w[i]     = _mm512_permutexvar_epi8(q, table.places[0]);
+        w[i + 2] = _mm512_permutexvar_epi8(q, table.places[1]);
+        w[i + 4] = _mm512_permutexvar_epi8(q, table.places[2]);
+        w[i + 6] = _mm512_permutexvar_epi8(_mm512_srli_epi16(q, 2), table.places[2]);
+    }
+}
+
 #elif defined(SPLITQ_AVX2) && defined(__F16C__)
 
-#define LANES 8
-#define ROWS  4
+#define LANES  8
+#define TOKENS 4
 
 #if defined(SPLITQ_AVX512)
 #define BIAS 128
@@ -191,6 +228,12 @@ typedef __m256i  vec_i;
 typedef __m256   vec_f;
 typedef uint64_t vec_d;
 typedef __m256i  vec_t;
+
+static inline vec_d load_d(const uint8_t * p) {
+    vec_d d;
+    memcpy(&d, p, sizeof(d));
+    return d;
+}
 
 static inline vec_b load_b(const void * p)       { return _mm256_loadu_si256(p); }
 static inline vec_i load_i(const int32_t * p)    { return _mm256_loadu_si256((const __m256i *) p); }
@@ -215,22 +258,22 @@ static inline vec_i dot(vec_i sum, vec_b levels, vec_b y) {
 #endif
 }
 
-static inline void arrange(vec_b y[8]) {
-    GGML_UNUSED(y);
+static inline vec_i dot_token(vec_i sum, const vec_b w[8], const int8_t * y) {
+    for (int i = 0; i < 8; ++i) {
+        int32_t four;
+        memcpy(&four, y + 4*i, sizeof(four));
+        sum = dot(sum, w[i], _mm256_set1_epi32(four));
+    }
+    return sum;
 }
 
-static inline void dot_rows(vec_i sum[2], const vec_b y[8], const int8_t levels[2][32]) {
-    for (int r = 0; r < 2; ++r) {
-        for (int i = 0; i < 8; ++i) {
-            int32_t four;
-            memcpy(&four, levels[r] + 4*i, sizeof(four));
-#if BIAS
-            sum[r] = SPLITQ_DPBUSD(sum[r], y[i], _mm256_set1_epi32(four));
-#else
-            sum[r] = _mm256_add_epi32(sum[r], dot_signed(_mm256_set1_epi32(four), y[i]));
-#endif
-        }
-    }
+static inline void arrange(vec_b w[8]) {
+    GGML_UNUSED(w);
+}
+
+static inline void dot_pair(vec_i sum[2], const vec_b w[8], const int8_t * y0, const int8_t * y1) {
+    sum[0] = dot_token(sum[0], w, y0);
+    sum[1] = dot_token(sum[1], w, y1);
 }
 
 static inline vec_i reduce_1(const vec_i p[4]) {
@@ -296,17 +339,56 @@ static inline vec_d unpack_sq2(const splitq_block_sq2 * x, int v, vec_t table, v
     return d | SPLITQ_FOUR_D(x, v);
 }
 
+static inline void panel_sq4(const uint8_t * x, vec_t table, vec_b w[8]) {
+    const vec_b m = _mm256_set1_epi8(15);
+    for (int i = 0; i < 4; ++i) {
+        const vec_b q = load_b(x + 4*LANES*i);
+        w[i]     = _mm256_shuffle_epi8(table, _mm256_and_si256(q, m));
+        w[i + 4] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), m));
+    }
+}
+
+static inline void panel_sq3(const uint8_t * x, vec_t table, vec_b w[8]) {
+    const vec_b qh = load_b(x + 8*LANES);
+    for (int i = 0; i < 2; ++i) {
+        const vec_b q   = load_b(x + 4*LANES*i);
+        const vec_b bit = _mm256_set1_epi32((int) (0x08040201u << 4*i)); // of byte k: 4*i + k
+        for (int p = 0; p < 4; ++p) {
+            const vec_b row  = _mm256_setr_epi32(0x00000000, 0x04040404, 0x08080808, 0x0c0c0c0c, 0x00000000, 0x04040404, 0x08080808, 0x0c0c0c0c);
+            const vec_b byte = _mm256_shuffle_epi8(qh, _mm256_add_epi8(row, _mm256_set1_epi8((char) p)));
+            const vec_b high = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(byte, bit), bit), _mm256_set1_epi8(4));
+            const vec_b low  = _mm256_and_si256(_mm256_srli_epi16(q, 2*p), _mm256_set1_epi8(3));
+            w[i + 2*p] = _mm256_shuffle_epi8(table, _mm256_or_si256(low, high));
+        }
+    }
+}
+
+static inline void panel_sq2(const uint8_t * x, vec_t table, vec_b w[8]) {
+    for (int i = 0; i < 2; ++i) {
+        const vec_b q = load_b(x + 4*LANES*i);
+        for (int p = 0; p < 4; ++p) {
+            w[i + 2*p] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 2*p), _mm256_set1_epi8(3)));
+        }
+    }
+}
+
 #elif defined(SPLITQ_NEON) && defined(__ARM_FEATURE_DOTPROD)
 
-#define LANES 4
-#define ROWS  8
-#define BIAS  0
+#define LANES  4
+#define TOKENS 8
+#define BIAS   0
 
 typedef int8x16_t   vec_b;
 typedef int32x4_t   vec_i;
 typedef float32x4_t vec_f;
 typedef uint32_t    vec_d;
 typedef int8x16_t   vec_t;
+
+static inline vec_d load_d(const uint8_t * p) {
+    vec_d d;
+    memcpy(&d, p, sizeof(d));
+    return d;
+}
 
 static inline vec_b load_b(const void * p)       { return vld1q_s8(p); }
 static inline vec_i load_i(const int32_t * p)    { return vld1q_s32(p); }
@@ -324,25 +406,36 @@ static inline vec_f fma_f(vec_f a, vec_f b, vec_f c) { return vfmaq_f32(c, a, b)
 static inline float sum_f(vec_f a)               { return vaddvq_f32(a); }
 static inline vec_i dot(vec_i sum, vec_b a, vec_b b) { return vdotq_s32(sum, a, b); }
 
+static inline vec_i dot_token(vec_i sum, const vec_b w[8], const int8_t * y) {
+    const int8x16_t low = vld1q_s8(y), high = vld1q_s8(y + 16);
+    sum = vdotq_laneq_s32(sum, w[0], low, 0);
+    sum = vdotq_laneq_s32(sum, w[1], low, 1);
+    sum = vdotq_laneq_s32(sum, w[2], low, 2);
+    sum = vdotq_laneq_s32(sum, w[3], low, 3);
+    sum = vdotq_laneq_s32(sum, w[4], high, 0);
+    sum = vdotq_laneq_s32(sum, w[5], high, 1);
+    sum = vdotq_laneq_s32(sum, w[6], high, 2);
+    return vdotq_laneq_s32(sum, w[7], high, 3);
+}
+
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
-// Each vector becomes 8 weights of two tokens.
-static inline void arrange(vec_b y[8]) {
+// Each vector becomes 8 weights of two rows.
+static inline void arrange(vec_b w[8]) {
     for (int i = 0; i < 8; i += 2) {
-        const int32x4_t a = vreinterpretq_s32_s8(y[i]), b = vreinterpretq_s32_s8(y[i + 1]);
-        y[i]     = vreinterpretq_s8_s32(vzip1q_s32(a, b));
-        y[i + 1] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+        const int32x4_t a = vreinterpretq_s32_s8(w[i]), b = vreinterpretq_s32_s8(w[i + 1]);
+        w[i]     = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+        w[i + 1] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
     }
 }
 
-static inline void dot_rows(vec_i sum[2], const vec_b y[8], const int8_t levels[2][32]) {
-    int32x4_t first = vdupq_n_s32(0), second = first; // row by row, tokens 0 and 1, tokens 2 and 3
+static inline void dot_pair(vec_i sum[2], const vec_b w[8], const int8_t * y0, const int8_t * y1) {
+    int32x4_t first = vdupq_n_s32(0), second = first; // token by token, rows 0 and 1, rows 2 and 3
     for (int i = 0; i < 2; ++i) {
-        const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(levels[0] + 16*i));
-        const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(levels[1] + 16*i));
+        const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(y0 + 16*i)), b = vreinterpretq_s64_s8(vld1q_s8(y1 + 16*i));
         const int8x16_t low = vreinterpretq_s8_s64(vzip1q_s64(a, b)), high = vreinterpretq_s8_s64(vzip2q_s64(a, b));
-        first  = vmmlaq_s32(vmmlaq_s32(first,  low, y[4*i]),     high, y[4*i + 2]);
-        second = vmmlaq_s32(vmmlaq_s32(second, low, y[4*i + 1]), high, y[4*i + 3]);
+        first  = vmmlaq_s32(vmmlaq_s32(first,  low, w[4*i]),     high, w[4*i + 2]);
+        second = vmmlaq_s32(vmmlaq_s32(second, low, w[4*i + 1]), high, w[4*i + 3]);
     }
     const int64x2_t a = vreinterpretq_s64_s32(first), b = vreinterpretq_s64_s32(second);
     sum[0] = vaddq_s32(sum[0], vreinterpretq_s32_s64(vzip1q_s64(a, b)));
@@ -351,22 +444,13 @@ static inline void dot_rows(vec_i sum[2], const vec_b y[8], const int8_t levels[
 
 #else
 
-static inline void arrange(vec_b y[8]) {
-    GGML_UNUSED(y);
+static inline void arrange(vec_b w[8]) {
+    GGML_UNUSED(w);
 }
 
-static inline void dot_rows(vec_i sum[2], const vec_b y[8], const int8_t levels[2][32]) {
-    for (int r = 0; r < 2; ++r) {
-        const int8x16_t low = vld1q_s8(levels[r]), high = vld1q_s8(levels[r] + 16);
-        sum[r] = vdotq_laneq_s32(sum[r], y[0], low, 0);
-        sum[r] = vdotq_laneq_s32(sum[r], y[1], low, 1);
-        sum[r] = vdotq_laneq_s32(sum[r], y[2], low, 2);
-        sum[r] = vdotq_laneq_s32(sum[r], y[3], low, 3);
-        sum[r] = vdotq_laneq_s32(sum[r], y[4], high, 0);
-        sum[r] = vdotq_laneq_s32(sum[r], y[5], high, 1);
-        sum[r] = vdotq_laneq_s32(sum[r], y[6], high, 2);
-        sum[r] = vdotq_laneq_s32(sum[r], y[7], high, 3);
-    }
+static inline void dot_pair(vec_i sum[2], const vec_b w[8], const int8_t * y0, const int8_t * y1) {
+    sum[0] = dot_token(sum[0], w, y0);
+    sum[1] = dot_token(sum[1], w, y1);
 }
 
 #endif
@@ -423,6 +507,36 @@ static inline vec_d unpack_sq2(const splitq_block_sq2 * x, int v, vec_t table, v
     codes_2bit(x[0].qs, x[1].qs, code);
     for (int i = 0; i < 4; ++i) { level[i] = vqtbl1q_s8(table, code[i]); }
     return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
+}
+
+static inline void panel_sq4(const uint8_t * x, vec_t table, vec_b w[8]) {
+    for (int i = 0; i < 4; ++i) {
+        const uint8x16_t q = vld1q_u8(x + 4*LANES*i);
+        w[i]     = vqtbl1q_s8(table, vandq_u8(q, vdupq_n_u8(15)));
+        w[i + 4] = vqtbl1q_s8(table, vshrq_n_u8(q, 4));
+    }
+}
+
+static inline void panel_sq3(const uint8_t * x, vec_t table, vec_b w[8]) {
+    static const uint8_t rows[16] = { 0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12 };
+    const uint8x16_t qh = vld1q_u8(x + 8*LANES), row = vld1q_u8(rows), four = vdupq_n_u8(4);
+    for (int i = 0; i < 2; ++i) {
+        const uint8x16_t bit = vreinterpretq_u8_u32(vdupq_n_u32(0x08040201u << 4*i)); // of byte k: 4*i + k
+        uint8x16_t code[4];
+        codes_2bit(x + 4*LANES*i, x + 4*LANES*i + 8, code);
+        for (int p = 0; p < 4; ++p) {
+            const uint8x16_t high = vtstq_u8(vqtbl1q_u8(qh, vaddq_u8(row, vdupq_n_u8((uint8_t) p))), bit);
+            w[i + 2*p] = vqtbl1q_s8(table, vorrq_u8(code[p], vandq_u8(high, four)));
+        }
+    }
+}
+
+static inline void panel_sq2(const uint8_t * x, vec_t table, vec_b w[8]) {
+    for (int i = 0; i < 2; ++i) {
+        uint8x16_t code[4];
+        codes_2bit(x + 4*LANES*i, x + 4*LANES*i + 8, code);
+        for (int p = 0; p < 4; ++p) { w[i + 2*p] = vqtbl1q_s8(table, code[p]); }
+    }
 }
 
 #endif
