@@ -1,7 +1,8 @@
 """`make slices`: what error feedback costs on larger models, from one decoder layer of their shapes.
 
-Random weights, random tokens: the time depends on neither. Calibration (running the layer twice and adding up second
-moments) grows linearly with the tokens and is scaled to 160 k when fewer are run; solving does not depend on them.
+Random weights, random tokens: the time depends on neither. Calibration (the layer forward, then forward and backward,
+and its second moments) grows linearly with the tokens and is scaled to 160 k when fewer are run; solving does not
+depend on them. Head and embedding are run with a small vocabulary and are counted with the layer.
 """
 
 import tempfile
@@ -45,7 +46,7 @@ def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threa
 
     torch.set_num_threads(threads)
     model, target = Model(folder, device, getattr(torch, dtype)), types.get(type)
-    states = model.inputs(torch.randint(VOCABULARY, (max(1, tokens // CONTEXT), CONTEXT)))
+    text = torch.randint(VOCABULARY, (max(1, tokens // CONTEXT), CONTEXT))
     seconds, start = {}, time.perf_counter()
 
     def lap(step: str) -> None:
@@ -55,22 +56,13 @@ def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threa
         seconds[f"{step} s"], start = time.perf_counter() - start, time.perf_counter()
 
     def solve(layer: calibrate.Layer) -> None:
-        weight = layer.weight.float()
-        layer.weight.copy_(solver.solve(weight, layer.hessian, formats.for_type(target, device)).weight)
+        solver.solve(layer.weight.float(), layer.hessian, formats.for_type(target, device))
 
-    with model.layer(0) as module, torch.no_grad():
-        lap("load")
-        for state in states[:1]:
-            model.forward(module, 0, state)
-        lap("warm-up")
-        layers = calibrate.layers_of(model, module, 0, states)
-        lap("moments")
-        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+    for _, layers in calibrate.run(model, text, folder):
+        lap("calibration")
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
             list(pool.map(solve, layers))
         lap("solve")
-        for i, state in enumerate(states):
-            states[i] = model.forward(module, 0, state).to(state.device)
-        lap("forward")
     seconds["GPU GiB"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0
     return seconds
 
@@ -92,11 +84,11 @@ def main() -> None:
             seconds = measure(
                 checkpoint(Path(folder), shape), args.type, args.tokens, args.device, args.dtype, args.threads
             )
-        calibration = (seconds["moments s"] + seconds["forward s"]) * TOKENS / args.tokens
-        total = (seconds["load s"] + calibration + seconds["solve s"]) * SHAPES[shape][-1]
-        rows.append({"shape": shape, "calibration s": calibration, "all layers min": total / 60} | seconds)
+        seconds["calibration s"] *= TOKENS / args.tokens
+        total = sum(seconds[step] for step in ("calibration s", "solve s")) * SHAPES[shape][-1]
+        rows.append({"shape": shape, "all layers min": total / 60} | seconds)
     note = "" if args.tokens == TOKENS else f" ({args.tokens} were run, the rest is scaled up)"
-    columns = {"shape": "", "load s": ".1f", "calibration s": ".1f", "solve s": ".1f", "all layers min": ".1f"}
+    columns = {"shape": "", "calibration s": ".1f", "solve s": ".1f", "all layers min": ".1f"}
     columns |= {"GPU GiB": ".1f"} if args.device == "cuda" else {}
     show(f"One decoder layer on {args.device} in {args.dtype}, {args.type}, {TOKENS} tokens{note}", rows, columns)
     save("slices", {"options": vars(args), "rows": rows})

@@ -107,14 +107,9 @@ def convert(
             if measured:
                 from .solve import sensitivity
 
+                step = functools.partial(progress.step, "measuring sensitivity")
                 costs = sensitivity.of_checkpoint(
-                    source.path,
-                    file,
-                    mix.candidates(entries),
-                    calib,
-                    calib_tokens,
-                    threads,
-                    functools.partial(progress.step, "measuring sensitivity"),
+                    source.path, file, mix.candidates(entries), calib, calib_tokens, threads, folder, step
                 )
                 saved = mix.choose(entries, costs, bpw, architecture)
                 entries = make(saved.types)
@@ -139,7 +134,7 @@ def convert(
 
                     solved = solve.run(
                         source.path, file, entries, calib, calib_tokens, journal, threads, progress.step, hessians,
-                        tune, limit,
+                        tune,
                     )  # fmt: skip
                 progress.start(entries)
                 entries, stats = rewrite.rewrite(
@@ -256,10 +251,9 @@ def peak_ram(
     largest = max((e.tensor.n_bytes for e in entries), default=0)
     child = checkpoint.ADAPTER_RAM + 3 * largest if source.child else 0
     if calib_tokens:
-        from . import solve
+        from .solve import memory
 
-        whole = whole or source.child is None
-        child = max(child, solve.peak_ram(entries, calib_tokens, threads, whole, tune, limit))
+        child = max(child, memory.peak(entries, calib_tokens, threads, whole or source.child is None, tune))
     if limit is not None and child > limit:
         raise UsageError(f"--max-ram {gguf_file.mib(limit)} is too small: reading this needs {gguf_file.mib(child)}")
     return max(child, rewrite.peak_ram(entries, threads, rewrite.window_size(entries, threads, limit)))

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import crafted
@@ -16,7 +17,7 @@ import torch
 import transformers
 
 from gguf_splitq import convert, errors, gguf_file, plan, resources
-from gguf_splitq.solve import calibrate, memory
+from gguf_splitq.solve import calibrate, fisher, memory
 from gguf_splitq.solve import model as streamed
 from gguf_splitq.solve.model import Model
 
@@ -153,13 +154,19 @@ def test_of_a_long_text_pieces_are_taken_evenly(checkpoint, tmp_path):
     assert set(both[0].tolist()) == set(early[0].tolist()) != set(late[0].tolist()) == set(both[-1].tolist())
 
 
-def test_computes_in_bfloat16_too(checkpoint):
+def test_computes_in_bfloat16_too(checkpoint, tmp_path):
     model = Model(checkpoint("llama"), dtype=torch.bfloat16)
     (state,) = model.inputs(tokens(4))
     with model.layer(0) as layer:
         assert model.forward(layer, 0, state).dtype == torch.bfloat16
-        assert all(part.hessian.dtype == torch.float64 for part in calibrate.layers_of(model, layer, 0, [state]))
     assert model.head(state).dtype == torch.float32
+    rough, fine = (
+        {(i, part.name): part.hessian for i, layers in calibrate.run(m, tokens(4), tmp_path) for part in layers}
+        for m in (model, Model(checkpoint("llama")))
+    )
+    for key, hessian in fine.items():
+        assert hessian.dtype == rough[key].dtype == torch.float64
+        assert torch.corrcoef(torch.stack([hessian.flatten(), rough[key].flatten()]))[0, 1] > 0.99
 
 
 def test_gradients_pass_through_layers_and_head(checkpoint):
@@ -174,36 +181,48 @@ def test_gradients_pass_through_layers_and_head(checkpoint):
 # Hessians
 
 
-def test_hessians_are_the_second_moments_of_the_inputs(checkpoint):
-    model, seen = Model(checkpoint("qwen2")), {}
-    states = model.inputs(tokens(10))
-    with model.layer(1) as layer:
-        linears = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
-        for name, module in linears.items():
-            seen[name] = []
-            module.register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0].flatten(0, -2)))
-        layers = calibrate.layers_of(model, layer, 1, states)
-    assert {part.name for part in layers} == {f"{name}.weight" for name in linears}
-    for part in layers:
-        inputs = torch.cat(seen[part.name.removesuffix(".weight")]).double()
-        torch.testing.assert_close(part.hessian, inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-7)
+def test_hessians_are_the_second_moments_of_the_inputs_weighted_by_gradients(checkpoint, tmp_path):
+    model, text = Model(checkpoint("qwen2")), tokens(10)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("qwen2"), dtype=torch.float32)
+    whole.requires_grad_(False).get_input_embeddings().weight.requires_grad_(True)
+    linears = {n: m for n, m in whole.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    inputs, outputs = {}, {}
+    for name, module in linears.items():
+        module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+        module.register_forward_hook(lambda _, x, y, name=name: outputs.update({name: y}))
+    random, expected = torch.Generator().manual_seed(0), dict.fromkeys(linears, 0)
+    for sequence in text.split(1):
+        logits = whole(sequence).logits[0].log_softmax(-1)
+        labels = torch.multinomial(logits.detach().exp(), 1, generator=random)
+        gradients = torch.autograd.grad(logits.gather(1, labels).sum(), list(outputs.values()))
+        for name, g in zip(outputs, gradients, strict=True):
+            x = inputs[name][0].detach().double()
+            expected[name] = expected[name] + x.T @ (x * g[0].double().square().sum(1, keepdim=True))
+    measured = {}
+    for index, layers in calibrate.run(model, text, tmp_path):
+        measured |= {f"{index}.{part.name.removesuffix('.weight')}": part.hessian for part in layers}
+    assert measured.keys() == linears.keys()
+    for name, hessian in measured.items():
+        torch.testing.assert_close(hessian / hessian.norm(), expected[name] / expected[name].norm(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("length, few", [(512, False), (50, True)])
-def test_experts_have_their_own_hessians_or_the_pooled_one(checkpoint, length, few):
+def test_experts_have_their_own_hessians_or_the_pooled_one(checkpoint, tmp_path, length, few):
     model, seen = Model(checkpoint("mixtral")), {}
-    state = model.inputs(tokens(1))[0][:, :length]
-    with model.layer(0) as layer:
-        layer.mlp.experts.register_forward_pre_hook(lambda _, args: seen.update(args=args))
-        layers = {part.name: part for part in calibrate.layers_of(model, layer, 0, [state])}
-        assert layers["mlp.experts.gate_up_proj[2]"].weight.data_ptr() == layer.mlp.experts.gate_up_proj[2].data_ptr()
-    inputs, chosen, _ = seen["args"]
-    for expert in range(4):
-        rows = inputs[(chosen == expert).any(1)].double()
-        rows = torch.cat([inputs, inputs]).double() if few else rows  # each token goes to two experts
-        part = layers[f"mlp.experts.gate_up_proj[{expert}]"]
-        torch.testing.assert_close(part.hessian, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-7)
-        assert part.pooled == few and layers[f"mlp.experts.down_proj[{expert}]"].pooled == few
+    text = tokens(1)[:, :length]
+    for _ in fisher.backward(model, text, lambda i, name, e, x, g: seen.update({(i, name, e): (x, g)}), tmp_path):
+        pass
+    layers = {(index, part.name): part for index, found in calibrate.run(model, text, tmp_path) for part in found}
+    for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
+        calls = {e: call for (i, n, e), call in seen.items() if (i, n) == (0, name)}
+        assert sum(len(x) for x, _ in calls.values()) == 2 * length  # each token goes to two experts
+        for expert in range(4):
+            chosen = calls.values() if few else [calls[expert]]
+            x, g = (torch.cat(part).double() for part in zip(*chosen, strict=True))
+            weights = g.square().sum(1, keepdim=True)
+            part = layers[0, f"{name}[{expert}]"]
+            torch.testing.assert_close(part.hessian, x.T @ (x * weights) / weights.sum(), rtol=1e-4, atol=1e-7)
+            assert part.pooled == few
 
 
 def test_rows_are_matched_by_content():
@@ -308,14 +327,12 @@ def test_a_gguf_that_transformers_cannot_load_is_refused(tmp_path):
 # Bad input
 
 
-def walk(folder, sequences=4):
+def walk(folder):
     """The whole calibration without a solver."""
     model = Model(folder)
-    states = model.inputs(tokens(sequences))
-    for index in range(len(model)):
-        with model.layer(index) as layer:
-            calibrate.layers_of(model, layer, index, states)
-            states = [model.forward(layer, index, state) for state in states]
+    with tempfile.TemporaryDirectory() as scratch:
+        for _ in calibrate.run(model, tokens(4), Path(scratch)):
+            pass
 
 
 def refuses(error, cause, call, *args):
@@ -407,12 +424,10 @@ def entries(*layers):
 
 
 def test_the_estimate_of_memory_follows_what_is_in_memory():
-    base = memory.peak(entries((), ()), 1 << 20, 1)
-    states = (1 << 20) * 1024 * 4
-    assert base > states > memory.peak(entries((), ()), 1 << 20, 1, on_disk=True)
-    assert memory.peak(entries((), (), ()), 1 << 20, 1) - base < 0.1 * base  # more layers, the same layer at a time
-    assert memory.peak(entries((), ()), 1 << 20, 2) > base
-    assert memory.peak(entries((), (8,)), 1 << 20, 1) - base > 8 * 8 * (2 * 1024**2 + 2816**2) - 16 * 2816**2
+    base = memory.peak(entries((), ()), 1 << 14, 1)
+    assert memory.peak(entries((), (), ()), 1 << 14, 1) - base < 0.1 * base  # more layers, the same layer at a time
+    assert memory.peak(entries((), ()), 1 << 14, 8) > base
+    assert memory.peak(entries((), (8,)), 1 << 14, 1) - base > 8 * 8 * (2 * 1024**2 + 2816**2) - 16 * 2816**2
     many = entries(*[()] * 100)
     weights = 4 * sum(e.tensor.n_weights for e in many)
     assert memory.peak(many, 2048, 1) < weights < memory.peak(many, 2048, 1, whole=True)

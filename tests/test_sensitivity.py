@@ -36,7 +36,7 @@ def divergence(model: Model, tokens: torch.Tensor, changed: int, module: str, we
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-def test_predicts_what_rounding_one_matrix_costs(runtime_library, demo):
+def test_predicts_what_rounding_one_matrix_costs(runtime_library, demo, tmp_path):
     model = Model(crafted.DEMO)
     tokens = model.read_tokens(crafted.DEMO / "calib.txt", 4096)
     modules = {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}  # not Q and K, whose rows GGUF reorders
@@ -44,7 +44,7 @@ def test_predicts_what_rounding_one_matrix_costs(runtime_library, demo):
     wanted = {f"blk.{i}.{name}.weight": (i, module) for i in (0, 3) for name, module in modules.items()}
     candidates = {name: [types.get("sq3"), types.get("sq4"), types.get("q8_0")] for name in wanted}
     with gguf_file.read(demo) as file:
-        costs = sensitivity.measure(model, tokens[:6], file, candidates)
+        costs = sensitivity.measure(model, tokens[:6], file, candidates, tmp_path)
         rows = {t.name: file.read_rows(t, 0, t.n_rows) for t in file.tensors if t.name in wanted}
     assert costs.keys() == wanted.keys()
     predicted, measured = [], []
@@ -66,10 +66,11 @@ def test_experts_are_measured_together_and_strangers_left_out(runtime_library, t
     tokens = torch.randint(4096, (2, 512), generator=torch.Generator().manual_seed(0))
     names = ["blk.0.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight", "blk.1.attn_q.weight", "token_embd.weight"]
     with gguf_file.read(path) as file:
-        costs = sensitivity.measure(model, tokens, file, {name: [types.get("sq3")] for name in names})
+        costs = sensitivity.measure(model, tokens, file, {name: [types.get("sq3")] for name in names}, tmp_path)
     assert costs.keys() == set(names[:3]) and all(c["sq3"] > 0 for c in costs.values())
     with gguf_file.read(crafted.write_gguf(tmp_path / "other.gguf", crafted.llama_tensors())) as file:
-        assert sensitivity.measure(model, tokens, file, {"blk.0.ffn_up.weight": [types.get("sq3")]}) == {}
+        stranger = {"blk.0.ffn_up.weight": [types.get("sq3")]}
+        assert sensitivity.measure(model, tokens, file, stranger, tmp_path) == {}
 
 
 def entries(type: str = "sq2", *rules: str, blocks: int = 2) -> list[plan.Entry]:

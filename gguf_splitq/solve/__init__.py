@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +12,16 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..gguf_file import Gguf
+from ..gguf_file import Gguf, require_space
 from ..plan import Entry
 from ..rewrite import each_matrix
-from . import calibrate, fisher, formats, memory, solver
+from . import calibrate, fisher, formats, solver
 from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
 from .model import Model
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -46,19 +48,6 @@ class Solved:
         self.pooled += report["pooled"]
 
 
-def peak_ram(
-    entries: Sequence[Entry],
-    tokens: int,
-    threads: int = 1,
-    whole: bool = False,
-    tune: bool = False,
-    limit: int | None = None,
-) -> int:
-    """Bytes that `run` needs at most. whole: for `self`, or a GGUF. limit: beyond it the hidden states go to a file."""
-    peak = memory.peak(entries, tokens, threads, whole, tune)
-    return peak if limit is None or peak <= limit else memory.peak(entries, tokens, threads, whole, tune, on_disk=True)
-
-
 def run(
     folder: Path,
     file: Gguf,
@@ -67,57 +56,31 @@ def run(
     tokens: int,
     journal: Journal,
     threads: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     hessians: str | Path | None = None,
     tune: bool = False,
-    limit: int | None = None,
 ) -> Solved:
     """Solve every tensor that has a format, on a GPU when there is one.
 
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
     from the model. journal: where finished layers are kept, and found again. progress: what is being done, steps done
-    and in all. hessians: a file of Hessians, read when it is there and else written; they are then those of the float
-    model, where otherwise each layer is calibrated behind the layers quantized before it. tune: train scales and norms.
-    limit: bytes of memory; where they do not suffice the hidden states are kept in a file.
+    and in all. hessians: a file of Hessians, read when it is there and else written. tune: train scales and norms.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Model(folder, device)
+    model = Model(folder, device, _fast(device))
     cache = Hessians(hessians, journal, len(model)) if hessians else None
-    measuring = not (cache and cache.complete)
-    sample = _sample(model, calib, tokens, journal) if measuring or tune else None
-    weights = _weights(folder, device, sample, journal, progress) if measuring else {}
-    whole = calib == "self" or Path(folder).is_file()
-    on_disk = limit is not None and memory.peak(entries, tokens, threads, whole, tune) > limit
-    states = model.inputs(sample, journal.folder if on_disk else None) if measuring else []
+    sample = None if cache and cache.complete and not tune else _sample(model, calib, tokens, journal)
     solved = Solved(tokens=tokens if sample is None else sample.numel())
     # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.
-    with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
-        for index in range(len(model)):
-            wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
-            part = journal.find(f"layer-{index:05}")
-            with model.layer(index) as module:
-                if measuring and (part is None or (cache and not cache.has(index))):
-                    layers = calibrate.layers_of(model, module, index, states, weights)
-                    if cache:
-                        cache.keep(index, layers)
-                else:
-                    layers = calibrate.bare_layers_of(module)
-                    if cache and part is None:
-                        cache.fill(index, layers)
-                if cache and measuring:
-                    _advance(model, module, index, states)
-                if part is None:
-                    _solve_layer(file, wanted, layers, pool, journal, index, device)
-                    part = journal.find(f"layer-{index:05}")
-                elif not cache:
-                    for entry in wanted:
-                        _put(file, entry, layers, part[0].get(entry.name))
-                if not cache:
-                    _advance(model, module, index, states)
-            solved.add(*part)
-            progress("calibrating", index + 1, len(model))
+    with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool:
+        for index, layers in _calibrated(model, sample, journal, cache, progress):
+            if journal.find(_part(index)) is None:
+                wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
+                _solve_layer(file, wanted, layers, pool, journal, index, device)
+    for index in range(len(model)):
+        solved.add(*journal.find(_part(index)))
     if cache:
         cache.finish()
     if tune:
@@ -139,26 +102,34 @@ def _sample(model: Model, calib: str | Path, tokens: int, journal: Journal) -> t
     return torch.from_numpy(kept[0]["tokens"][:])
 
 
-def _weights(
-    folder: Path, device: str, sample: torch.Tensor, journal: Journal, progress: Callable[[str, int, int], None]
-) -> dict[tuple[int, str], torch.Tensor]:
-    """What `fisher.token_weights` gives."""
-    if (kept := journal.find("weights")) is None:
-        model = Model(folder, device, _rough(device))
-        weights = fisher.token_weights(model, sample, functools.partial(progress, "weighing tokens"))
-        journal.keep("weights", {f"{index} {name}": w.numpy() for (index, name), w in weights.items()})
-        return weights
-    split = {tuple(key.split(" ", 1)): torch.from_numpy(part[:]) for key, part in kept[0].items()}
-    return {(int(index), name): w for (index, name), w in split.items()}
+def _calibrated(
+    model: Model, sample: torch.Tensor | None, journal: Journal, cache: Hessians | None, progress: Progress
+) -> Iterator[tuple[int, list[calibrate.Layer]]]:
+    """(decoder layer, its matrices with their Hessians) for all that are to be measured or solved."""
+    every, solved = range(len(model)), {index for index in range(len(model)) if journal.find(_part(index))}
+    known = {index for index in every if cache.has(index)} if cache else solved
+    if len(known) < len(every):
+        width = model.module.get_input_embeddings().embedding_dim
+        require_space(journal.folder, fisher.scratch_bytes(len(model), sample.numel(), width, model.dtype))
+        step = functools.partial(progress, "calibrating")
+        for index, layers in calibrate.run(model, sample, journal.folder, known, step):
+            if cache:
+                cache.keep(index, layers)
+            yield index, layers
+    for done, index in enumerate(sorted(known - solved)):
+        with model.layer(index) as module:
+            layers = calibrate.layers_of(module)
+            cache.fill(index, layers)
+            yield index, layers
+        progress("solving", done + 1, len(known - solved))
 
 
-def _advance(model: Model, module: torch.nn.Module, index: int, states: list[torch.Tensor]) -> None:
-    for i, state in enumerate(states):
-        states[i] = model.forward(module, index, state).to(state.device)
+def _part(index: int) -> str:
+    return f"layer-{index:05}"
 
 
-def _rough(device: str) -> torch.dtype:
-    """The precision in which tokens are weighed: bfloat16 where the processor multiplies it fast."""
+def _fast(device: str) -> torch.dtype:
+    """What calibration computes in: bfloat16 where the processor multiplies it fast."""
     able = getattr(torch.cpu, "get_capabilities", dict)()
     fast = device == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
@@ -173,13 +144,13 @@ def _solve_layer(
     index: int,
     device: str,
 ) -> None:
-    """Solve the layer's tensors, put what is stored into the model, and keep the rows."""
+    """Solve the layer's tensors and keep the rows."""
     rows, errors, left, pooled = {}, {}, [], []
 
     def solve(entry: Entry) -> None:
         if formats.for_type(entry.target) is None:
-            _put(file, entry, layers, None)
-        elif found := _solve_tensor(file, entry, layers, device):
+            return
+        if found := _solve_tensor(file, entry, layers, device):
             rows[entry.name], errors[entry.name], poor = found
             pooled.extend(poor)
         else:
@@ -187,7 +158,7 @@ def _solve_layer(
 
     for _ in pool.map(solve, wanted):
         pass
-    journal.keep(f"layer-{index:05}", rows, {"errors": errors, "left": sorted(left), "pooled": sorted(pooled)})
+    journal.keep(_part(index), rows, {"errors": errors, "left": sorted(left), "pooled": sorted(pooled)})
 
 
 def _solve_tensor(
@@ -199,25 +170,13 @@ def _solve_tensor(
         found = calibrate.match(rows, layers)
         if found is None or found[0].hessian is None:
             return None
-        layer, order = found
+        layer, _ = found
         if layer.pooled:
             pooled.append(f"{entry.name}[{len(matrices)}]")
         try:
             solution = solver.solve(torch.from_numpy(rows).to(device), layer.hessian, fmt)
         except InputError as error:
             raise InputError(f"tensor {entry.name!r}: {error}") from error
-        layer.weight[order.to(device)] = solution.weight.to(layer.weight)
         matrices.append(solution.packed.cpu().numpy())
         errors.append(solution.errors)
     return np.concatenate(matrices), {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled
-
-
-def _put(file: Gguf, entry: Entry, layers: list[calibrate.Layer], stored) -> None:
-    """Put into the model what is stored of a tensor: `stored` rows, or its values rounded to nearest."""
-    first = 0
-    for rows in each_matrix(file, entry.tensor):
-        if found := calibrate.match(rows, layers):
-            layer, order = found
-            packed = entry.target.encode(rows) if stored is None else stored[first : first + len(rows)]
-            layer.weight[order.to(layer.weight.device)] = torch.from_numpy(entry.target.decode(packed)).to(layer.weight)
-        first += len(rows)

@@ -1,73 +1,76 @@
-"""How much each token matters to each matrix: gradients of what the model itself would say next.
+"""Inputs and gradients of every matrix of a model, on calibration tokens, one decoder layer in memory at a time.
 
 A small error dy at a matrix's output changes the model's distribution by the divergence (g . dy)^2 / 2 in expectation,
-g being the gradient at that output of log p(label) with the label drawn from the model: the Fisher information. It is
-measured on the float model, one decoder layer in memory at a time: forward once, keeping the hidden states between the
-layers, then backward, each layer run again with gradients.
+g being the gradient at that output of log p(label) with the label drawn from the model: the Fisher information. The
+model runs forward once, the hidden states between the layers kept in a file, then backward, each layer run again with
+gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from .calibrate import Watch
-from .model import Model
+from ..errors import InputError
+from .model import Model, OnDisk
+from .watch import Watch
 
-KEPT = 1 << 30  # bytes of hidden states between the layers that are kept at a time
+See = Callable[[int, str, int | None, torch.Tensor, torch.Tensor], None]
 
 
-def visit(
+def backward(
     model: Model,
     tokens: torch.Tensor,
-    see: Callable[[int, str, int | None, torch.Tensor, torch.Tensor], None],
+    see: See,
+    scratch: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Call `see(layer, name, expert, x, g)` for each matrix and batch of int64 `tokens` [sequences, CONTEXT], in order.
+) -> Iterator[tuple[int, torch.nn.Module]]:
+    """Yields (layer, its loaded module) from the last to the first, once `see` was called for all of its matrices.
 
+    see(layer, name, expert, x, g) comes for each matrix and batch of int64 `tokens` [sequences, CONTEXT], in order.
     expert: None unless the matrix is one of a stack. x: the matrix's inputs [rows, in]. g: the gradient at its outputs
-    [rows, out] of the log-likelihood summed over the batch. Labels are drawn with a fixed seed. progress: decoder
-    layers done and in all, forwards and backwards.
+    [rows, out] of the log-likelihood summed over the batch, its labels drawn with a fixed seed. scratch: the folder
+    for hidden states, `scratch_bytes` of them. progress: decoder layers done and in all, forwards and backwards.
+    Raises InputError when an activation is NaN or Inf.
     """
-    sequence = tokens.shape[1] * model.module.get_input_embeddings().embedding_dim * model.dtype.itemsize
-    parts = tokens.split(max(8, KEPT // (sequence * (len(model) + 1)) // 8 * 8))
-    steps = iter(range(1, 2 * len(model) * len(parts) + 1))
+    boundaries = [model.inputs(tokens, scratch)]
+    for index in range(len(model)):
+        after = OnDisk(scratch)
+        with model.layer(index) as layer, torch.no_grad(), Watch(layer, _finite(index)):
+            for hidden in boundaries[-1]:
+                after.append(model.forward(layer, index, hidden))
+        boundaries.append(after)
+        progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
-    for part in parts:
-        boundaries = [model.inputs(part)]
-        for index in range(len(model)):
-            with model.layer(index) as layer, torch.no_grad():
-                boundaries.append([model.forward(layer, index, x).to(x.device) for x in boundaries[-1]])
-            progress(next(steps), 2 * len(model) * len(parts))
-        gradients = [_at_the_head(model, hidden, random) for hidden in boundaries.pop()]
-        for index in reversed(range(len(model))):
-            with model.layer(index) as layer:
-                for batch, hidden in enumerate(boundaries.pop()):
-                    gradients[batch] = _through(model, layer, index, hidden, gradients[batch], see)
-            progress(next(steps), 2 * len(model) * len(parts))
+    gradients = OnDisk(scratch)
+    for hidden in boundaries.pop():
+        gradients.append(_at_the_head(model, hidden, random))
+    for index in reversed(range(len(model))):
+        with model.layer(index) as layer:
+            for batch, hidden in enumerate(boundaries.pop()):
+                gradients[batch] = _through(model, layer, index, hidden, gradients[batch], see)
+            yield index, layer
+        progress(2 * len(model) - index, 2 * len(model))
 
 
-def token_weights(
-    model: Model, tokens: torch.Tensor, progress: Callable[[int, int], None] = lambda done, total: None
-) -> dict[tuple[int, str], torch.Tensor]:
-    """(layer, name) -> float32 [sequences * CONTEXT] |g|^2 of each token, 1 on average.
+def scratch_bytes(layers: int, tokens: int, width: int, dtype: torch.dtype) -> int:
+    """What `backward` keeps in files: hidden states before and after each layer, and gradients."""
+    return (layers + 2) * tokens * width * dtype.itemsize
 
-    Experts of a mixture have none: behind a quantized prefix other tokens may be routed to them.
-    """
-    found: dict[tuple[int, str], list[torch.Tensor]] = {}
 
-    def see(index: int, name: str, expert: int | None, x: torch.Tensor, g: torch.Tensor) -> None:
-        if expert is None:
-            found.setdefault((index, name), []).append(g.float().square().sum(1).cpu())
+def _finite(index: int) -> Callable:
+    def check(name: str, expert: int | None, x: torch.Tensor, y: torch.Tensor) -> None:
+        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+            where = f"decoder layer {index}, {name.removesuffix('.weight')}"
+            raise InputError(f"{where}: an activation is NaN or Inf: check the checkpoint")
 
-    visit(model, tokens, see, progress)
-    weights = {key: torch.cat(parts) for key, parts in found.items()}
-    return {key: w / w.mean() for key, w in weights.items() if len(w) == tokens.numel() and w.any()}
+    return check
 
 
 def _at_the_head(model: Model, hidden: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer, on the CPU."""
+    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer."""
     gradients = []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
         with torch.enable_grad():
@@ -75,11 +78,13 @@ def _at_the_head(model: Model, hidden: torch.Tensor, random: torch.Generator) ->
             logits = model.head(sequence).flatten(0, 1).log_softmax(-1)
             labels = torch.multinomial(logits.detach().exp(), 1, generator=random)
             likelihood = logits.gather(1, labels).sum()
-        gradients.append(torch.autograd.grad(likelihood, sequence)[0].cpu())
+        gradients.append(torch.autograd.grad(likelihood, sequence)[0])
     return torch.cat(gradients)
 
 
-def _through(model: Model, layer, index: int, hidden: torch.Tensor, gradient: torch.Tensor, see) -> torch.Tensor:
+def _through(
+    model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor, gradient: torch.Tensor, see: See
+) -> torch.Tensor:
     """The gradient at the layer's input, from that at its output; the matrices are seen on the way."""
     calls = []
     with torch.enable_grad(), Watch(layer, lambda *call: calls.append(call)):
@@ -90,4 +95,4 @@ def _through(model: Model, layer, index: int, hidden: torch.Tensor, gradient: to
     for (name, expert, x, _), g in zip(calls, rest, strict=True):
         if g is not None:
             see(index, name, expert, x.detach().flatten(0, -2), g.flatten(0, -2))
-    return first.cpu()
+    return first

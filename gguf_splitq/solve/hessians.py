@@ -46,7 +46,8 @@ class Hessians:
 
     def keep(self, index: int, layers: list[Layer]) -> None:
         """Store the Hessians of a decoder layer's matrices."""
-        arrays = {f"{index} {layer.name}": layer.hessian.float().cpu().numpy() for layer in layers}
+        known = [layer for layer in layers if layer.hessian is not None]
+        arrays = {f"{index} {layer.name}": layer.hessian.float().cpu().numpy() for layer in known}
         self.journal.keep(_part(index), arrays, [f"{index} {layer.name}" for layer in layers if layer.pooled])
 
     def fill(self, index: int, layers: list[Layer]) -> None:

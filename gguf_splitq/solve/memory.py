@@ -16,19 +16,11 @@ TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 CONTEXT, BATCH = 512, 8  # tokens per sequence, sequences per batch: those of model.py
 SAMPLED = 64  # sequences drawn at a time
-BOUNDARIES = 1 << 30  # bytes of hidden states between the layers: KEPT in fisher.py
 
 
-def peak(
-    entries: Sequence[Entry],
-    tokens: int,
-    threads: int,
-    whole: bool = False,
-    tune: bool = False,
-    on_disk: bool = False,
-) -> int:
+def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = False, tune: bool = False) -> int:
     """Bytes at most. whole: the model is all in memory once (to sample text, or read from a GGUF). tune: scales are
-    trained afterwards. on_disk: the hidden states entering a layer are kept in a file.
+    trained afterwards.
     """
     layers = defaultdict(list)
     for entry in entries:
@@ -36,19 +28,13 @@ def peak(
         layers[int(number[1]) if number else None].append(entry)
     outside = layers.pop(None, [])
     inside = [entry for layer in layers.values() for entry in layer]
-    hidden = max((e.tensor.n_cols for e in outside if e.name == "token_embd.weight"), default=0)
     vocabulary = max((e.tensor.n_rows for e in outside), default=0)
     heads = sum(e.tensor.n_rows for e in inside if re.search(r"attn_(k|v|qkv)\.weight", e.name))
-    states, batch = FLOAT * hidden * tokens, FLOAT * hidden * BATCH * CONTEXT
 
     reading = _floats(inside) + FLOAT * SAMPLED * CONTEXT * heads if whole else TEXT * tokens
-    boundaries = max(min(states * (len(layers) + 1), BOUNDARIES), batch * (len(layers) + 1))
     logits = 4 * FLOAT * CONTEXT * vocabulary  # of one sequence: themselves, their softmax, gradients
-    weighing = _floats(outside) + boundaries + logits + max(map(_gradients, layers.values()), default=0)
-    moments = FLOAT * tokens * sum(len(e.tensor.shape) == 2 for e in inside)  # of each token at each matrix
-    solving = (0 if on_disk else states) + 2 * batch
-    solving += max((_solving(layer, threads) for layer in layers.values()), default=0)
-    stages = [reading, moments + max(weighing, solving)]
+    calibrating = logits + max((_layer(layer, threads) for layer in layers.values()), default=0)
+    stages = [reading, calibrating]
     if tune:  # two models; of one the weights once more as made from their codes, in steps, and with gradients
         outputs = 2 * sum(map(_outputs, layers.values())) + 2 * BATCH * logits
         stages.append(_floats(outside) + 7 * _floats(inside) + outputs)
@@ -64,14 +50,10 @@ def _outputs(layer: Sequence[Entry]) -> int:
     return 2 * FLOAT * BATCH * CONTEXT * sum(e.tensor.shape[-2] for e in layer if len(e.tensor.shape) > 1)
 
 
-def _gradients(layer: Sequence[Entry]) -> int:
-    return 2 * _floats(layer) + 2 * _outputs(layer)
-
-
-def _solving(layer: Sequence[Entry], threads: int) -> int:
-    """One decoder layer: loading it (which copies it), or a batch through it, or `threads` of its matrices at once."""
+def _layer(layer: Sequence[Entry], threads: int) -> int:
+    """One decoder layer: loading it (which copies it), a batch with gradients, or `threads` matrices being solved."""
     matrices = [e.tensor for e in layer if len(e.tensor.shape) > 1]
     hessians = sum(8 * t.n_cols**2 * (t.n_rows // t.shape[-2]) for t in matrices)
     # of a solver: copies of the Hessian in double and single precision, and of the matrix
     copies = sorted((40 * t.n_cols**2 + 48 * t.n_cols * t.shape[-2] for t in matrices), reverse=True)
-    return _floats(layer) + max(_floats(layer), hessians + max(_outputs(layer), sum(copies[:threads])))
+    return _floats(layer) + max(_floats(layer), hessians + max(2 * _outputs(layer), sum(copies[:threads])))

@@ -143,7 +143,7 @@ def _pieces(
     """Puts what is stored into the model; what can be trained is returned by the address of its matrix."""
     pieces: dict[int, list[tuple[_Piece, torch.Tensor]]] = {}
     for index, module in enumerate(modules):
-        layers = calibrate.bare_layers_of(module)
+        layers = calibrate.layers_of(module)
         stored = {}
         for entry in entries:
             if entry.quantized and entry.name.startswith(f"blk.{index}."):

@@ -1,0 +1,36 @@
+"""Seeing every product of a module's matrices where PyTorch does it, in F.linear, whoever calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def matrices(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that may be matrices [out, in], or stacks of them, one per expert [experts, out, in]."""
+    return {name: p for name, p in module.named_parameters() if p.dim() in (2, 3)}
+
+
+class Watch(TorchFunctionMode):
+    """A context that calls `see(name, expert, x, y)` for each product y = x W^T of one of the module's matrices.
+
+    expert: the number in a stack of matrices, None for a matrix that stands alone.
+    """
+
+    def __init__(self, module: torch.nn.Module, see: Callable[[str, int | None, torch.Tensor, torch.Tensor], None]):
+        super().__init__()
+        self.see = see
+        self.starts: dict[int, tuple[str, int | None, torch.Size]] = {}  # by the address of each matrix
+        for name, p in matrices(module).items():
+            for expert, weight in [(None, p)] if p.dim() == 2 else enumerate(p):
+                self.starts[weight.data_ptr()] = name, expert, weight.shape
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and args[0].numel():
+            name, expert, shape = self.starts.get(args[1].data_ptr(), (None, None, None))
+            if shape == args[1].shape:
+                self.see(name, expert, args[0], result)
+        return result
