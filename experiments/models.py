@@ -9,8 +9,11 @@ import numpy as np
 
 from .common import BUILD, DEMO
 
-# About 0.6 B parameters; every row is a multiple of 256, so that stock K-quants need no fallback.
-BENCH = {"hidden": 1536, "ffn": 4096, "layers": 24, "heads": 24, "kv_heads": 8}
+# Sizes by parameters; every row is a multiple of 256, so that stock K-quants need no fallback.
+SIZES = {
+    "0.6B": {"hidden": 1536, "ffn": 4096, "layers": 24, "heads": 24, "kv_heads": 8},
+    "3B": {"hidden": 3072, "ffn": 8192, "layers": 30, "heads": 24, "kv_heads": 8},
+}
 # 576-wide rows, as in several small models: multiples of 32 and not of 256. Only ffn_down's rows (1536) are.
 NARROW = {"hidden": 576, "ffn": 1536, "layers": 4, "heads": 9, "kv_heads": 3}
 

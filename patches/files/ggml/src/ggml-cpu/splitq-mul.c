@@ -268,7 +268,7 @@ static struct layout layout_of(const struct ggml_tensor * op, int n_threads) {
     l.tokens = ids ? GGML_PAD(sizeof(int64_t) + sizeof(struct job)*matrices, 64) : 0;
     l.packed = l.tokens + (ids ? GGML_PAD(sizeof(struct token)*tokens, 64) : 0);
     l.panels = GGML_PAD(l.packed + (ids ? tokens*MAX(l.few, l.many) : matrices*packed_size(&l, tokens)), 64);
-    l.chunk = 64;
+    l.chunk = 256;
     while (l.chunk > LANES && (ids ? 1 : matrices)*((x->ne[1] + l.chunk - 1)/l.chunk) < 4*n_threads) {
         l.chunk /= 2;
     }
