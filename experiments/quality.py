@@ -3,10 +3,11 @@
 Only the linear layers differ: embeddings and output are F16 everywhere. "imatrix" files of stock types are made by
 `llama-quantize --pure`, all from the same F16 file and one importance matrix of the calibration text; "feedback" files,
 ours and stock types, by `gguf-splitq convert --calib` from as many tokens of that text, "self" from text that the model
-wrote, and "3.5 bpw" by `--bpw 3.5`. Finished rows are kept in build/quality/rows.json: a run that was stopped goes on,
-and what the solver's or the types' source, the texts or the options have changed is measured again.
+wrote, "tuned" with `--tune` besides, and "3.5 bpw" by `--bpw 3.5`; all but "self" share one file of Hessians. Finished
+rows are kept in build/quality/rows.json: a run that was stopped goes on, and what the solver's or the types' source, the
+texts or the options have changed is measured again.
 
-  python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, feedback, self, bpw, narrow
+  python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, feedback, self, tuned, bpw, narrow
   python -m experiments.quality --only sq4,IQ4_XS          # or types
 """
 
@@ -34,6 +35,7 @@ PEERS = ["Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS",
 NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XS"}  # llama-quantize refuses them without
 USES_NO_DATA = {"sq4x"}
 FED = ["sq4", "sq3", "sq2", "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
+TUNED = ["sq4", "sq3", "sq2"]  # with --tune
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [3.0, 3.5, 4.0]
 NEAR = 0.1  # bits per weight: what counts as the same stored size
@@ -54,21 +56,22 @@ NARROW_FORMATS = {"type": "", "bpw": ".2f", "mean_kld": "z.5f"}
 
 @dataclass(frozen=True)
 class Run:
-    """One row: `data` is none, imatrix, feedback, self or bpw; of the last, `type` is "3.5 bpw"."""
+    """One row: `data` is none, imatrix, feedback, self, tuned or bpw; of the last, `type` is "3.5 bpw"."""
 
     type: str
     data: str
 
     @property
     def solved(self) -> bool:
-        return self.data in ("feedback", "self", "bpw")
+        return self.data in ("feedback", "self", "tuned", "bpw")
 
 
 def runs() -> list[Run]:
     plain = [Run(t, "none") for t in OURS + PEERS if t not in NEEDS_IMATRIX]
     weighted = [Run(t, "imatrix") for t in OURS + PEERS if t not in USES_NO_DATA]
+    tuned = [Run(t, "tuned") for t in TUNED]
     budgets = [Run(f"{bpw} bpw", "bpw") for bpw in BUDGETS]
-    return [*plain, *weighted, *(Run(t, "feedback") for t in FED), Run("sq4", "self"), *budgets]
+    return [*plain, *weighted, *(Run(t, "feedback") for t in FED), Run("sq4", "self"), *budgets, *tuned]
 
 
 def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
@@ -77,6 +80,10 @@ def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
     options = {"threads": args.threads} | KEPT
     if source.solved:
         options |= {"calib": "self" if source.data == "self" else str(args.calib), "calib_tokens": args.tokens}
+        if source.data != "self":
+            options["hessians"] = BUILD / "quality" / f"hessians-{hessian_key(args)}.gguf"
+        if source.data == "tuned":
+            options["tune"] = True
         if source.data == "bpw":
             return convert(args.model, None, outfile, bpw=float(source.type.split()[0]), **options)
         return convert(args.model, source.type.lower(), outfile, **options)
@@ -85,6 +92,12 @@ def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
         return convert(f16, source.type, outfile, imatrix=weights and str(weights), **options)
     given = ["--pure", "--token-embedding-type", "f16", "--output-tensor-type", "f16"]
     return quantize(f16, source.type, outfile, args.threads, *given, *(["--imatrix", weights] if weights else []))
+
+
+def hessian_key(args) -> str:
+    """Of what the calibration's second moments depend on."""
+    source = [path.read_bytes() for path in sorted((Path(gguf_splitq.__file__).parent / "solve").glob("*.py"))]
+    return digest(b"".join([args.calib.read_bytes(), str((args.model.resolve(), args.tokens)).encode(), *source]))
 
 
 class Rows:
@@ -199,6 +212,8 @@ def claims_of(rows: list[dict]) -> list[dict]:
     for type in FED:
         ratio((type, "feedback"), (type, "imatrix"), at_most=0.8 if type in UNPATCHED else 1.0)
     ratio(("sq4", "self"), ("sq4", "feedback"), at_most=1.1)
+    for type in TUNED:
+        ratio((type, "tuned"), (type, "feedback"), at_most=1.0)
 
     for row in rows:
         if "unpatched_kld" in row:
@@ -243,6 +258,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         "sq types, imatrix": ("imatrix", True, "o", "tab:orange"),
         "sq types, feedback": ("feedback", True, "s", "tab:red"),
         "sq types, feedback on own text": ("self", True, "x", "tab:purple"),
+        "sq types, trained": ("tuned", True, "P", "tab:brown"),
         "mixed by --bpw": ("bpw", False, "*", "tab:green"),
     }
     figure, axes = pyplot.subplots(figsize=(10, 7))
@@ -251,7 +267,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         x, y = [row["bpw"] for row in chosen], [row["mean_kld"] for row in chosen]
         if chosen:
             axes.scatter(x, y, label=label, marker=marker, color=color)
-        for row in chosen if data in ("imatrix", "feedback", "bpw") else ():
+        for row in chosen if data in ("imatrix", "feedback", "tuned", "bpw") else ():
             near = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": color}
             axes.annotate(row["type"], (row["bpw"], row["mean_kld"]), **near)
     axes.set(yscale="log", xlabel="stored bits per weight, linear layers", ylabel="mean KL divergence to F16, nats")

@@ -99,6 +99,10 @@ def convert(
             output_tensor_type=output_tensor_type, imatrix=imatrix, calib=calib, calib_tokens=calib and calib_tokens,
             hessians=bool(hessians), tune=tune,
         )  # fmt: skip
+        if calib == "self":
+            from .solve.model import SAMPLING
+
+            chosen["sampling"] = SAMPLING
         if calib and calib != "self":
             text = Path(calib).read_text(encoding="utf-8", errors="replace")
             kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text))
