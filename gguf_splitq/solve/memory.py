@@ -9,9 +9,12 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from ..gguf_file import Tensor
 from ..plan import Entry
+from .solver import ROWS
 
-BASE = 640 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
+BASE = 896 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
+SOLVER = 360  # bytes per weight of the rows that are coded at a time; measured, as are the other factors
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 CONTEXT, BATCH = 512, 8  # tokens per sequence, sequences per batch: those of model.py
@@ -51,9 +54,17 @@ def _outputs(layer: Sequence[Entry]) -> int:
 
 
 def _layer(layer: Sequence[Entry], threads: int) -> int:
-    """One decoder layer: loading it (which copies it), a batch with gradients, or `threads` matrices being solved."""
+    """One decoder layer: loading it (which copies it), or a batch with gradients and then `threads` of its matrices.
+
+    Those add up, because the allocator keeps most of what a batch took.
+    """
     matrices = [e.tensor for e in layer if len(e.tensor.shape) > 1]
     hessians = sum(8 * t.n_cols**2 * (t.n_rows // t.shape[-2]) for t in matrices)
-    # of a solver: copies of the Hessian in double and single precision, and of the matrix
-    copies = sorted((40 * t.n_cols**2 + 48 * t.n_cols * t.shape[-2] for t in matrices), reverse=True)
-    return _floats(layer) + max(_floats(layer), hessians + max(2 * _outputs(layer), sum(copies[:threads])))
+    solving = sorted(map(_solving, matrices), reverse=True)[:threads]
+    return _floats(layer) + max(_floats(layer), hessians + 2 * _outputs(layer) + sum(solving))
+
+
+def _solving(tensor: Tensor) -> int:
+    """One matrix: its Hessian with factors, in double and single precision; its rows, before and after; its codes."""
+    rows = tensor.shape[-2]
+    return tensor.n_cols * (40 * tensor.n_cols + 16 * rows + SOLVER * min(rows, ROWS))
