@@ -4,7 +4,7 @@ Only the linear layers differ: embeddings and output are F16 everywhere. "imatri
 `llama-quantize --pure`, all from the same F16 file and one importance matrix of the calibration text; "feedback" files,
 ours and stock types, by `gguf-splitq convert --calib` from as many tokens of that text, "self" from text that the model
 wrote, "tuned" with `--tune` besides, and "3.5 bpw" by `--bpw 3.5`; all but "self" share one file of Hessians. Finished
-rows are kept in build/quality/rows.json: a run that was stopped goes on, and what the solver's or the types' source, the
+rows are kept in build/quality/rows.json: a run that was stopped goes on, and what the source of solver or types, the
 texts or the options have changed is measured again.
 
   python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, feedback, self, tuned, bpw, narrow
