@@ -76,13 +76,10 @@ def make_files(size: str, threads: int) -> dict[str, Path]:
         if type == "f16" or type in OURS:
             convert(checkpoint if type == "f16" else files["f16"], type, file, threads=threads)
             continue
-        options = PURE
-        if type.startswith("IQ"):  # some refuse to be made without
-            if not importance.exists():
-                imatrix(files["sq4"], DEMO / "calib.txt", importance, threads, chunks=2)
-            options = [*PURE, "--imatrix", importance]
+        if not importance.exists():  # the smallest types are refused without
+            imatrix(files["sq4"], DEMO / "calib.txt", importance, threads, chunks=2)
         partial = file.with_suffix(".partial")
-        quantize(files["f16"], type, partial, threads, *options).rename(file)
+        quantize(files["f16"], type, partial, threads, "--imatrix", importance, *PURE).rename(file)
     return files
 
 
