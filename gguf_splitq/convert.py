@@ -85,7 +85,14 @@ def convert(
             entries = make(saved.types)
         elif measured:
             mix.check(entries, bpw, architecture)
-        peak = peak_ram(source, entries, threads, limit, calib_tokens if calib else 0, calib == "self", tune)
+        solvers = calibrating = 0
+        if calib:
+            from .solve import memory
+
+            whole = calib == "self" or source.child is None
+            solvers = memory.solvers(entries, calib_tokens, threads, whole, tune, limit)
+            calibrating = memory.peak(entries, calib_tokens, solvers, whole, tune)
+        peak = peak_ram(source, entries, threads, limit, calibrating)
         if dry_run and not measured:
             display.show_plan(path, entries)
             return path
@@ -137,8 +144,8 @@ def convert(
                     from . import solve
 
                     solved = solve.run(
-                        source.path, file, entries, calib, calib_tokens, journal, threads, progress.step, hessians,
-                        tune,
+                        source.path, file, entries, calib, calib_tokens, journal, threads, solvers, progress.step,
+                        hessians, tune,
                     )  # fmt: skip
                 progress.start(entries)
                 entries, stats = rewrite.rewrite(
@@ -240,24 +247,14 @@ def calibration_report(solved) -> dict | None:
 
 
 def peak_ram(
-    source: checkpoint.Source,
-    entries: Sequence[plan.Entry],
-    threads: int,
-    limit: int | None,
-    calib_tokens: int = 0,
-    whole: bool = False,
-    tune: bool = False,
+    source: checkpoint.Source, entries: Sequence[plan.Entry], threads: int, limit: int | None, calibrating: int = 0
 ) -> int:
     """Bytes of memory the whole run needs at most, the converter process included; UsageError when above `limit`.
 
-    whole: the calibration text is sampled from the model, which is all in memory then.
+    calibrating: what the calibration needs.
     """
     largest = max((e.tensor.n_bytes for e in entries), default=0)
-    child = checkpoint.ADAPTER_RAM + 3 * largest if source.child else 0
-    if calib_tokens:
-        from .solve import memory
-
-        child = max(child, memory.peak(entries, calib_tokens, threads, whole or source.child is None, tune))
+    child = max(checkpoint.ADAPTER_RAM + 3 * largest if source.child else 0, calibrating)
     if limit is not None and child > limit:
         raise UsageError(f"--max-ram {gguf_file.mib(limit)} is too small: reading this needs {gguf_file.mib(child)}")
     return max(child, rewrite.peak_ram(entries, threads, rewrite.window_size(entries, threads, limit)))

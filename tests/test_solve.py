@@ -81,7 +81,7 @@ def test_the_smallest_problems(runtime_library, name):
 def test_the_same_input_gives_the_same_bytes_and_pieces_of_rows_are_joined(runtime_library, monkeypatch):
     weight, hessian = problem(12, 128)
     fmt = formats.for_type(types.get("sq3"))
-    monkeypatch.setattr(solver, "ROWS", 5)
+    monkeypatch.setattr(solver, "WEIGHTS", 5 * 128)
     first, again = (solver.solve(weight, hessian, fmt) for _ in range(2))
     assert torch.equal(first.packed, again.packed) and first.errors == again.errors
     assert torch.equal(solver.solve(weight[5:10], hessian, fmt).packed, first.packed[5:10])

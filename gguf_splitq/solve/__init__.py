@@ -56,6 +56,7 @@ def run(
     tokens: int,
     journal: Journal,
     threads: int,
+    solvers: int,
     progress: Progress,
     hessians: str | Path | None = None,
     tune: bool = False,
@@ -63,8 +64,9 @@ def run(
     """Solve every tensor that has a format, on a GPU when there is one.
 
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
-    from the model. journal: where finished layers are kept, and found again. progress: what is being done, steps done
-    and in all. hessians: a file of Hessians, read when it is there and else written. tune: train scales and norms.
+    from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
+    progress: what is being done, steps done and in all. hessians: a file of Hessians, read when it is there and else
+    written. tune: train scales and norms.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     torch.set_num_threads(threads)
@@ -74,7 +76,7 @@ def run(
     sample = None if cache and cache.complete and not tune else _sample(model, calib, tokens, journal)
     solved = Solved(tokens=tokens if sample is None else sample.numel())
     # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.
-    with ThreadPoolExecutor(threads, "solve", lambda: torch.set_num_threads(1)) as pool:
+    with ThreadPoolExecutor(solvers, "solve", lambda: torch.set_num_threads(1)) as pool:
         for index, layers in _calibrated(model, sample, journal, cache, progress):
             if journal.find(_part(index)) is None:
                 wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ..gguf_file import Tensor
 from ..plan import Entry
-from .solver import ROWS
+from .solver import WEIGHTS
 
 BASE = 896 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
 SOLVER = 360  # bytes per weight of the rows that are coded at a time; measured, as are the other factors
@@ -44,6 +44,13 @@ def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = Fals
     return BASE + _floats(outside) + max(stages)
 
 
+def solvers(entries: Sequence[Entry], tokens: int, threads: int, whole: bool, tune: bool, limit: int | None) -> int:
+    """How many matrices may be solved at a time: one to a thread, or what `limit` bytes allow, but at least one."""
+    while limit is not None and threads > 1 and peak(entries, tokens, threads, whole, tune) > limit:
+        threads -= 1
+    return threads
+
+
 def _floats(entries: Sequence[Entry]) -> int:
     return FLOAT * sum(e.tensor.n_weights for e in entries)
 
@@ -67,4 +74,4 @@ def _layer(layer: Sequence[Entry], threads: int) -> int:
 def _solving(tensor: Tensor) -> int:
     """One matrix: its Hessian with factors, in double and single precision; its rows, before and after; its codes."""
     rows = tensor.shape[-2]
-    return tensor.n_cols * (40 * tensor.n_cols + 16 * rows + SOLVER * min(rows, ROWS))
+    return tensor.n_cols * (40 * tensor.n_cols + 16 * rows) + SOLVER * min(tensor.n_cols * rows, WEIGHTS)

@@ -31,7 +31,7 @@ PASSES = 8  # of search and refit
 COLUMNS = 128  # searched at a time
 COPIES = 2  # of the parameters, the unchanged ones included
 SPREAD = 0.05  # standard deviation of the relative change in a copy
-ROWS = 4096  # coded at a time, to bound the memory
+WEIGHTS = 1 << 22  # coded at a time, in whole rows, to bound the memory
 LEAF = 16  # columns whose changes are pushed on one by one
 
 
@@ -95,7 +95,7 @@ def solve(
     """
     h, order, push, damping = _prepare(hessian, damping)
     stages, parts = [], []
-    for piece in weight.split(ROWS):
+    for piece in weight.split(max(1, WEIGHTS // weight.shape[1])):
         rows, chance = _Rows(piece, h, fmt), torch.Generator().manual_seed(0)
         nearest, rounded = rows.error(), rows.units
         rows.feedback(order, push)
