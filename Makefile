@@ -16,7 +16,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test runtime perplexity bench quality paper-splitquant lint patches-check clean cross-tools
+.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant lint patches-check clean cross-tools
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,9 @@ bench: runtime ## speed of conversion and of decoding, beside stock llama.cpp ty
 
 quality: runtime $(VENV)/plot.stamp ## KL divergence over stored bits of every type and way to make it, beside stock types
 	@$(PY) -m experiments.quality $(ARGS)
+
+slices: runtime ## what error feedback costs on larger models: one decoder layer of 1 B and 8 B shapes
+	@$(PY) -m experiments.slices $(ARGS)
 
 paper-splitquant: runtime ## SplitQuantV2's claim: split INT4 is close to FP16, plain INT4 is not
 	@$(PY) -m experiments.paper_splitquant $(ARGS)
