@@ -5,14 +5,17 @@ The C sources of the patch series are built here by themselves (tests/c/driver.c
 ones run under qemu-aarch64.
 """
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import crafted
 import numpy as np
 import pytest
 
 from gguf_splitq import types
+from gguf_splitq.convert import convert
 
 CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -200,3 +203,16 @@ def test_experts(driver, has_products, tensor_type, tokens, used, experts, share
     if has_products:
         weights = tensor_type.decode_numpy(x).reshape(experts, rows, -1).astype(np.float64)[ids]
         check_products(got, *((weights @ a[..., None])[..., 0] for a in (q8, y)))
+
+
+def test_interleaved_and_mapped_weights_give_the_same_perplexity(demo_f16, runtime_programs, tmp_path):
+    model = convert(demo_f16, "sq3", tmp_path / "sq3.gguf")
+    found = []
+    for options in ([], ["--no-repack"]):
+        command = [runtime_programs / "llama-perplexity", "-m", model, "-f", crafted.DEMO / "eval.txt", *options]
+        command += ["-c", "128", "--chunks", "2", "-t", "2", "--verbose"]
+        output = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+        output = output.stdout + output.stderr
+        assert ("CPU_SPLITQ model buffer" in output) == (not options)
+        found.append(float(re.search(r"Final estimate: PPL = ([\d.]+)", output)[1]))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
