@@ -38,9 +38,14 @@ def backward(
     boundaries = [model.inputs(tokens, scratch)]
     for index in range(len(model)):
         after = OnDisk(scratch)
-        with model.layer(index) as layer, torch.no_grad(), Watch(layer, _finite(index)):
+        with model.layer(index) as layer, torch.no_grad():
             for hidden in boundaries[-1]:
-                after.append(model.forward(layer, index, hidden))
+                output = model.forward(layer, index, hidden)
+                if not torch.isfinite(output).all():
+                    with Watch(layer, _finite(index)):  # where it comes from
+                        model.forward(layer, index, hidden)
+                    raise InputError(f"decoder layer {index}: an activation is NaN or Inf: check the checkpoint")
+                after.append(output)
         boundaries.append(after)
         progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
@@ -75,10 +80,13 @@ def _at_the_head(model: Model, hidden: torch.Tensor, random: torch.Generator) ->
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
         with torch.enable_grad():
             sequence = sequence.to(model.device).requires_grad_()
-            logits = model.head(sequence).flatten(0, 1).log_softmax(-1)
-            labels = torch.multinomial(logits.detach().exp(), 1, generator=random)
-            likelihood = logits.gather(1, labels).sum()
-        gradients.append(torch.autograd.grad(likelihood, sequence)[0])
+            logits = model.head(sequence).flatten(0, 1)
+        p = logits.detach().softmax(-1)
+        up_to = p.cumsum(-1)
+        drawn = torch.rand(len(p), 1, generator=random, device=p.device) * up_to[:, -1:]
+        labels = torch.searchsorted(up_to, drawn, right=True).clamp_(max=p.shape[1] - 1)
+        slope = p.neg_().scatter_add_(1, labels, torch.ones_like(drawn))  # of log p(label) by the logits
+        gradients.append(torch.autograd.grad(logits, sequence, slope)[0])
     return torch.cat(gradients)
 
 
