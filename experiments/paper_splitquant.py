@@ -67,13 +67,13 @@ METHODS = {  # name -> (function, stored bits per weight beside the code's own)
 }
 
 
-def simulate(f16: Path, outfile: Path, method, bits: int) -> Path:
-    """A copy of an F16 GGUF whose linear layers went through `method`."""
+def simulate(f16: Path, outfile: Path, method, bits: int, kept=("token_embd.weight",)) -> Path:
+    """A copy of an F16 GGUF whose matrices, but those named in `kept`, went through `method(weights, bits)`."""
     with gguf_file.read(f16) as source, outfile.open("wb") as out:
         out.write(gguf_file.header(source.kv, [(t.name, t.shape, t.type_id) for t in source.tensors]))
         for tensor in source.tensors:
             data = source.read_rows(tensor, 0, tensor.n_rows)
-            if len(tensor.shape) > 1 and tensor.name != "token_embd.weight":
+            if len(tensor.shape) > 1 and tensor.name not in kept:
                 data = method(data.view(np.float16).astype(np.float32), bits).astype(np.float16)
             raw = data.tobytes()
             out.write(raw.ljust(gguf_file.padded(len(raw)), b"\0"))

@@ -6,6 +6,7 @@ text) which each comparison reads back; the file lives as long as the `Baseline`
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -104,8 +105,10 @@ class Baseline:
             )
         display.say(f"measuring {self.file}: about {mib(needed)} go to {self._folder.name}, {mib(free)} are free")
 
-    def compare(self, file, program: Path | None = None) -> dict:
+    def compare(self, file, program: Path | None = None, options=(), environment: dict | None = None) -> dict:
         """Measures `file` against the baseline, by another llama-perplexity than the patched one when given.
+
+        options: more of its command-line options. environment: variables added to this process's.
 
         Returns ppl, ppl_base, ppl_ratio, mean_kld and p99_kld (nats), top1 (0..1), chunks, ctx, bpw (stored bits per
         weight of the linear layers), size (bytes). A result that is not a number raises ValidationFailed.
@@ -116,7 +119,7 @@ class Baseline:
                 f"{file}: its vocabulary has {_vocabulary(header)} tokens and the baseline's {self.vocabulary}: "
                 "give files of one model"
             )
-        found = parse_comparison(self._run(file, "--kl-divergence", program=program))
+        found = parse_comparison(self._run(file, "--kl-divergence", *options, program=program, environment=environment))
         if not all(map(math.isfinite, found.values())):
             raise ValidationFailed(f"{file}: computes NaN or Inf on {self.text}: check its checkpoint, convert again")
         # The base perplexity that this run prints comes from log-probabilities clamped at 16 nats; self.ppl is exact.
@@ -129,12 +132,13 @@ class Baseline:
             "size": header.size,
         }
 
-    def _run(self, file: Path, *options, program: Path | None = None) -> str:
+    def _run(self, file: Path, *options, program: Path | None = None, environment: dict | None = None) -> str:
         """Runs llama-perplexity on `file`; returns all it printed."""
         command = ["-m", file, "-c", self.ctx, "--kl-divergence-base", self._logits, *options]
         command += [] if self.threads is None else ["-t", self.threads]
         program = program or runtime.program("llama-perplexity")
-        done = subprocess.run([program, *map(str, command)], capture_output=True, text=True, errors="replace")
+        env = os.environ | (environment or {})
+        done = subprocess.run([program, *map(str, command)], capture_output=True, text=True, errors="replace", env=env)
         return check(done.returncode, f"{done.stdout}\n{done.stderr}", file, self.text)
 
 

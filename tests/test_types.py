@@ -12,7 +12,7 @@ from gguf_splitq.types import splitquant
 COLUMNS = 1024
 
 # Relative squared error in dB on Gaussian weights that each format must stay under.
-ERROR_CEILING = {"sq4": -22.2, "sq3": -16.1, "sq2": -10.0, "sq4x": -29.0}
+ERROR_CEILING = {"sq4": -22.2, "sq3": -16.1, "sq2": -10.0, "sq4x": -29.0, "sdr4": -21.3}
 
 
 def weights(kind: str) -> np.ndarray:
@@ -142,7 +142,7 @@ def test_the_documented_levels_are_the_ones_in_use(name):
 
 
 def test_stored_bits():
-    assert {t.name: t.bpw for t in types.CUSTOM} == {"sq4": 4.25, "sq3": 3.25, "sq2": 2.25, "sq4x": 6.375}
+    assert {t.name: t.bpw for t in types.CUSTOM} == {"sq4": 4.25, "sq3": 3.25, "sq2": 2.25, "sq4x": 6.375, "sdr4": 4.25}
 
 
 def test_gguf_learns_the_types():
@@ -155,7 +155,7 @@ def test_gguf_learns_the_types():
 
 
 def test_unknown_type_is_refused_with_the_names():
-    with pytest.raises(errors.UsageError, match=r"'sq5' is not known.*sq4, sq3, sq2, sq4x, f32"):
+    with pytest.raises(errors.UsageError, match=r"'sq5' is not known.*sq4, sq3, sq2, sq4x, sdr4, f32"):
         types.get("sq5")
 
 

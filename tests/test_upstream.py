@@ -25,10 +25,16 @@ def test_quantize_fns(runtime_programs):
 @pytest.mark.parametrize("operation", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS"])
 def test_backend_ops(runtime_programs, operation):
     """The CPU back end against its reference path; only this project's types, the stock ones take half an hour."""
-    output = run(runtime_programs, "test-backend-ops", "test", "-b", "CPU", "-o", operation, "-p", "type(_a)?=sq")
+    output = run(runtime_programs, "test-backend-ops", "test", "-b", "CPU", "-o", operation, "-p", "type(_a)?=s[qd]")
     for tensor_type in types.CUSTOM:
         key = "type" if operation == "GET_ROWS" else "type_a"
         assert re.search(rf"{operation}\({key}={tensor_type.name},.*OK", output)
+
+
+@pytest.mark.parametrize("operation", ["SET_ROWS", "CPY", "FLASH_ATTN_EXT"])
+def test_the_cache_type(runtime_programs, operation):
+    output = run(runtime_programs, "test-backend-ops", "test", "-b", "CPU", "-o", operation, "-p", "sdr4")
+    assert re.search(r"[1-9]\d*/\d+ tests passed", output)
 
 
 def test_gguf(runtime_programs):

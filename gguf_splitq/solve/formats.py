@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..types import TensorType, splitquant
+from ..types import TensorType, sdr, splitquant
 from ..types.splitquant import pack_4bit
 
 
@@ -69,6 +69,42 @@ class ScaleByteFormat(BlockFormat):
 
     def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
         return self.type.pack(codes, params[:, 0].numpy())
+
+
+class RazorFormat(BlockFormat):
+    """sdr4: two groups of 16 that share the step of a block of 32; which of them is shifted stays as fitted.
+
+    Parameters are uint8 [n_rows, n_groups, 2]: the block's byte d, and which of its groups it is.
+    """
+
+    block_size = sdr.GROUP
+
+    def __init__(self, tensor_type: TensorType, device: str | torch.device = "cpu"):
+        super().__init__(tensor_type, np.arange(-8, 8), device)
+        self.steps = torch.from_numpy(sdr.group_steps(np.arange(256))).to(device)
+
+    def scale(self, params: torch.Tensor) -> torch.Tensor:
+        return self.steps[params[..., 0].int(), params[..., 1].int()]
+
+    def nearest(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return params  # a group has no scale of its own
+
+    def stretch(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        d = params[..., 0].int()
+        values = torch.from_numpy(sdr.STEPS).to(scale.device)
+        step, fine, coarse = values[d] * scale, values[: sdr.FINE], values[2 * sdr.FINE : sdr.SHIFT_1ST]
+        plain = torch.bucketize(step.abs(), (fine[1:] + fine[:-1]) / 2) + sdr.FINE * (step < 0)
+        shifted = torch.bucketize(step, (coarse[1:] + coarse[:-1]) / 2)
+        shifted = shifted + torch.where(d < sdr.SHIFT_1ST, 2 * sdr.FINE, sdr.SHIFT_1ST)
+        return torch.stack([torch.where(d < 2 * sdr.FINE, plain, shifted).to(torch.uint8), params[..., 1]], -1)
+
+    def _read(self, blocks: np.ndarray) -> torch.Tensor:
+        d = np.repeat(blocks[..., -1], 2, -1)
+        group = np.broadcast_to(np.arange(d.shape[-1], dtype=np.uint8) % 2, d.shape)
+        return torch.from_numpy(np.stack([d, group], -1))
+
+    def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
+        return self.type.pack(codes.astype(np.int8) - 8, params[:, 0, 0].numpy())
 
 
 class HalfFormat(BlockFormat):
@@ -241,6 +277,8 @@ def for_type(tensor_type: TensorType, device: str | torch.device = "cpu") -> Blo
 
     if isinstance(tensor_type, splitquant.SplitQuant):
         return ScaleByteFormat(tensor_type, device)
+    if isinstance(tensor_type, sdr.Razor):
+        return RazorFormat(tensor_type, device)
     stock = {
         "q4_0": (HalfFormat, np.arange(-8, 8)),
         "q4_1": (HalfFormat, np.arange(16)),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 
 from ..errors import UsageError
-from . import splitquant, sq4x
+from . import sdr, splitquant, sq4x
 from .base import TensorType
 
 __all__ = ["TensorType", "all_types", "by_id", "get", "register_with_gguf"]
 
-CUSTOM: list[TensorType] = [*splitquant.TYPES, *sq4x.TYPES]
+CUSTOM: list[TensorType] = [*splitquant.TYPES, *sq4x.TYPES, *sdr.TYPES]
 
 
 @functools.cache

@@ -2,16 +2,21 @@
 //
 //   driver encode TYPE N ROWS WEIGHTED   stdin: float32 rows, then (if WEIGHTED) N importances; stdout: blocks
 //   driver dot    TYPE N ROWS            stdin: blocks of each row, then q8_0 blocks of each row; stdout: float32 dots
+//   driver razor  TYPE N ROWS            the same for sdr4 and float32 rows of activations, razored to 4 bits
 //   driver mul    TYPE N ROWS MATRICES TOKENS REPEATS INTERLEAVED THREADS   MUL_MAT; REPEATS batches of TOKENS a matrix
 //   driver mul_id TYPE N ROWS MATRICES TOKENS USED INTERLEAVED THREADS SAME   MUL_MAT_ID; SAME: the experts of a token
 //                                                                           share its row
 //          stdin: blocks of each matrix, float32 activations, for mul_id int32 experts [TOKENS][USED]; stdout: the result,
 //          or nothing where this instruction set has no kernel
+//   driver razor_mul, razor_mul_id ...   the same for sdr4 with activations razored to 4 bits
 #define _GNU_SOURCE
 #include "ggml-splitq.c"
+#include "ggml-sdr.c"
 #undef SPLITQ_UNROLL
 #include "ggml-cpu/splitq.c"
 #include "ggml-cpu/splitq-mul.c"
+#include "ggml-cpu/sdr.c"
+#include "ggml-cpu/sdr-a4.c"
 
 #include <pthread.h>
 #include <stdarg.h>
@@ -28,7 +33,8 @@ void ggml_abort(const char * file, int line, const char * fmt, ...) {
 
 static size_t block_bytes(enum ggml_type type) {
     return type == GGML_TYPE_SPLITQ_SQ4 ? sizeof(splitq_block_sq4) : type == GGML_TYPE_SPLITQ_SQ3 ? sizeof(splitq_block_sq3) :
-           type == GGML_TYPE_SPLITQ_SQ2 ? sizeof(splitq_block_sq2) : sizeof(splitq_block_sq4x);
+           type == GGML_TYPE_SPLITQ_SQ2 ? sizeof(splitq_block_sq2) : type == GGML_TYPE_SPLITQ_SDR4 ? sizeof(splitq_block_sdr4) :
+           sizeof(splitq_block_sq4x);
 }
 
 size_t ggml_row_size(enum ggml_type type, int64_t n) {
@@ -94,15 +100,16 @@ struct thread {
     pthread_t id;
     struct ggml_compute_params params;
     struct ggml_tensor * dst;
+    bool (*forward)(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 };
 
 static void * run(void * arg) {
     struct thread * t = arg;
-    splitq_mul_forward(&t->params, t->dst);
+    t->forward(&t->params, t->dst);
     return NULL;
 }
 
-static int multiply(bool experts, enum ggml_type type, int64_t n, int64_t rows, char ** argv) {
+static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, int64_t rows, char ** argv) {
     const int64_t matrices = atoi(argv[0]), tokens = atoi(argv[1]), used = atoi(argv[2]);
     const int threads = atoi(argv[4]);
     const int64_t n1 = !experts ? tokens : atoi(argv[5]) ? 1 : used;
@@ -127,16 +134,17 @@ static int multiply(bool experts, enum ggml_type type, int64_t n, int64_t rows, 
         x.data = guarded(ggml_row_size(type, n)*rows*matrices);
         splitq_mul_interleave(&x, weights);
     }
-    if (!splitq_mul_claims(&dst)) {
+    if (!(razored ? sdr_a4_claims : splitq_mul_claims)(&dst)) {
         return 0;
     }
 
-    const size_t size = splitq_mul_work_size(threads, &dst);
+    const size_t size = razored ? sdr_a4_work_size(&dst) : splitq_mul_work_size(threads, &dst);
     char * work = guarded(size);
     struct thread team[16];
     pthread_barrier_init(&barrier, NULL, threads);
     for (int i = 0; i < threads; ++i) {
-        team[i] = (struct thread) { .params = { .ith = i, .nth = threads, .wsize = size, .wdata = work }, .dst = &dst };
+        team[i] = (struct thread) { .params = { .ith = i, .nth = threads, .wsize = size, .wdata = work }, .dst = &dst,
+                                     .forward = razored ? sdr_a4_forward : splitq_mul_forward };
         pthread_create(&team[i].id, NULL, run, &team[i]);
     }
     for (int i = 0; i < threads; ++i) { pthread_join(team[i].id, NULL); }
@@ -151,15 +159,31 @@ int main(int argc, char ** argv) {
     const int n = atoi(argv[3]), rows = atoi(argv[4]);
     const size_t row_size = ggml_row_size(type, n);
 
-    if (strncmp(argv[1], "mul", 3) == 0) {
-        return multiply(strcmp(argv[1], "mul_id") == 0, type, n, rows, argv + 5);
+    if (strstr(argv[1], "mul")) {
+        return multiply(argv[1][0] == 'r', strstr(argv[1], "mul_id") != NULL, type, n, rows, argv + 5);
     }
     if (strcmp(argv[1], "encode") == 0) {
         const float * x       = read_all(sizeof(float)*n*rows);
         const float * imatrix = atoi(argv[5]) ? read_all(sizeof(float)*n) : NULL;
         char * out = malloc(row_size*rows);
-        splitq_quantize_chunk(type, x, out, rows, n, imatrix);
+        if (type == GGML_TYPE_SPLITQ_SDR4) {
+            sdr_quantize_chunk(x, out, rows, n, imatrix);
+        } else {
+            splitq_quantize_chunk(type, x, out, rows, n, imatrix);
+        }
         return fwrite(out, row_size, rows, stdout) != (size_t) rows;
+    }
+
+    if (strcmp(argv[1], "razor") == 0) {
+        const char  * x = read_all(row_size*rows);
+        const float * y = read_all(sizeof(float)*n*rows);
+        sdr_block_a4 * razored = malloc(n/32*sizeof(*razored));
+        for (int row = 0; row < rows; ++row) {
+            const float scale = sdr_razor_activations(y + row*n, razored, n);
+            const float s = sdr_vec_dot_sdr4_a4(n, x + row*row_size, razored, scale);
+            fwrite(&s, sizeof(s), 1, stdout);
+        }
+        return 0;
     }
 
     const size_t q8_size = n/QK8_0*sizeof(block_q8_0);
@@ -168,7 +192,8 @@ int main(int argc, char ** argv) {
     for (int row = 0; row < rows; ++row) {
         float s;
         (type == GGML_TYPE_SPLITQ_SQ4 ? splitq_vec_dot_sq4_q8_0 : type == GGML_TYPE_SPLITQ_SQ3 ? splitq_vec_dot_sq3_q8_0 :
-         type == GGML_TYPE_SPLITQ_SQ2 ? splitq_vec_dot_sq2_q8_0 : splitq_vec_dot_sq4x_q8_0)(
+         type == GGML_TYPE_SPLITQ_SQ2 ? splitq_vec_dot_sq2_q8_0 : type == GGML_TYPE_SPLITQ_SDR4 ? sdr_vec_dot_sdr4_q8_0 :
+         splitq_vec_dot_sq4x_q8_0)(
             n, &s, 0, x + row*row_size, 0, y + row*q8_size, 0, 1);
         fwrite(&s, sizeof(s), 1, stdout);
     }

@@ -4,47 +4,12 @@
 // -ffp-contract=off), so that NumPy, doing the same operations on whole arrays, gives the same bytes.
 
 #include "ggml-splitq.h"
+#include "ggml-splitq-encode.h"
 #include "ggml-impl.h"
 
 #include <assert.h>
 #include <math.h>
 #include <string.h>
-
-// Wider vectors give the same bytes, only sooner.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SPLITQ_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SPLITQ_CLONES
-#endif
-
-// Inlined, so that each clone and each codebook gets code of its own.
-#if defined(__GNUC__)
-#define SPLITQ_INLINE inline __attribute__((always_inline))
-#else
-#define SPLITQ_INLINE inline
-#endif
-
-// Short loops around or inside vector code must vanish for it to become vector code.
-#if defined(__GNUC__)
-#define SPLITQ_UNROLL _Pragma("GCC unroll 16")
-#else
-#define SPLITQ_UNROLL
-#endif
-
-// Sum of 2^n floats, halves added to halves: the order that whole-array code can follow.
-static SPLITQ_INLINE float tree_sum(float * v, int n) {
-    SPLITQ_UNROLL
-    for (int half = n/2; half > 0; half /= 2) {
-        for (int j = 0; j < half; ++j) {
-            v[j] += v[j + half];
-        }
-    }
-    return v[0];
-}
-
-static SPLITQ_INLINE float clamped(float v, float limit) {
-    return v > limit ? limit : v < -limit ? -limit : v + 0.0f; // + 0: no negative zeros
-}
 
 // Index of the largest scale not above y (y >= 0), 0 to 127.
 static SPLITQ_INLINE int scale_below(float y) {
@@ -150,22 +115,6 @@ static inline void pack_sq2(splitq_block_sq2 * b, const uint8_t * codes) {
 static inline int code_sq4(const splitq_block_sq4 * b, int i) { return get_4bit(b->qs, i); }
 static inline int code_sq3(const splitq_block_sq3 * b, int i) { return get_2bit(b->qs, i) | (b->qh[i/8] >> i%8 & 1) << 2; }
 static inline int code_sq2(const splitq_block_sq2 * b, int i) { return get_2bit(b->qs, i); }
-
-static const float unweighted[SPLITQ_QK] = {
-    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-};
-
-// A block whose columns all have weight 0 is encoded as if they had weight 1.
-static inline const float * block_weight(const float * imatrix) {
-    if (imatrix) {
-        for (int j = 0; j < SPLITQ_QK; ++j) {
-            if (imatrix[j] > 0) {
-                return imatrix;
-            }
-        }
-    }
-    return unweighted;
-}
 
 // encode_<type>: one row, with the importance of its columns or NULL.
 #define SPLITQ_LEVELS(name, down, up, lower, middle, upper)                                                     \

@@ -3,8 +3,12 @@
 // stay in the memory-mapped file.
 #include "splitq-hook.h"
 
+#include "sdr-a4.h"
 #include "splitq-mul.h"
 #include "traits.h"
+
+#include <cstdlib>
+#include <string>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -23,6 +27,17 @@ class traits : public ggml::cpu::tensor_traits {
     }
 };
 
+class razored_traits : public ggml::cpu::tensor_traits {
+    bool work_size(int, const ggml_tensor * op, size_t & size) override {
+        size = sdr_a4_work_size(op);
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        return sdr_a4_forward(params, op);
+    }
+};
+
 class hook : public ggml::cpu::extra_buffer_type {
     // of an operation whose weights are, or would be, in this buffer type
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
@@ -35,6 +50,12 @@ class hook : public ggml::cpu::extra_buffer_type {
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         static traits instance;
+        static razored_traits razored;
+        static const char * wanted = getenv("SPLITQ_W4A4");
+        static const bool   w4a4   = wanted && std::string(wanted) == "1";
+        if (w4a4 && sdr_a4_claims(op)) {
+            return &razored;
+        }
         return splitq_mul_claims(op) ? &instance : nullptr;
     }
 };
