@@ -59,7 +59,7 @@ def convert(
     limit = parse_size(max_ram)
     threads = check_threads(threads)
     check_choice(type, bpw, plan_file, save_plan, calib)
-    check_calibration(calib, calib_tokens, imatrix, hessians)
+    check_calibration(calib, calib_tokens, imatrix, hessians, tune)
     saved = mix.load(plan_file) if plan_file else None
     bpw = saved.bpw if saved else bpw
     type, label = (type, types.get(type).name) if type else (mix.base(bpw), mix.label(bpw))
@@ -228,13 +228,20 @@ def check_choice(
 
 
 def check_calibration(
-    calib: str | Path | None, tokens: int, imatrix: str | Path | None, hessians: str | Path | None = None
+    calib: str | Path | None,
+    tokens: int,
+    imatrix: str | Path | None,
+    hessians: str | Path | None = None,
+    tune: bool = False,
 ) -> None:
     """UsageError unless the options of a calibration fit together."""
     if calib and imatrix:
         raise UsageError("--calib and --imatrix exclude each other: the calibration measures the whole Hessian itself")
-    if hessians and not calib:
-        raise UsageError(f"--hessians {hessians}: they are measured on a text: give --calib TEXT, or --calib self")
+    if (hessians or tune) and not calib:
+        option = f"--hessians {hessians}" if hessians else "--tune"
+        raise UsageError(f"{option} needs a text to run the model on: give --calib TEXT, or --calib self")
+    if hessians and (Path(hessians).is_dir() or not Path(hessians).absolute().parent.is_dir()):
+        raise UsageError(f"--hessians {hessians}: not a file in a folder that exists: name another")
     if calib and calib != "self" and not Path(calib).is_file():
         raise UsageError(f"{calib}: there is no such text: give a file, or `self`")
     if tokens < 2048:
@@ -242,8 +249,8 @@ def check_calibration(
 
 
 def calibration_report(solved) -> dict | None:
-    """What the calibration did: tokens seen, output error of every solved tensor by stage, tensors left out."""
-    return solved and {key: getattr(solved, key) for key in ("tokens", "errors", "left", "pooled", "tuned")}
+    """What the calibration did: tokens, seconds, output error of every solved tensor by stage, tensors left out ..."""
+    return solved and {key: getattr(solved, key) for key in ("tokens", "seconds", "errors", "left", "pooled", "tuned")}
 
 
 def peak_ram(

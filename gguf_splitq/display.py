@@ -52,9 +52,14 @@ def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stat
         errors = result["calibration"]["errors"].values()
         total = {stage: sum(e[stage] for e in errors) for stage in ("nearest", "polish")}
         share = total["polish"] / total["nearest"] if total["nearest"] else 1
-        out.print(f"error feedback: output error {share:.1%} of nearest rounding's on {len(errors)} tensors")
+        cost = f"{result['calibration']['tokens']:,} tokens in {result['calibration']['seconds'] / 60:.1f} minutes"
+        out.print(f"error feedback: output error {share:.1%} of nearest rounding's on {len(errors)} tensors, {cost}")
         if left := result["calibration"]["left"]:
             out.print(f"no layer of the model matches {len(left)} tensors, {left[0]} first: rounded to nearest")
+        if pooled := result["calibration"]["pooled"]:
+            out.print(f"{len(pooled)} experts saw too few tokens and took the Hessian of all, {pooled[0]} first")
+        if tuned := result["calibration"]["tuned"]:
+            out.print(f"tuning: held-out KL divergence {tuned['before']:.5f} before, {tuned['after']:.5f} after")
     if result["without_importance"]:
         count = len(result["without_importance"])
         out.print(f"no importance data for {count} quantized tensors, {result['without_importance'][0]} first")

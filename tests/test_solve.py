@@ -236,6 +236,9 @@ def test_calibration_options_that_do_not_fit_are_refused(checkpoint, tmp_path):
         ({"calib": str(tmp_path / "none.txt")}, "there is no such text"),
         ({"calib": "self", "calib_tokens": 10}, "too few"),
         ({"calib": str(short)}, "too few to calibrate on"),
+        ({"tune": True}, "--tune needs a text"),
+        ({"hessians": "h.gguf"}, "--hessians h.gguf needs a text"),
+        ({"calib": str(text), "hessians": tmp_path / "none" / "h.gguf"}, "not a file in a folder that exists"),
     ]:
         with pytest.raises(errors.SplitqError, match=cause):
             convert.convert(folder, "sq4", outfile=tmp_path / "out.gguf", **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class Solved:
 
     left: tensors of a type the solver handles that no linear layer of the model matches; they are rounded to nearest.
     pooled: matrices solved with the Hessian of all experts of the layer, because this expert saw too few tokens.
-    tuned: the held-out divergence before and after training, in nats a token.
+    seconds: of the whole run. tuned: the held-out divergence before and after training, in nats a token.
     """
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Solved:
     left: list[str] = field(default_factory=list)
     pooled: list[str] = field(default_factory=list)
     tokens: int = 0
+    seconds: float = 0.0
     tuned: dict[str, float] | None = None
 
     def add(self, rows: Mapping[str, np.ndarray], report: dict) -> None:
@@ -69,6 +71,7 @@ def run(
     written. tune: train scales and norms.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
+    start = time.monotonic()
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Model(folder, device, _fast(device))
@@ -92,6 +95,7 @@ def run(
             journal.keep("tuned", *changed)
         rows, solved.tuned = journal.find("tuned")
         solved.rows |= rows
+    solved.seconds = round(time.monotonic() - start, 1)
     return solved
 
 
