@@ -185,30 +185,9 @@ def test_damping_is_raised_until_it_is_enough(runtime_library):
     assert result.errors["polish"] < result.errors["nearest"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random two-layer Llama with the demo's vocabulary, and a text."""
-    import shutil
-    from pathlib import Path
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    demo = Path(__file__).parent.parent / "examples" / "demo"
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(demo / name, folder)
-    return folder, demo / "calib.txt"
-
-
 @pytest.mark.parametrize("calib", ["text", "self"])
-def test_conversion_with_calibration(runtime_library, checkpoint, tmp_path, calib):
-    folder, text = checkpoint
+def test_conversion_with_calibration(runtime_library, tiny_llama, tmp_path, calib):
+    folder, text = tiny_llama
     calib = str(text) if calib == "text" else calib
     options = {"calib": calib, "calib_tokens": 2048, "report": tmp_path / "report.json"}
     fed = convert.convert(folder, "sq4", outfile=tmp_path / "fed.gguf", threads=1, **options)
@@ -227,8 +206,8 @@ def test_conversion_with_calibration(runtime_library, checkpoint, tmp_path, cali
         assert again.read_bytes() == fed.read_bytes()
 
 
-def test_calibration_options_that_do_not_fit_are_refused(checkpoint, tmp_path):
-    folder, text = checkpoint
+def test_calibration_options_that_do_not_fit_are_refused(tiny_llama, tmp_path):
+    folder, text = tiny_llama
     short = tmp_path / "short.txt"
     short.write_text("too short")
     for options, cause in [
