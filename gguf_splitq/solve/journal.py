@@ -2,8 +2,9 @@
 
     .OUT.gguf.unfinished/
         settings.json             what decides the result, by name
-        tokens.safetensors        the calibration tokens and what each counts
+        tokens.safetensors        the calibration tokens
         layer-00000.safetensors   packed rows of the layer's tensors; their errors as JSON in the metadata
+        hessians-00000.safetensors, tuned.safetensors   with --hessians and --tune
 
 Each file appears whole or not at all. The folder is gone when the output is there.
 """
