@@ -56,7 +56,7 @@ def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threa
         seconds[f"{step} s"], start = time.perf_counter() - start, time.perf_counter()
 
     def solve(layer: calibrate.Layer) -> None:
-        solver.solve(layer.weight.float(), layer.hessian, formats.for_type(target, device))
+        solver.solve(layer.weight.float().cpu(), layer.hessian.cpu(), formats.for_type(target))
 
     for _, layers in calibrate.run(model, text, folder):
         lap("calibration")

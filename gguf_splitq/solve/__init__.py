@@ -63,7 +63,7 @@ def run(
     hessians: str | Path | None = None,
     tune: bool = False,
 ) -> Solved:
-    """Solve every tensor that has a format, on a GPU when there is one.
+    """Solve every tensor that has a format; the model runs on a GPU when there is one.
 
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
     from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
@@ -78,12 +78,12 @@ def run(
     cache = Hessians(hessians, journal, len(model)) if hessians else None
     sample = None if cache and cache.complete and not tune else _sample(model, calib, tokens, journal)
     solved = Solved(tokens=tokens if sample is None else sample.numel())
-    # The solver's operations are too small to share: one matrix to a thread, and one thread to a matrix.
+    # The solver's operations are too small to share, or for a GPU: a matrix to a thread, and a thread to a matrix.
     with ThreadPoolExecutor(solvers, "solve", lambda: torch.set_num_threads(1)) as pool:
         for index, layers in _calibrated(model, sample, journal, cache, progress):
             if journal.find(_part(index)) is None:
                 wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
-                _solve_layer(file, wanted, layers, pool, journal, index, device)
+                _solve_layer(file, wanted, layers, pool, journal, index)
     for index in range(len(model)):
         solved.add(*journal.find(_part(index)))
     if cache:
@@ -148,7 +148,6 @@ def _solve_layer(
     pool: ThreadPoolExecutor,
     journal: Journal,
     index: int,
-    device: str,
 ) -> None:
     """Solve the layer's tensors and keep the rows."""
     rows, errors, left, pooled = {}, {}, [], []
@@ -156,7 +155,7 @@ def _solve_layer(
     def solve(entry: Entry) -> None:
         if formats.for_type(entry.target) is None:
             return
-        if found := _solve_tensor(file, entry, layers, device):
+        if found := _solve_tensor(file, entry, layers):
             rows[entry.name], errors[entry.name], poor = found
             pooled.extend(poor)
         else:
@@ -168,10 +167,10 @@ def _solve_layer(
 
 
 def _solve_tensor(
-    file: Gguf, entry: Entry, layers: list[calibrate.Layer], device: str
+    file: Gguf, entry: Entry, layers: list[calibrate.Layer]
 ) -> tuple[np.ndarray, dict[str, float], list[str]] | None:
     """(uint8 [n_rows, row_bytes], errors by stage, the experts that took the pooled Hessian), None when unmatched."""
-    fmt, matrices, errors, pooled = formats.for_type(entry.target, device), [], [], []
+    fmt, matrices, errors, pooled = formats.for_type(entry.target), [], [], []
     for rows in each_matrix(file, entry.tensor):
         found = calibrate.match(rows, layers)
         if found is None or found[0].hessian is None:
@@ -180,7 +179,7 @@ def _solve_tensor(
         if layer.pooled:
             pooled.append(f"{entry.name}[{len(matrices)}]")
         try:
-            solution = solver.solve(torch.from_numpy(rows).to(device), layer.hessian, fmt)
+            solution = solver.solve(torch.from_numpy(rows), layer.hessian.cpu(), fmt)
         except InputError as error:
             raise InputError(f"tensor {entry.name!r}: {error}") from error
         matrices.append(solution.packed.cpu().numpy())

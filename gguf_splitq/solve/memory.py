@@ -1,6 +1,6 @@
 """How much memory a calibration takes, stated before it starts. Pure: tensors' shapes and options in, bytes out.
 
-Bounds for the CPU; on a GPU what belongs to one layer is in the GPU's memory. Tests hold conversions to them.
+Bounds for the CPU; on a GPU the layer being run is in the GPU's memory. Tests hold conversions to them.
 """
 
 from __future__ import annotations
