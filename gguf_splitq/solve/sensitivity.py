@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ..gguf_file import Gguf, Tensor
-from ..rewrite import to_float32
+from ..rewrite import each_matrix
 from ..types import TensorType
 from . import calibrate, fisher, formats
 from .model import CONTEXT, Model
@@ -110,8 +110,7 @@ def _cost(
 ) -> dict[str, float] | None:
     """Type -> divergence in nats, summed over the tokens; of a stack of experts, summed over the experts."""
     total = dict.fromkeys((t.name for t in types), 0.0)
-    for first in range(0, tensor.n_rows, tensor.shape[-2]):
-        rows = to_float32(file.read_rows(tensor, first, tensor.shape[-2]), tensor.type_id)
+    for rows in each_matrix(file, tensor):
         match = calibrate.match(rows, layers)
         if match is None:
             if len(tensor.shape) > 2:
