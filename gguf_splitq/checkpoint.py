@@ -37,7 +37,6 @@ class Source:
 
     name: str
     path: Path  # of the Hugging Face folder or of the GGUF file
-    scratch: Path  # a temporary folder beside the output, there until the end
     header: Gguf
     files: list[Path]  # all inputs, none of which may be overwritten
     child: _Child | None = None
@@ -51,7 +50,7 @@ class Source:
 def opened(
     model: str | Path, scratch: Path, revision: str | None = None, header_only: bool = False
 ) -> Iterator[Source]:
-    """Resolve and check MODEL. scratch: where a temporary folder may be made, for the intermediate file among others.
+    """Resolve and check MODEL. scratch: the folder for the intermediate file, which is gone afterwards.
 
     Raises UsageError (no such model), InputError (damaged), UnsupportedError (pickles, unknown architecture),
     EnvironmentFailed (network, disk, a missing package).
@@ -59,16 +58,14 @@ def opened(
     path, name = resolve(str(model), revision)
     if path.is_file():
         with gguf_file.read(path) as file:
-            name = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)
-            with temporary_folder(scratch, name) as temp:
-                yield Source(name, path, temp, file, file.files)
+            yield Source(re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name), path, file, file.files)
         return
     shards, outtype = check_folder(path)
     hub_name = "" if Path(model).exists() else name  # a downloaded folder is named by a hash
     total = sum(shard.stat().st_size for shard in shards)
     with temporary_folder(scratch, name) as temp:
         with _Child(path, temp / "model.gguf", outtype, hub_name, total, header_only) as child:
-            yield Source(name, path, temp, child.header(), [*shards, path / "config.json"], child)
+            yield Source(name, path, child.header(), [*shards, path / "config.json"], child)
 
 
 def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:

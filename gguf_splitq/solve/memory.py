@@ -11,14 +11,13 @@ from collections.abc import Sequence
 
 from ..gguf_file import Tensor
 from ..plan import Entry
+from .model import BATCH, CONTEXT, SAMPLED
 from .solver import WEIGHTS
 
 BASE = 896 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
 SOLVER = 360  # bytes per weight of the rows that are coded at a time; measured, as are the other factors
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
-CONTEXT, BATCH = 512, 8  # tokens per sequence, sequences per batch: those of model.py
-SAMPLED = 64  # sequences drawn at a time
 
 
 def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = False, tune: bool = False) -> int:
