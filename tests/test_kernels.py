@@ -5,6 +5,7 @@ The C sources of the patch series are built here by themselves (tests/c/driver.c
 ones run under qemu-aarch64.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -59,16 +60,26 @@ def build(target: str, tree: Path, folder: Path) -> list[str]:
         for tool in (compiler, "qemu-aarch64"):
             if shutil.which(tool) is None:
                 pytest.skip(f"{tool} is not installed: apt-get install gcc-aarch64-linux-gnu qemu-user")
-    program = folder / target
+    program = compile_driver(compiler, flags, tree, folder / target)
+    if not emulated and needs not in CPU_FLAGS:
+        pytest.skip(f"compiles, but this processor has no {needs}")
+    return (["qemu-aarch64", "-cpu", needs] if emulated else []) + [str(program)]
+
+
+def compile_driver(compiler: str, flags: list[str], tree: Path, program: Path) -> Path:
     includes = [f"-I{tree / 'ggml' / part}" for part in ("include", "src", "src/ggml-cpu")]
     subprocess.run(
         [compiler, "-std=gnu11", "-O2", "-ffp-contract=off", *flags, *includes,
          str(Path(__file__).parent / "c" / "driver.c"), "-o", str(program), "-lm", "-pthread"],
         check=True,
     )  # fmt: skip
-    if not emulated and needs not in CPU_FLAGS:
-        pytest.skip(f"compiles, but this processor has no {needs}")
-    return (["qemu-aarch64", "-cpu", needs] if emulated else []) + [str(program)]
+    return program
+
+
+@pytest.mark.parametrize("flags", [["-mavx", "-mf16c"], AVX512[:-1]], ids=["ivybridge", "skylakex"])
+def test_sets_between_those_above_compile(patched_tree, tmp_path, flags):
+    """GGML_CPU_ALL_VARIANTS builds for processors that have a part of what a kernel needs."""
+    compile_driver("gcc", flags, patched_tree, tmp_path / "driver")
 
 
 def run(command: list[str], *args, data: bytes) -> bytes:
@@ -205,14 +216,25 @@ def test_experts(driver, has_products, tensor_type, tokens, used, experts, share
         check_products(got, *((weights @ a[..., None])[..., 0] for a in (q8, y)))
 
 
-def test_interleaved_and_mapped_weights_give_the_same_perplexity(demo_f16, runtime_programs, tmp_path):
-    model = convert(demo_f16, "sq3", tmp_path / "sq3.gguf")
-    found = []
-    for options in ([], ["--no-repack"]):
-        command = [runtime_programs / "llama-perplexity", "-m", model, "-f", crafted.DEMO / "eval.txt", *options]
-        command += ["-c", "128", "--chunks", "2", "-t", "2", "--verbose"]
-        output = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-        output = output.stdout + output.stderr
-        assert ("CPU_SPLITQ model buffer" in output) == (not options)
-        found.append(float(re.search(r"Final estimate: PPL = ([\d.]+)", output)[1]))
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+def perplexity(programs, model, *options, environment=None) -> tuple[float, bool]:
+    """Of the demo's text; whether weights were interleaved."""
+    command = [programs / "llama-perplexity", "-m", model, "-f", crafted.DEMO / "eval.txt", *options]
+    command += ["-c", "128", "--chunks", "2", "-t", "2", "--verbose"]
+    environment = os.environ | (environment or {})
+    output = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, env=environment)
+    output = output.stdout + output.stderr
+    return float(re.search(r"Final estimate: PPL = ([\d.]+)", output)[1]), "CPU_SPLITQ model buffer" in output
+
+
+@pytest.mark.parametrize("name", ["sq3", "sdr4"])
+def test_interleaved_and_mapped_weights_give_the_same_perplexity(demo_f16, runtime_programs, tmp_path, name):
+    model = convert(demo_f16, name, tmp_path / f"{name}.gguf")
+    fast, interleaved = perplexity(runtime_programs, model)
+    assert interleaved
+    assert perplexity(runtime_programs, model, "--no-repack") == (pytest.approx(fast, rel=1e-4), False)
+
+
+def test_weights_for_activations_of_4_bits_are_not_interleaved(demo_f16, runtime_programs, tmp_path):
+    model = convert(demo_f16, "sdr4", tmp_path / "sdr4.gguf")
+    found, interleaved = perplexity(runtime_programs, model, environment={"SPLITQ_W4A4": "1"})
+    assert not interleaved and found != perplexity(runtime_programs, model)[0]

@@ -20,7 +20,7 @@
 
 // One instruction where the processor has it; ggml's own conversion takes a dozen.
 static inline float to_float(ggml_half h) {
-#if defined(__F16C__)
+#if defined(SPLITQ_AVX2) && defined(__F16C__)
     return _cvtsh_ss(h);
 #elif defined(SPLITQ_NEON)
     __fp16 f;
