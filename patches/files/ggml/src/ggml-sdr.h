@@ -45,6 +45,8 @@ static const float sdr_step[256] = {
 #undef SDR_OCTAVE_2
 #undef SDR_RANGE
 
+static const int8_t splitq_levels_sdr4[16] = { 0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1 };
+
 GGML_API void sdr_quantize_row_sdr4  (const float * x, void * y, int64_t k);
 GGML_API void sdr_dequantize_row_sdr4(const void * x, float * y, int64_t k);
 

@@ -29,8 +29,7 @@ static inline lanes shifted(lanes l, const int32_t * shift, uint8_t add0, uint8_
 }
 
 static inline ints codes_of(const splitq_block_sdr4 * x) {
-    static const int8_t twos_complement[16] = { 0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1 };
-    return look_up(load_4bit(x->qs), twos_complement);
+    return look_up(load_4bit(x->qs), splitq_levels_sdr4);
 }
 
 static inline lanes dot_q8_0(const splitq_block_sdr4 * x, const block_q8_0 * y) {

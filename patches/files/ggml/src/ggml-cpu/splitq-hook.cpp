@@ -1,4 +1,5 @@
-// Hands MUL_MAT and MUL_MAT_ID with weights of the SplitQuantV2 family to splitq-mul.c, wherever on the CPU the weights are.
+// Hands MUL_MAT and MUL_MAT_ID with weights of the SplitQuantV2 family, and sdr4's, to splitq-mul.c, wherever on the CPU the
+// weights are.
 // In this buffer type, which llama.cpp prefers unless told --no-repack, they are interleaved at load; with --no-repack they
 // stay in the memory-mapped file.
 #include "splitq-hook.h"
@@ -38,12 +39,19 @@ class razored_traits : public ggml::cpu::tensor_traits {
     }
 };
 
+// Whether sdr4 weights meet activations of 4 bits: sdr-a4.c reads them as they are in the file.
+bool w4a4() {
+    static const char * wanted = getenv("SPLITQ_W4A4");
+    static const bool   is_one = wanted && std::string(wanted) == "1";
+    return is_one;
+}
+
 class hook : public ggml::cpu::extra_buffer_type {
     // of an operation whose weights are, or would be, in this buffer type
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
         const ggml_tensor * x = op->src[0];
         const ggml_tensor * y = op->src[1];
-        return splitq_mul_claims(op) && ggml_n_dims(x) == (op->op == GGML_OP_MUL_MAT ? 2 : 3) && splitq_mul_can_interleave(x) &&
+        return !(w4a4() && sdr_a4_claims(op)) && splitq_mul_claims(op) && ggml_n_dims(x) == (op->op == GGML_OP_MUL_MAT ? 2 : 3) && splitq_mul_can_interleave(x) &&
                x->buffer && x->buffer->buft == splitq_hook_buffer_type() &&
                (!y->buffer || ggml_backend_buft_is_host(y->buffer->buft));
     }
@@ -51,9 +59,7 @@ class hook : public ggml::cpu::extra_buffer_type {
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         static traits instance;
         static razored_traits razored;
-        static const char * wanted = getenv("SPLITQ_W4A4");
-        static const bool   w4a4   = wanted && std::string(wanted) == "1";
-        if (w4a4 && sdr_a4_claims(op)) {
+        if (w4a4() && sdr_a4_claims(op)) {
             return &razored;
         }
         return splitq_mul_claims(op) ? &instance : nullptr;

@@ -101,7 +101,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
 // mul_rows_<type>: rows times one token. A last group that is not whole is read beyond the row's end, which meets
 // activations of zero, or from a copy where that would be beyond `end`, the end of the tensor.
 // mul_panel_<type>: LANES rows times n tokens, n constant, 1 or even; y: a token's blocks after the other's.
-#define SPLITQ_KERNELS(name, units)                                                                                   \
+#define SPLITQ_KERNELS(name, units, scale)                                                                            \
     static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_t table, const struct few * y, vec_f sum) { \
         for (int g = 0; g < groups; ++g, x += LANES, ++y) {                                                           \
             vec_i part[4/units];                                                                                      \
@@ -116,7 +116,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
                 }                                                                                                     \
             }                                                                                                         \
             const vec_i dots = add_i(reduce_##units(part), load_i(y->bias));                                          \
-            sum = fma_f(to_f(dots), mul_f(scale_f(d), load_f(y->d)), sum);                                            \
+            sum = fma_f(to_f(dots), mul_f(scale(d), load_f(y->d)), sum);                                              \
         }                                                                                                             \
         return sum;                                                                                                   \
     }                                                                                                                 \
@@ -145,7 +145,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         for (int b = 0; b < nb; ++b, x += LANES*size, ++y) {                                                          \
             vec_b w[8];                                                                                               \
             panel_##name(x, table, w);                                                                                \
-            const vec_f d = scale_f(load_d(x + LANES*(size - 1)));                                                    \
+            const vec_f d = scale(load_d(x + LANES*(size - 1)));                                                      \
             if (n == 1) {                                                                                             \
                 sum[0] = fma_f(mul_f(to_f(dot_token(set_i(y->bias), w, y->q)), set_f(y->d)), d, sum[0]);              \
                 continue;                                                                                             \
@@ -173,9 +173,10 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         return 1;                                                                                                     \
     }
 
-SPLITQ_KERNELS(sq4, 1)
-SPLITQ_KERNELS(sq3, 2)
-SPLITQ_KERNELS(sq2, 2)
+SPLITQ_KERNELS(sq4,  1, scale_f)
+SPLITQ_KERNELS(sq3,  2, scale_f)
+SPLITQ_KERNELS(sq2,  2, scale_f)
+SPLITQ_KERNELS(sdr4, 1, scale_sdr4)
 
 struct kernels {
     int units;
@@ -184,13 +185,15 @@ struct kernels {
 };
 
 static const struct kernels * kernels_of(enum ggml_type type) {
-    static const struct kernels sq4 = { 1, mul_rows_sq4, mul_panel_some_sq4 };
-    static const struct kernels sq3 = { 2, mul_rows_sq3, mul_panel_some_sq3 };
-    static const struct kernels sq2 = { 2, mul_rows_sq2, mul_panel_some_sq2 };
+    static const struct kernels sq4  = { 1, mul_rows_sq4,  mul_panel_some_sq4 };
+    static const struct kernels sq3  = { 2, mul_rows_sq3,  mul_panel_some_sq3 };
+    static const struct kernels sq2  = { 2, mul_rows_sq2,  mul_panel_some_sq2 };
+    static const struct kernels sdr4 = { 1, mul_rows_sdr4, mul_panel_some_sdr4 };
     switch (type) {
-        case GGML_TYPE_SPLITQ_SQ4: return &sq4;
-        case GGML_TYPE_SPLITQ_SQ3: return &sq3;
-        case GGML_TYPE_SPLITQ_SQ2: return &sq2;
+        case GGML_TYPE_SPLITQ_SQ4:  return &sq4;
+        case GGML_TYPE_SPLITQ_SQ3:  return &sq3;
+        case GGML_TYPE_SPLITQ_SQ2:  return &sq2;
+        case GGML_TYPE_SPLITQ_SDR4: return &sdr4;
         default: return NULL;
     }
 }

@@ -13,9 +13,22 @@
 //   reduce_1, reduce_2     LANES sums of a block, from 4 or 2 vectors with 4 or 2 sums for each block
 //   unpack_<type>  rows as stored: the levels of vector v's blocks, see struct few; adds their scale bytes to d, returns it
 //   panel_<type>   interleaved rows: w[i] has levels 4*i .. 4*i + 3 of a block of LANES rows
+//   scale_f, scale_sdr4        scale bytes as floats, 2^4 times too large
 #pragma once
 
+#include "ggml-sdr.h"
 #include "splitq-ints.h"
+
+#define table_sdr4 splitq_levels_sdr4
+
+#if defined(SPLITQ_AVX2)
+// Of bytes d of sdr4: the index of the step where every octave has 4. A difference below 0 wraps around, to one that is larger.
+static inline __m128i sdr_index(__m128i d) {
+    const __m128i fine   = _mm_min_epu8(d, _mm_sub_epi8(d, _mm_set1_epi8(SDR_FINE)));
+    const __m128i coarse = _mm_min_epu8(_mm_sub_epi8(d, _mm_set1_epi8((char) SDR_SHIFT_2ND)), _mm_sub_epi8(d, _mm_set1_epi8((char) SDR_SHIFT_1ST)));
+    return _mm_min_epu8(fine, _mm_adds_epu8(coarse, coarse));
+}
+#endif
 
 #if defined(SPLITQ_AVX512) && defined(__AVX512VBMI__) && defined(__AVX512DQ__)
 
@@ -85,6 +98,13 @@ static inline vec_f scale_f(vec_d d) {
     return _mm512_cvtph_ps(half);
 }
 
+static inline vec_f scale_sdr4(vec_d d) {
+    const __m128i   fine     = _mm_set1_epi8(SDR_FINE);
+    const __mmask16 negative = _mm_cmplt_epu8_mask(_mm_sub_epi8(d, fine), fine);
+    const vec_i     step     = add_i(_mm512_slli_epi32(_mm512_cvtepu8_epi32(sdr_index(d)), 21), set_i((127 - 15 + 4) << 23));
+    return _mm512_castsi512_ps(_mm512_mask_or_epi32(step, negative, step, set_i(INT32_MIN)));
+}
+
 // The blocks of one vector, 52 to 104 bytes, are seen through two loads that do not read past them.
 #define AT(byte, span) (char) ((byte) < 64 ? (byte) : (byte) - (span) + 128)
 #define AT4(byte, span)  AT(byte, span), AT(byte + 1, span), AT(byte + 2, span), AT(byte + 3, span)
@@ -95,11 +115,13 @@ static inline vec_f scale_f(vec_d d) {
 #define QH(byte, span) AT4(byte, span), 0, 0, 0, 0
 #define PAIR2(a, b, span) AT(a, span), AT(b, span), AT(a, span), AT(b, span)
 #define SAME4(a, span) AT(a, span), AT(a, span), AT(a, span), AT(a, span)
+#define SAME16(a, span) SAME4(a, span), SAME4(a, span), SAME4(a, span), SAME4(a, span)
 
 static const char at_qs_sq3[64] = EACH8(AT8, 13, 104, 0);
 static const char at_qh_sq3[64] = EACH8(QH,  13, 104, 8);
 static const char at_qs_sq2[64] = EACH8(AT8,  9,  72, 0);
 static const char at_d_sq4[64]  = { SAME4(12, 64), SAME4(29, 64), SAME4(46, 64), SAME4(63, 64) }; // of the second load
+static const char at_d_sdr4[64] = { SAME16(12, 64), SAME16(29, 64), SAME16(46, 64), SAME16(63, 64) };                   // the same
 static const char at_d_sq3[64]  = { PAIR2(12, 25, 104), PAIR2(38, 51, 104), PAIR2(64, 77, 104), PAIR2(90, 103, 104) };
 static const char at_d_sq2[64]  = { PAIR2(0, 9, 64), PAIR2(18, 27, 64), PAIR2(36, 45, 64), PAIR2(54, 63, 64) };     // the same
 
@@ -137,15 +159,36 @@ static inline vec_t load_tables(const int8_t * levels, int n) {
     return table;
 }
 
+// The codes of four blocks of 17 bytes.
+static inline vec_b load_4bit_codes(const void * x) {
+    const char * at = x;
+    vec_b q = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) at));
+    q = _mm512_mask_broadcast_i32x4(q, 0x00f0, _mm_loadu_si128((const __m128i *) (at + 17)));
+    q = _mm512_mask_broadcast_i32x4(q, 0x0f00, _mm_loadu_si128((const __m128i *) (at + 34)));
+    return _mm512_mask_broadcast_i32x4(q, 0xf000, _mm_loadu_si128((const __m128i *) (at + 51)));
+}
+
 static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
     const vec_b high = load_b((const char *) x + 4);
-    vec_b q = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) x[0].qs));
-    q = _mm512_mask_broadcast_i32x4(q, 0x00f0, _mm_loadu_si128((const __m128i *) x[1].qs));
-    q = _mm512_mask_broadcast_i32x4(q, 0x0f00, _mm_loadu_si128((const __m128i *) x[2].qs));
-    q = _mm512_mask_broadcast_i32x4(q, 0xf000, _mm_loadu_si128((const __m128i *) x[3].qs));
+    const vec_b q    = load_4bit_codes(x);
     level[0] = _mm512_permutexvar_epi8(q, table.places[0]);
     level[1] = _mm512_permutexvar_epi8(shift_right(q, 4), table.places[0]);
     return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(1, v), load_b(at_d_sq4), high));
+}
+
+static inline vec_b doubled(vec_b levels) {
+    return _mm512_add_epi8(levels, _mm512_xor_si512(levels, _mm512_set1_epi8((char) BIAS)));
+}
+
+static inline vec_d unpack_sdr4(const splitq_block_sdr4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
+    const vec_b end = load_b((const char *) x + 4);
+    const vec_b low = load_4bit_codes(x), high = shift_right(low, 4);
+    const vec_b own_d = _mm512_permutexvar_epi8(load_b(at_d_sdr4), end);
+    const __mmask64 first  = _mm512_cmpge_epu8_mask(own_d, _mm512_set1_epi8((char) SDR_SHIFT_1ST));
+    const __mmask64 second = _mm512_mask_cmpge_epu8_mask(~first, own_d, _mm512_set1_epi8((char) SDR_SHIFT_2ND));
+    level[0] = _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(low,  table.places[0]), first,  low,  doubled(table.places[0]));
+    level[1] = _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(high, table.places[0]), second, high, doubled(table.places[0]));
+    return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(1, v), load_b(at_d_sq4), end));
 }
 
 // Into bit `place` of each byte that bit of its 8 bytes of qh which is `more` after the one given by byte j of first.
@@ -183,6 +226,22 @@ static inline void panel_sq4(const uint8_t * x, vec_t table, vec_b w[8]) {
         const vec_b q = load_b(x + 4*LANES*i);
         w[i]     = _mm512_permutexvar_epi8(q, table.places[0]);
         w[i + 4] = _mm512_permutexvar_epi8(_mm512_srli_epi16(q, 4), table.places[0]);
+    }
+}
+
+// Bit 4 of an index says that the group is shifted.
+static inline void panel_sdr4(const uint8_t * x, vec_t table, vec_b w[8]) {
+    const vec_b levels = _mm512_mask_mov_epi8(table.places[0], 0xffff0000ffff0000, doubled(table.places[0]));
+    const vec_b code   = _mm512_set1_epi8(15);
+    const vec_d d      = load_d(x + 16*LANES);
+    const __mmask16 first  = _mm_cmpge_epu8_mask(d, _mm_set1_epi8((char) SDR_SHIFT_1ST));
+    const __mmask16 second = _mm_mask_cmpge_epu8_mask(~first, d, _mm_set1_epi8((char) SDR_SHIFT_2ND));
+    const vec_b bit0 = _mm512_maskz_set1_epi32(first,  0x10101010);
+    const vec_b bit1 = _mm512_maskz_set1_epi32(second, 0x10101010);
+    for (int i = 0; i < 4; ++i) {
+        const vec_b q = load_b(x + 4*LANES*i);
+        w[i]     = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi64(q, code, bit0, 0xea), levels);
+        w[i + 4] = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi64(_mm512_srli_epi16(q, 4), code, bit1, 0xea), levels);
     }
 }
 
@@ -294,6 +353,14 @@ static inline vec_f scale_f(vec_d d) {
     return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(word, 7), _mm_set1_epi16((short) 0xbfff)));
 }
 
+static inline vec_f scale_sdr4(vec_d d) {
+    const __m128i bytes    = _mm_loadl_epi64((const __m128i *) &d);
+    const vec_i   negated  = _mm256_cvtepu8_epi32(_mm_sub_epi8(bytes, _mm_set1_epi8(SDR_FINE)));
+    const vec_i   negative = _mm256_cmpgt_epi32(set_i(SDR_FINE), negated);
+    const vec_i   step     = add_i(_mm256_slli_epi32(_mm256_cvtepu8_epi32(sdr_index(bytes)), 21), set_i((127 - 15 + 4) << 23));
+    return _mm256_castsi256_ps(_mm256_or_si256(step, _mm256_slli_epi32(negative, 31)));
+}
+
 static inline vec_t load_tables(const int8_t * levels, int n) {
     GGML_UNUSED(n);
     const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) levels));
@@ -307,6 +374,20 @@ static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, vec_t table, v
     level[0] = _mm256_shuffle_epi8(table, _mm256_and_si256(q, m));
     level[1] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), m));
     return d | (vec_d) x[0].d << 8*v | (vec_d) x[1].d << (8*v + 32);
+}
+
+static inline vec_b doubled_where(vec_b levels, vec_b where) {
+    return _mm256_add_epi8(levels, _mm256_and_si256(where, _mm256_xor_si256(levels, _mm256_set1_epi8((char) BIAS))));
+}
+
+static inline vec_d unpack_sdr4(const splitq_block_sdr4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
+    d = unpack_sq4((const splitq_block_sq4 *) x, v, table, level, d);
+    const __m256i own_d  = _mm256_setr_m128i(_mm_set1_epi32(x[0].d), _mm_set1_epi32(x[1].d));
+    const __m256i first  = _mm256_cmpgt_epi32(own_d, set_i(SDR_SHIFT_1ST - 1));
+    const __m256i either = _mm256_cmpgt_epi32(own_d, set_i(SDR_SHIFT_2ND - 1));
+    level[0] = doubled_where(level[0], first);
+    level[1] = doubled_where(level[1], _mm256_andnot_si256(first, either));
+    return d;
 }
 
 // Four fields of 8 bytes, a qs each.
@@ -345,6 +426,17 @@ static inline void panel_sq4(const uint8_t * x, vec_t table, vec_b w[8]) {
         const vec_b q = load_b(x + 4*LANES*i);
         w[i]     = _mm256_shuffle_epi8(table, _mm256_and_si256(q, m));
         w[i + 4] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), m));
+    }
+}
+
+static inline void panel_sdr4(const uint8_t * x, vec_t table, vec_b w[8]) {
+    const vec_i d      = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (x + 16*LANES)));
+    const vec_b first  = _mm256_cmpgt_epi32(d, set_i(SDR_SHIFT_1ST - 1));
+    const vec_b either = _mm256_cmpgt_epi32(d, set_i(SDR_SHIFT_2ND - 1));
+    panel_sq4(x, table, w);
+    for (int i = 0; i < 4; ++i) {
+        w[i]     = doubled_where(w[i], first);
+        w[i + 4] = doubled_where(w[i + 4], _mm256_andnot_si256(first, either));
     }
 }
 
@@ -469,6 +561,16 @@ static inline vec_f scale_f(vec_d d) {
     return vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(vshl_n_s16(word, 7), vdup_n_s16((int16_t) 0xbfff))));
 }
 
+// Of bytes d: the index of the step where every octave has 4. A difference below 0 wraps around, to one that is larger.
+static inline vec_f scale_sdr4(vec_d d) {
+    const uint8x8_t bytes  = vreinterpret_u8_u32(vdup_n_u32(d)), negated = vsub_u8(bytes, vdup_n_u8(SDR_FINE));
+    const uint8x8_t coarse = vmin_u8(vsub_u8(bytes, vdup_n_u8(SDR_SHIFT_2ND)), vsub_u8(bytes, vdup_n_u8(SDR_SHIFT_1ST)));
+    const uint8x8_t index  = vmin_u8(vmin_u8(bytes, negated), vqadd_u8(coarse, coarse));
+    const uint8x8_t sign   = vclt_u8(negated, vdup_n_u8(SDR_FINE));
+    const uint32x4_t step  = vaddq_u32(vshlq_n_u32(vmovl_u16(vget_low_u16(vmovl_u8(index))), 21), vdupq_n_u32((127 - 15 + 4) << 23));
+    return vreinterpretq_f32_u32(vorrq_u32(step, vshlq_n_u32(vmovl_u16(vget_low_u16(vmovl_u8(sign))), 31)));
+}
+
 static inline vec_t load_tables(const int8_t * levels, int n) {
     GGML_UNUSED(n);
     return vld1q_s8(levels);
@@ -478,6 +580,16 @@ static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, vec_t table, v
     const uint8x16_t q = vld1q_u8(x->qs);
     level[0] = vqtbl1q_s8(table, vandq_u8(q, vdupq_n_u8(15)));
     level[1] = vqtbl1q_s8(table, vshrq_n_u8(q, 4));
+    return d | (vec_d) x->d << 8*v;
+}
+
+// Codes are their own levels: from the upper half of a byte, to their place and, if shifted, one further.
+static inline vec_d unpack_sdr4(const splitq_block_sdr4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
+    GGML_UNUSED(table);
+    const int8x16_t q = vreinterpretq_s8_u8(vld1q_u8(x->qs));
+    const bool first = x->d >= SDR_SHIFT_1ST, second = x->d >= SDR_SHIFT_2ND && !first;
+    level[0] = vshlq_s8(vshlq_n_s8(q, 4), vdupq_n_s8(first - 4));
+    level[1] = vshlq_s8(vandq_s8(q, vdupq_n_s8((int8_t) 0xf0)), vdupq_n_s8(second - 4));
     return d | (vec_d) x->d << 8*v;
 }
 
@@ -514,6 +626,21 @@ static inline void panel_sq4(const uint8_t * x, vec_t table, vec_b w[8]) {
         const uint8x16_t q = vld1q_u8(x + 4*LANES*i);
         w[i]     = vqtbl1q_s8(table, vandq_u8(q, vdupq_n_u8(15)));
         w[i + 4] = vqtbl1q_s8(table, vshrq_n_u8(q, 4));
+    }
+}
+
+static inline void panel_sdr4(const uint8_t * x, vec_t table, vec_b w[8]) {
+    GGML_UNUSED(table);
+    static const uint8_t rows[16] = { 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3 };
+    const uint8x16_t d      = vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(load_d(x + 16*LANES))), vld1q_u8(rows));
+    const uint8x16_t first  = vcgeq_u8(d, vdupq_n_u8(SDR_SHIFT_1ST));
+    const uint8x16_t second = vbicq_u8(vcgeq_u8(d, vdupq_n_u8(SDR_SHIFT_2ND)), first);
+    const int8x16_t  shift0 = vsubq_s8(vdupq_n_s8(-4), vreinterpretq_s8_u8(first)); // true is -1
+    const int8x16_t  shift1 = vsubq_s8(vdupq_n_s8(-4), vreinterpretq_s8_u8(second));
+    for (int i = 0; i < 4; ++i) {
+        const int8x16_t q = vreinterpretq_s8_u8(vld1q_u8(x + 4*LANES*i));
+        w[i]     = vshlq_s8(vshlq_n_s8(q, 4), shift0);
+        w[i + 4] = vshlq_s8(vandq_s8(q, vdupq_n_s8((int8_t) 0xf0)), shift1);
     }
 }
 
