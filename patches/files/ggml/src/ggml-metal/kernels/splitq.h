@@ -1,0 +1,112 @@
+// sq4, sq3 and sq2 for Metal: decoding, and matrix times vector. Included by dequantize.h when GGML_METAL_SPLITQ is on;
+// products with many columns and get_rows are upstream's templates around splitq_dequantize. tests/test_metal.py of
+// gguf-splitq runs this file on the CPU; no device has run it.
+
+// 32 weights of sq4, sq3 or sq2, which have 4, 3 or 2 bits; bytes are read one by one, for a block has no alignment.
+template<short bits>
+struct splitq_block {
+    uint8_t qs[4*bits];  // sq3: the low two bits of all codes, then their high bits
+    uint8_t d;
+};
+
+// The levels of a type with so many bits: splitq_levels[4 - bits]
+#define SPLITQ_LEVELS(name, down, up, lower, middle, upper) { lower, middle, upper },
+constexpr constant static float splitq_levels[3][16] = {
+#include "ggml-splitq-levels.h"
+};
+#undef SPLITQ_LEVELS
+
+// 15 bits hold the value of every scale byte, in units of 2^-21; no step needs a float below the normal ones.
+static inline float splitq_scale(uint8_t d) {
+    const short shift = (d >> 3) & 15;
+    const float scale = ((d & 7) | (shift > 0) << 3) << (shift - (shift > 0));
+    return scale*(d & 128 ? -1.f/(1 << 21) : 1.f/(1 << 21));
+}
+
+// code of weight i, 0 .. 31
+template<short bits>
+static inline short splitq_code(device const splitq_block<bits> * b, short i) {
+    if (bits == 4) {
+        return (b->qs[i%16] >> 4*(i/16)) & 15;
+    }
+    const short low = (b->qs[i%8] >> 2*(i/8)) & 3;
+    return bits == 2 ? low : low | ((b->qs[4*bits - 4 + i/8] >> i%8) & 1) << 2;
+}
+
+// Weights 16*il .. 16*il + 15. A product of scale and level has 11 bits, so halves are exact down to 2^-14.
+template<short bits, typename type4x4>
+void splitq_dequantize(device const splitq_block<bits> * b, short il, thread type4x4 & reg) {
+    const float d = splitq_scale(b->d);
+    FOR_UNROLL (short i = 0; i < 16; ++i) {
+        reg[i/4][i%4] = d*splitq_levels[4 - bits][splitq_code<bits>(b, 16*il + i)];
+    }
+}
+
+// Each of N_SG_SPLITQ simdgroups multiplies N_R0_SPLITQ rows with one column; a thread takes half a block of every 16.
+template<short bits, typename args_t>
+void splitq_mul_mv_impl(
+        args_t args,
+        device const char * src0,
+        device const char * src1,
+        device       char * dst,
+        threadgroup  char * shmem,
+        uint3  tgpig,
+        ushort tiisg,
+        ushort sgitg) {
+    // looked up here rather than in constant memory, as for IQ4_NL
+    threadgroup float * levels = (threadgroup float *) shmem;
+    levels[tiisg%16] = splitq_levels[4 - bits][tiisg%16];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    const int  r0  = (tgpig.x*N_SG_SPLITQ + sgitg)*N_R0_SPLITQ;
+    const uint i12 = tgpig.z%args.ne12;
+    const uint i13 = tgpig.z/args.ne12;
+
+    device const char  * x = src0 + (i12/args.r2)*args.nb02 + (i13/args.r3)*args.nb03;
+    device const float * y = (device const float *) (src1 + tgpig.y*args.nb11 + i12*args.nb12 + i13*args.nb13);
+
+    float sums[N_R0_SPLITQ] = { 0.f };
+
+    for (int ib = tiisg/2; ib < args.ne00/32; ib += N_SIMDWIDTH/2) {
+        const short i0 = 16*(tiisg%2);
+
+        float yl[16];
+        FOR_UNROLL (short i = 0; i < 16; ++i) {
+            yl[i] = y[32*ib + i0 + i];
+        }
+
+        FOR_UNROLL (short row = 0; row < N_R0_SPLITQ; ++row) {
+            // past the last row the last one is read again, and dropped
+            device const splitq_block<bits> * b = (device const splitq_block<bits> *) (x + min(r0 + row, args.ne01 - 1)*args.nb01) + ib;
+
+            float sum = 0.f;
+            FOR_UNROLL (short i = 0; i < 16; ++i) {
+                sum += yl[i]*levels[splitq_code<bits>(b, i0 + i)];
+            }
+            sums[row] += splitq_scale(b->d)*sum;
+        }
+    }
+
+    device float * out = (device float *) dst + ((uint64_t) tgpig.z*args.ne1 + tgpig.y)*args.ne0;
+
+    for (short row = 0; row < N_R0_SPLITQ; ++row) {
+        const float sum = simd_sum(sums[row]);
+
+        if (tiisg == 0 && r0 + row < args.ne01) {
+            out[r0 + row] = sum;
+        }
+    }
+}
+
+template<short bits>
+kernel void splitq_mul_mv(
+        constant ggml_metal_kargs_mul_mv & args,
+        device const char * src0,
+        device const char * src1,
+        device       char * dst,
+        threadgroup  char * shmem [[threadgroup(0)]],
+        uint3  tgpig[[threadgroup_position_in_grid]],
+        ushort tiisg[[thread_index_in_simdgroup]],
+        ushort sgitg[[simdgroup_index_in_threadgroup]]) {
+    splitq_mul_mv_impl<bits, constant ggml_metal_kargs_mul_mv &>(args, src0, src1, dst, shmem, tgpig, tiisg, sgitg);
+}
