@@ -244,6 +244,7 @@ struct layout {
     int64_t nb;                     // blocks in a row
     int64_t chunk;                  // rows of a unit of work
     bool    interleaved;
+    bool    alone;                  // a single token: each thread packs it for itself and takes its share of the rows
     size_t  few, many;              // bytes of a token's activations
     size_t  tokens, packed, panels; // offsets
     size_t  panel, size;            // bytes of a thread's panels, of the whole
@@ -268,9 +269,10 @@ static struct layout layout_of(const struct ggml_tensor * op, int n_threads) {
 
     const int64_t matrices = x->ne[2];
     const int64_t tokens   = ids ? ids->ne[0]*ids->ne[1] : op->ne[1]*op->ne[2]*op->ne[3]/matrices; // of all experts, of each matrix
+    l.alone  = !ids && matrices*tokens == 1;
     l.tokens = ids ? GGML_PAD(sizeof(int64_t) + sizeof(struct job)*matrices, 64) : 0;
     l.packed = l.tokens + (ids ? GGML_PAD(sizeof(struct token)*tokens, 64) : 0);
-    l.panels = GGML_PAD(l.packed + (ids ? tokens*MAX(l.few, l.many) : matrices*packed_size(&l, tokens)), 64);
+    l.panels = GGML_PAD(l.packed + (ids ? tokens*MAX(l.few, l.many) : (l.alone ? n_threads : matrices)*packed_size(&l, tokens)), 64);
     l.chunk = 256;
     while (l.chunk > LANES && (ids ? 1 : matrices)*((x->ne[1] + l.chunk - 1)/l.chunk) < 4*n_threads) {
         l.chunk /= 2;
@@ -412,6 +414,17 @@ bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_t
     char * work = (char *) GGML_PAD((uintptr_t) params->wdata, 64);
     GGML_ASSERT(work + l.size <= (char *) params->wdata + params->wsize);
 
+    if (l.alone) { // packing twice costs less than waiting for each other
+        struct job job = job_of(&l, dst, 0, work);
+        job.packed += packed_size(&l, 1)*ith;
+        pack(&l, &job, dst, 0, 1);
+        const int64_t panels = (x->ne[1] + LANES - 1)/LANES;
+        const int64_t first = panels*ith/nth*LANES, last = MIN(panels*(ith + 1)/nth*LANES, x->ne[1]);
+        if (first < last) {
+            mul(&l, &job, dst, first, last, NULL);
+        }
+        return true;
+    }
     int64_t n_jobs = x->ne[2];
     if (experts) {
         if (ith == 0) {
