@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from ..errors import InputError
@@ -75,13 +76,15 @@ class Format(Protocol):
 class Solution:
     """packed: uint8 [n_rows, row_bytes], on the CPU; weight: float32, what the bytes stand for.
 
-    errors: by stage, the mean of a row; "polish" is the final one. damping: what the Hessian needed.
+    errors: by stage, the mean of a row; "polish" is the final one. damping: what the Hessian needed. side: uint8
+    [size], the side tensor of a type that has one.
     """
 
     packed: torch.Tensor
     weight: torch.Tensor
     errors: dict[str, float]
     damping: float
+    side: np.ndarray | None = None
 
 
 def solve(
