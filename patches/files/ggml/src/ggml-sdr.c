@@ -24,9 +24,8 @@ static SPLITQ_INLINE int step_below(float x, int bits) {
 static SPLITQ_INLINE float round_sdr_block(const float * w, const float * weight, int d, float * codes) {
     float error[SDR_QK];
     for (int g = 0; g < 2; ++g) {
-        const bool  shifted = d >= SDR_SHIFT_1ST ? g == 0 : d >= SDR_SHIFT_2ND && g == 1;
-        const float step    = sdr_step[d] * (shifted ? 2 : 1);
-        const float inv     = 1.0f/step;
+        const float step = sdr_unit[d][g];
+        const float inv  = 1.0f/step;
         for (int j = g*SDR_G; j < (g + 1)*SDR_G; ++j) {
             float q = rintf(w[j]*inv);
             q = q < -8.0f ? -8.0f : q;
@@ -86,11 +85,12 @@ void sdr_quantize_row_sdr4(const float * x, void * y, int64_t k) {
 SPLITQ_CLONES void sdr_dequantize_row_sdr4(const void * x, float * y, int64_t k) {
     assert(k % SDR_QK == 0);
     for (const splitq_block_sdr4 * b = x; k > 0; ++b, y += SDR_QK, k -= SDR_QK) {
-        const float first  = sdr_step[b->d] * (b->d >= SDR_SHIFT_1ST ? 2 : 1);
-        const float second = sdr_step[b->d] * (b->d >= SDR_SHIFT_2ND && b->d < SDR_SHIFT_1ST ? 2 : 1);
+        const splitq_block_sdr4 own = *b; // so that y cannot be seen to change it
         for (int j = 0; j < SDR_G; ++j) {
-            y[j]         = first  * ((int8_t) (b->qs[j] << 4) >> 4);
-            y[j + SDR_G] = second * ((int8_t) b->qs[j] >> 4);
+            y[j]         = sdr_unit[own.d][0] * ((int32_t) ((uint32_t) own.qs[j] << 28) >> 28);
+        }
+        for (int j = 0; j < SDR_G; ++j) {
+            y[j + SDR_G] = sdr_unit[own.d][1] * ((int32_t) ((uint32_t) own.qs[j] << 24) >> 28);
         }
     }
 }

@@ -30,19 +30,22 @@ _Static_assert(sizeof(splitq_block_sdr4) == 17, "sdr4 block size");
 #define SDR_STEP_MIN 0x1p-15f             // step of d = 0
 #define SDR_MAX      (7*4*0x1p21f*0x1p-17f) // the largest |weight|: code 7 at the largest step
 
-#define SDR_TIMES_1(x, u) x(u), x((u)*0x1p1f), x((u)*0x1p2f), x((u)*0x1p3f), x((u)*0x1p4f), x((u)*0x1p5f), x((u)*0x1p6f)
-#define SDR_TIMES_3(x, u) SDR_TIMES_1(x, u), SDR_TIMES_1(x, (u)*0x1p7f), SDR_TIMES_1(x, (u)*0x1p14f)
-#define SDR_OCTAVE_4(u)   1.00f*(u), 1.25f*(u), 1.50f*(u), 1.75f*(u)
-#define SDR_OCTAVE_2(u)   1.00f*(u), 1.50f*(u)
-#define SDR_RANGE(octave, u) SDR_TIMES_3(octave, u), (u)*0x1p21f
-static const float sdr_step[256] = {
-    SDR_RANGE(SDR_OCTAVE_4, SDR_STEP_MIN), SDR_RANGE(SDR_OCTAVE_4, -SDR_STEP_MIN),
-    SDR_RANGE(SDR_OCTAVE_2, SDR_STEP_MIN), SDR_RANGE(SDR_OCTAVE_2,  SDR_STEP_MIN),
+// What a unit of a code stands for in each group: the step, twice that where the group is shifted.
+#define SDR_UNIT(u, a, b)            { (u)*(a), (u)*(b) }
+#define SDR_OCTAVE_4(u, a, b)        SDR_UNIT(1.00f*(u), a, b), SDR_UNIT(1.25f*(u), a, b), SDR_UNIT(1.50f*(u), a, b), SDR_UNIT(1.75f*(u), a, b)
+#define SDR_OCTAVE_2(u, a, b)        SDR_UNIT(1.00f*(u), a, b), SDR_UNIT(1.50f*(u), a, b)
+#define SDR_TIMES_1(octave, u, a, b) octave(u, a, b), octave((u)*0x1p1f, a, b), octave((u)*0x1p2f, a, b), octave((u)*0x1p3f, a, b), \
+                                     octave((u)*0x1p4f, a, b), octave((u)*0x1p5f, a, b), octave((u)*0x1p6f, a, b)
+#define SDR_RANGE(octave, u, a, b)   SDR_TIMES_1(octave, u, a, b), SDR_TIMES_1(octave, (u)*0x1p7f, a, b), \
+                                     SDR_TIMES_1(octave, (u)*0x1p14f, a, b), SDR_UNIT((u)*0x1p21f, a, b)
+static const float sdr_unit[256][2] = {
+    SDR_RANGE(SDR_OCTAVE_4, SDR_STEP_MIN, 1, 1), SDR_RANGE(SDR_OCTAVE_4, -SDR_STEP_MIN, 1, 1),
+    SDR_RANGE(SDR_OCTAVE_2, SDR_STEP_MIN, 1, 2), SDR_RANGE(SDR_OCTAVE_2,  SDR_STEP_MIN, 2, 1),
 };
-#undef SDR_TIMES_1
-#undef SDR_TIMES_3
+#undef SDR_UNIT
 #undef SDR_OCTAVE_4
 #undef SDR_OCTAVE_2
+#undef SDR_TIMES_1
 #undef SDR_RANGE
 
 static const int8_t splitq_levels_sdr4[16] = { 0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1 };

@@ -32,12 +32,24 @@ static inline ints codes_of(const splitq_block_sdr4 * x) {
     return look_up(load_4bit(x->qs), splitq_levels_sdr4);
 }
 
-static inline lanes dot_q8_0(const splitq_block_sdr4 * x, const block_q8_0 * y) {
-    return shifted(dot_signed(codes_of(x), load_q8(y)), shifts_of(x), 0, 0);
-}
-
-static inline factor block_scale(const splitq_block_sdr4 * x, const block_q8_0 * y) {
-    return scaled_half(sdr_step[x->d], y->d);
+// Shifting by way of the exponent of what the lanes are multiplied with gives the same bits.
+static inline sums add_block(sums acc, const splitq_block_sdr4 * x, const block_q8_0 * y) {
+    const lanes l = dot_signed(codes_of(x), load_q8(y));
+    const float * unit = sdr_unit[x->d];
+#if defined(SPLITQ_AVX2)
+    const __m256 units = _mm256_castpd_ps(_mm256_broadcast_sd((const double *) unit));
+    const __m256 each  = _mm256_permutevar_ps(units, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+    return add_scaled(acc, _mm256_mul_ps(each, scaled_half(1, y->d)), l);
+#elif defined(SPLITQ_NEON)
+    const float d = to_float(y->d);
+    return (sums) {{
+        vfmaq_n_f32(acc.half[0], vcvtq_f32_s32(l.half[0]), unit[0]*d),
+        vfmaq_n_f32(acc.half[1], vcvtq_f32_s32(l.half[1]), unit[1]*d),
+    }};
+#else
+    for (int i = 0; i < 8; ++i) { acc.v[i] = fmaf(unit[i/4]*to_float(y->d), (float) l.v[i], acc.v[i]); }
+    return acc;
+#endif
 }
 
 void sdr_vec_dot_sdr4_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
@@ -45,18 +57,15 @@ void sdr_vec_dot_sdr4_q8_0(int n, float * s, size_t bs, const void * vx, size_t 
     GGML_UNUSED(bs), GGML_UNUSED(bx), GGML_UNUSED(by), GGML_UNUSED(nrc);
     const splitq_block_sdr4 * x = vx;
     const block_q8_0     * y = vy;
-    const int nb = n/SDR_QK;
+    const unsigned nb = (unsigned) n/SDR_QK;
     sums even = no_sums(), odd = no_sums();
-    int ib = 0;
-#if defined(__GNUC__)
-#pragma GCC unroll 2
-#endif
-    for (; ib < (nb & ~1); ib += 2) {
-        even = add_scaled(even, block_scale(x + ib,     y + ib),     dot_q8_0(x + ib,     y + ib));
-        odd  = add_scaled(odd,  block_scale(x + ib + 1, y + ib + 1), dot_q8_0(x + ib + 1, y + ib + 1));
+    unsigned ib = 0;
+    for (; ib < (nb & ~1u); ib += 2) {
+        even = add_block(even, x + ib,     y + ib);
+        odd  = add_block(odd,  x + ib + 1, y + ib + 1);
     }
     if (ib < nb) {
-        even = add_scaled(even, block_scale(x + ib, y + ib), dot_q8_0(x + ib, y + ib));
+        even = add_block(even, x + ib, y + ib);
     }
     *s = total(even, odd);
 }
@@ -94,10 +103,10 @@ float sdr_razor_activations(const float * x, sdr_block_a4 * y, int n) {
 float sdr_vec_dot_sdr4_a4(int n, const void * vx, const sdr_block_a4 * y, float scale) {
     const splitq_block_sdr4 * x = vx;
     sums acc[2] = { no_sums(), no_sums() };
-    for (int ib = 0; ib < n/SDR_QK; ++ib) {
+    for (unsigned ib = 0; ib < n/SDR_QK; ++ib) {
         const lanes l = dot_signed(codes_of(x + ib), load_q8((const block_q8_0 *) (y + ib)));
         const lanes shifts_added = shifted(l, shifts_of(x + ib), y[ib].shift[0], y[ib].shift[1]);
-        acc[ib%2] = add_scaled(acc[ib%2], scaled_half(sdr_step[x[ib].d], HALF_ONE), shifts_added);
+        acc[ib%2] = add_scaled(acc[ib%2], scaled_half(sdr_unit[x[ib].d][x[ib].d >= SDR_SHIFT_1ST], HALF_ONE), shifts_added);
     }
     return total(acc[0], acc[1])*scale;
 }
