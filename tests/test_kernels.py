@@ -238,3 +238,11 @@ def test_weights_for_activations_of_4_bits_are_not_interleaved(demo_f16, runtime
     model = convert(demo_f16, "sdr4", tmp_path / "sdr4.gguf")
     found, interleaved = perplexity(runtime_programs, model, environment={"SPLITQ_W4A4": "1"})
     assert not interleaved and found != perplexity(runtime_programs, model)[0]
+
+
+def test_gate_up_and_their_product_in_one_pass_give_the_same_perplexity(demo_f16, runtime_programs, tmp_path):
+    model = convert(demo_f16, "sq4", tmp_path / "sq4.gguf")
+    fused, separate = ({"GGML_CPU_DISABLE_FUSION": off} for off in "01")
+    one_by_one = ["-b", "1", "-ub", "1"]
+    found = [perplexity(runtime_programs, model, *one_by_one, environment=e)[0] for e in (fused, separate)]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -101,6 +101,14 @@ size_t get_alignment(ggml_backend_buffer_type_t) {
 
 }  // namespace
 
+int splitq_hook_forward_fused(const ggml_compute_params * params, ggml_tensor * const * nodes, int n) {
+    const auto ours = [](const ggml_tensor * op) { return splitq_mul_claims(op) && !(w4a4() && sdr_a4_claims(op)); };
+    if (n < 3 || !ours(nodes[0]) || !ours(nodes[1]) || !(nodes[1]->flags & nodes[2]->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        return 0;
+    }
+    return splitq_mul_forward_fused(params, nodes);
+}
+
 ggml_backend_buffer_type_t splitq_hook_buffer_type(void) {
     static hook context;
     static ggml_backend_buffer_type buft = {

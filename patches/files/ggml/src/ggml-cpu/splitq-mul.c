@@ -3,6 +3,7 @@
 #include "quants.h"
 #include "splitq-ints.h"
 #include "splitq-vec.h"
+#include "vec.h"
 
 // Two kernels:
 //
@@ -403,6 +404,47 @@ static void mul(const struct layout * l, const struct job * job, const struct gg
     }
 }
 
+// What a thread does of a single token: it packs the token, which costs less than waiting for others to do their part of
+// it, and multiplies these rows.
+struct share {
+    char *  packed;
+    int64_t first, last;
+};
+
+static struct share share_of(const struct ggml_compute_params * params, const struct ggml_tensor * dst, const struct layout * l) {
+    const int64_t rows = dst->src[0]->ne[1], panels = (rows + LANES - 1)/LANES;
+    struct job job = job_of(l, dst, 0, (char *) GGML_PAD((uintptr_t) params->wdata, 64));
+    job.packed += packed_size(l, 1)*params->ith;
+    pack(l, &job, dst, 0, 1);
+    return (struct share) { job.packed, panels*params->ith/params->nth*LANES, MIN(panels*(params->ith + 1)/params->nth*LANES, rows) };
+}
+
+static void mul_share(const struct ggml_tensor * dst, const struct layout * l, struct share share) {
+    const struct job job = { 0, 1, NULL, share.packed };
+    if (share.first < share.last) {
+        mul(l, &job, dst, share.first, share.last, NULL);
+    }
+}
+
+int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct ggml_tensor * const * nodes) {
+    const struct ggml_tensor * a = nodes[0], * b = nodes[1], * glu = nodes[2];
+    if (b->op != GGML_OP_MUL_MAT || b->src[1] != a->src[1] || b->src[0]->type != a->src[0]->type ||
+        !ggml_are_same_shape(a->src[0], b->src[0]) || is_interleaved(a->src[0]) != is_interleaved(b->src[0]) ||
+        glu->op != GGML_OP_GLU || ggml_get_glu_op(glu) != GGML_GLU_OP_SWIGLU || glu->src[0] != a || glu->src[1] != b) {
+        return 0;
+    }
+    const struct layout l = layout_of(a, params->nth);
+    if (!l.alone) {
+        return 0;
+    }
+    const struct share share = share_of(params, a, &l);
+    mul_share(a, &l, share);
+    mul_share(b, &l, share);
+    const float * gate = a->data, * up = b->data;
+    ggml_vec_swiglu_f32((int) (share.last - share.first), (float *) glu->data + share.first, gate + share.first, up + share.first);
+    return 2;
+}
+
 bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     if (params->use_ref && !is_interleaved(dst->src[0])) { // ggml's own path cannot read these
         return false;
@@ -414,15 +456,9 @@ bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_t
     char * work = (char *) GGML_PAD((uintptr_t) params->wdata, 64);
     GGML_ASSERT(work + l.size <= (char *) params->wdata + params->wsize);
 
-    if (l.alone) { // packing twice costs less than waiting for each other
-        struct job job = job_of(&l, dst, 0, work);
-        job.packed += packed_size(&l, 1)*ith;
-        pack(&l, &job, dst, 0, 1);
-        const int64_t panels = (x->ne[1] + LANES - 1)/LANES;
-        const int64_t first = panels*ith/nth*LANES, last = MIN(panels*(ith + 1)/nth*LANES, x->ne[1]);
-        if (first < last) {
-            mul(&l, &job, dst, first, last, NULL);
-        }
+    if (l.alone) {
+        const struct share share = share_of(params, dst, &l);
+        mul_share(dst, &l, share);
         return true;
     }
     int64_t n_jobs = x->ne[2];
@@ -476,6 +512,11 @@ size_t splitq_mul_work_size(int n_threads, const struct ggml_tensor * op) {
 bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     GGML_UNUSED(params), GGML_UNUSED(dst);
     return false;
+}
+
+int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct ggml_tensor * const * nodes) {
+    GGML_UNUSED(params), GGML_UNUSED(nodes);
+    return 0;
 }
 
 #endif
