@@ -41,6 +41,10 @@ size_t ggml_row_size(enum ggml_type type, int64_t n) {
     return type == GGML_TYPE_Q8_0 ? n / QK8_0 * sizeof(block_q8_0) : n / (type == GGML_TYPE_SPLITQ_SQ4X ? SPLITQ_QK_SQ4X : SPLITQ_QK) * block_bytes(type);
 }
 
+void ggml_vec_swiglu_f32(const int n, float * y, const float * x, const float * g) {
+    for (int i = 0; i < n; ++i) { y[i] = x[i]/(1 + expf(-x[i]))*g[i]; }
+}
+
 static pthread_barrier_t barrier;
 static atomic_int        chunk;
 

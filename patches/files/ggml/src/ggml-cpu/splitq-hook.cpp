@@ -103,10 +103,14 @@ size_t get_alignment(ggml_backend_buffer_type_t) {
 
 int splitq_hook_forward_fused(const ggml_compute_params * params, ggml_tensor * const * nodes, int n) {
     const auto ours = [](const ggml_tensor * op) { return splitq_mul_claims(op) && !(w4a4() && sdr_a4_claims(op)); };
-    if (n < 3 || !ours(nodes[0]) || !ours(nodes[1]) || !(nodes[1]->flags & nodes[2]->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+    if (n < 3 || !ours(nodes[0]) || !ours(nodes[1]) || nodes[2]->op != GGML_OP_GLU) {
         return 0;
     }
-    return splitq_mul_forward_fused(params, nodes);
+    const ggml_tensor * gate = nodes[0], * up = nodes[1], * glu = nodes[2];
+    const bool swiglu = ggml_get_glu_op(glu) == GGML_GLU_OP_SWIGLU && glu->src[0] == gate && glu->src[1] == up;
+    const bool wanted = up->flags & glu->flags & GGML_TENSOR_FLAG_COMPUTE;
+    return swiglu && wanted && gate->src[1] == up->src[1] && ggml_are_same_shape(gate->src[0], up->src[0]) &&
+                   gate->op == GGML_OP_MUL_MAT && up->op == GGML_OP_MUL_MAT ? splitq_mul_forward_fused(params, nodes) : 0;
 }
 
 ggml_backend_buffer_type_t splitq_hook_buffer_type(void) {

@@ -427,10 +427,8 @@ static void mul_share(const struct ggml_tensor * dst, const struct layout * l, s
 }
 
 int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct ggml_tensor * const * nodes) {
-    const struct ggml_tensor * a = nodes[0], * b = nodes[1], * glu = nodes[2];
-    if (b->op != GGML_OP_MUL_MAT || b->src[1] != a->src[1] || b->src[0]->type != a->src[0]->type ||
-        !ggml_are_same_shape(a->src[0], b->src[0]) || is_interleaved(a->src[0]) != is_interleaved(b->src[0]) ||
-        glu->op != GGML_OP_GLU || ggml_get_glu_op(glu) != GGML_GLU_OP_SWIGLU || glu->src[0] != a || glu->src[1] != b) {
+    const struct ggml_tensor * a = nodes[0], * b = nodes[1];
+    if (a->src[0]->type != b->src[0]->type || is_interleaved(a->src[0]) != is_interleaved(b->src[0])) { // packed differently
         return 0;
     }
     const struct layout l = layout_of(a, params->nth);
@@ -441,7 +439,7 @@ int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct g
     mul_share(a, &l, share);
     mul_share(b, &l, share);
     const float * gate = a->data, * up = b->data;
-    ggml_vec_swiglu_f32((int) (share.last - share.first), (float *) glu->data + share.first, gate + share.first, up + share.first);
+    ggml_vec_swiglu_f32((int) (share.last - share.first), (float *) nodes[2]->data + share.first, gate + share.first, up + share.first);
     return 2;
 }
 

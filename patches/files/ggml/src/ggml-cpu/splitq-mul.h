@@ -19,9 +19,8 @@ size_t splitq_mul_work_size(int n_threads, const struct ggml_tensor * op);
 // False, and nothing done, with params->use_ref and weights as in the file.
 bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
-// Computes nodes[0] and nodes[1], claimed, and nodes[2] when they are gate, up and SwiGLU for a single token: a thread
-// needs nothing of another's, so nobody waits in between. Called by every thread. 2; or 0, and nothing done, for anything
-// else.
+// Computes nodes[0], nodes[1] and nodes[2], which are gate, up and SwiGLU, the first two claimed. A thread needs nothing of
+// another's, so nobody waits in between. Called by every thread. Returns 2; for more than one token 0, and nothing is done.
 int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct ggml_tensor * const * nodes);
 
 // Whether x, of this type and shape, can be interleaved.
