@@ -24,8 +24,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx51
 
 # name: compiler, flags, CPU flag it needs (x86) or processor that qemu is to be (Arm): one that has nothing more
 TARGETS = {
-    "scalar": ("gcc", [], ""),
-    "avx2": ("gcc", AVX2, "avx2"),
+    "scalar": ("gcc", ["-DSPLITQ_LANES=0"], ""),
+    "avx2": ("gcc", [*AVX2, "-DSPLITQ_LANES=8"], "avx2"),
     "avx-vnni": ("gcc", [*AVX2, "-mavxvnni"], "avx_vnni"),
     "avx512": ("gcc", AVX512, "avx512_vnni"),
     "avx512-vbmi": ("gcc", [*AVX512, "-mavx512vbmi"], "avx512vbmi"),

@@ -5,6 +5,7 @@
 
 // Wider vectors give the same bytes, only sooner.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define SPLITQ_X86
 #define SPLITQ_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define SPLITQ_CLONES

@@ -10,6 +10,9 @@
 #include <assert.h>
 #include <math.h>
 #include <string.h>
+#if defined(SPLITQ_X86)
+#include <immintrin.h>
+#endif
 
 // Index of the largest scale not above y (y >= 0), 0 to 127.
 static SPLITQ_INLINE int scale_below(float y) {
@@ -116,22 +119,87 @@ static inline int code_sq4(const splitq_block_sq4 * b, int i) { return get_4bit(
 static inline int code_sq3(const splitq_block_sq3 * b, int i) { return get_2bit(b->qs, i) | (b->qh[i/8] >> i%8 & 1) << 2; }
 static inline int code_sq2(const splitq_block_sq2 * b, int i) { return get_2bit(b->qs, i); }
 
-// encode_<type>: one row, with the importance of its columns or NULL.
+// Where the scaled weights from 13.125*i to 13.125*(i + 1), i from -8 to 7, find their level: no such range holds more
+// than one of the levels' middles, the outer two without their far ends included. Indexed by the low 4 bits of i.
+#define SPLITQ_BUCKET 13.125f
+typedef struct {
+    float middle[16]; // or infinity
+    float upper[16], lower[16]; // levels above and below it
+} splitq_buckets;
+
+typedef struct {
+    int words, steps_down, steps_up; // words: 32-bit words of codes in a block
+    splitq_buckets plain, turned;    // turned: for a negative scale, indexed by -i
+    float upper[16], lower[16];      // codes above and below the middle: integers' bits
+} splitq_book;
+
+#if defined(SPLITQ_X86)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define LANES 8
+#include "ggml-splitq-lanes.h"
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f")
+#define LANES 16
+#include "ggml-splitq-lanes.h"
+#pragma GCC pop_options
+
+static splitq_book make_book(const int8_t * levels, int n_levels, int words, int steps_down, int steps_up) {
+    splitq_book book = { .words = words, .steps_down = steps_down, .steps_up = steps_up };
+    for (int i = -8, code = 0; i < 8; ++i) {
+        const int   next   = code + 1 < n_levels ? code + 1 : code;
+        const float middle = (levels[code] + levels[next])*0.5f;
+        const int   above  = i == 7 || middle < SPLITQ_BUCKET*(i + 1) ? next : code;
+        const int   p = i & 15, t = -i & 15;
+        book.plain.middle[p] = above > code ? middle : INFINITY;
+        book.plain.lower [p] = book.turned.lower[t] = levels[code];
+        book.plain.upper [p] = book.turned.upper[t] = levels[above];
+        book.turned.middle[t] = -book.plain.middle[p];
+        memcpy(&book.lower[p], &code,  sizeof(code));
+        memcpy(&book.upper[p], &above, sizeof(above));
+        code = above;
+        GGML_ASSERT(i < 7 ? code + 1 == n_levels || levels[code] + levels[code + 1] >= 2*SPLITQ_BUCKET*(i + 1) : code + 1 == n_levels);
+    }
+    return book;
+}
+
+#if !defined(SPLITQ_LANES) // tests choose it
+#define SPLITQ_LANES (__builtin_cpu_supports("avx512f") ? 16 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0)
+#endif
+
+static int64_t encode_lanes(const float * x, void * y, int64_t n, int64_t row_blocks, const float * imatrix, const splitq_book * book) {
+    const int lanes = SPLITQ_LANES;
+    return lanes == 16 ? encode_16(x, y, n, row_blocks, imatrix, book) : lanes == 8 ? encode_8(x, y, n, row_blocks, imatrix, book) : 0;
+}
+#endif
+
+// encode_<type>: rows, with the importance of their columns or NULL.
+#if defined(SPLITQ_X86)
+#define SPLITQ_ENCODE_LANES(name, down, up) \
+        const splitq_book book = make_book(splitq_levels_##name, n_levels, (sizeof(*y) - 1)/4, down, up); \
+        ib = encode_lanes(x, y, nrows*row_blocks, row_blocks, imatrix, &book);
+#else
+#define SPLITQ_ENCODE_LANES(name, down, up)
+#endif
 #define SPLITQ_LEVELS(name, down, up, lower, middle, upper)                                                     \
-    SPLITQ_CLONES static void encode_##name(const float * x, splitq_block_##name * y, int64_t k, const float * imatrix) { \
+    SPLITQ_CLONES static void encode_##name(const float * x, splitq_block_##name * y, int64_t nrows, int64_t k, const float * imatrix) { \
         assert(k % SPLITQ_QK == 0);                                                                            \
         const int n_levels = sizeof(splitq_levels_##name);                                                     \
-        for (int64_t ib = 0; ib < k/SPLITQ_QK; ++ib) {                                                         \
+        const int64_t row_blocks = k/SPLITQ_QK;                                                                \
+        int64_t ib = 0;                                                                                        \
+        SPLITQ_ENCODE_LANES(name, down, up)                                                                         \
+        for (; ib < nrows*row_blocks; ++ib) {                                                                  \
             uint8_t codes[SPLITQ_QK];                                                                          \
-            y[ib].d = encode_block(x + ib*SPLITQ_QK, block_weight(imatrix ? imatrix + ib*SPLITQ_QK : NULL),    \
+            y[ib].d = encode_block(x + ib*SPLITQ_QK, block_weight(imatrix ? imatrix + ib%row_blocks*SPLITQ_QK : NULL), \
                                    codes, splitq_levels_##name, n_levels, down, up);                           \
             pack_##name(&y[ib], codes);                                                                        \
         }                                                                                                      \
     }                                                                                                          \
     void splitq_quantize_row_##name(const float * x, void * y, int64_t k) {                                    \
-        encode_##name(x, y, k, NULL);                                                                          \
+        encode_##name(x, y, 1, k, NULL);                                                                       \
     }                                                                                                          \
-    void splitq_dequantize_row_##name(const void * x, float * y, int64_t k) {                                  \
+    SPLITQ_CLONES void splitq_dequantize_row_##name(const void * x, float * y, int64_t k) {                    \
         assert(k % SPLITQ_QK == 0);                                                                            \
         const splitq_block_##name * b = x;                                                                     \
         for (int64_t i = 0; i < k; ++i) {                                                                      \
@@ -233,19 +301,14 @@ void splitq_dequantize_row_sq4x(const void * x, float * y, int64_t k) {
 }
 
 size_t splitq_quantize_chunk(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
-    const size_t row_size = ggml_row_size(type, n_per_row);
-    for (int64_t row = 0; row < nrows; ++row) {
-        const float * x = src + row*n_per_row;
-        void        * y = (char *) dst + row*row_size;
-        switch (type) {
-            case GGML_TYPE_SPLITQ_SQ4:  encode_sq4(x, y, n_per_row, imatrix);           break;
-            case GGML_TYPE_SPLITQ_SQ3:  encode_sq3(x, y, n_per_row, imatrix);           break;
-            case GGML_TYPE_SPLITQ_SQ2:  encode_sq2(x, y, n_per_row, imatrix);           break;
-            case GGML_TYPE_SPLITQ_SQ4X: splitq_quantize_row_sq4x(x, y, n_per_row);      break;
-            default: GGML_ABORT("not a splitq type: %d", type);
-        }
+    switch (type) {
+        case GGML_TYPE_SPLITQ_SQ4:  encode_sq4(src, dst, nrows, n_per_row, imatrix);       break;
+        case GGML_TYPE_SPLITQ_SQ3:  encode_sq3(src, dst, nrows, n_per_row, imatrix);       break;
+        case GGML_TYPE_SPLITQ_SQ2:  encode_sq2(src, dst, nrows, n_per_row, imatrix);       break;
+        case GGML_TYPE_SPLITQ_SQ4X: splitq_quantize_row_sq4x(src, dst, nrows*n_per_row);   break;
+        default: GGML_ABORT("not a splitq type: %d", type);
     }
-    return nrows*row_size;
+    return nrows*ggml_row_size(type, n_per_row);
 }
 
 bool splitq_validate_blocks(enum ggml_type type, const void * data, size_t nblocks) {
