@@ -361,7 +361,9 @@ static void pack(const struct layout * l, const struct job * job, const struct g
         if (rows) {
             pack_few(row_of(job, dst, t), l->nb, units, first, last, (struct few *) (job->packed + l->few*t));
         } else {
-            pack_many(row_of(job, dst, t), first, last, (struct many *) (job->packed + l->many*t));
+            struct many * y = (struct many *) (job->packed + l->many*t);
+            pack_many(row_of(job, dst, t), first, last, y);
+            for (int b = first; t % 2 && b < last; ++b) { pair(y[b - l->nb].q, y[b].q); }
         }
     }
 }

@@ -9,7 +9,7 @@
 //   vec_t    the levels, for looking up codes
 //   dot            adds the products of 4 neighbouring bytes; levels carry the BIAS
 //   dot_token      a block of LANES rows, as unpacked below, times a block of one token
-//   arrange, dot_pair      the same for two tokens, after arranging the rows
+//   pair, arrange, dot_pair   the same for two tokens, after pairing their activations and arranging the rows
 //   reduce_1, reduce_2     LANES sums of a block, from 4 or 2 vectors with 4 or 2 sums for each block
 //   unpack_<type>  rows as stored: the levels of vector v's blocks, see struct few; adds their scale bytes to d, returns it
 //   panel_<type>   interleaved rows: w[i] has levels 4*i .. 4*i + 3 of a block of LANES rows
@@ -69,15 +69,6 @@ static inline vec_i dot_token(vec_i sum, const vec_b w[8], const int8_t * y) {
         sum = dot(sum, w[i], _mm512_set1_epi32(four));
     }
     return sum;
-}
-
-static inline void arrange(vec_b w[8]) {
-    GGML_UNUSED(w);
-}
-
-static inline void dot_pair(vec_i sum[2], const vec_b w[8], const int8_t * y0, const int8_t * y1) {
-    sum[0] = dot_token(sum[0], w, y0);
-    sum[1] = dot_token(sum[1], w, y1);
 }
 
 static inline vec_i reduce_1(const vec_i p[4]) {
@@ -326,15 +317,6 @@ static inline vec_i dot_token(vec_i sum, const vec_b w[8], const int8_t * y) {
     return sum;
 }
 
-static inline void arrange(vec_b w[8]) {
-    GGML_UNUSED(w);
-}
-
-static inline void dot_pair(vec_i sum[2], const vec_b w[8], const int8_t * y0, const int8_t * y1) {
-    sum[0] = dot_token(sum[0], w, y0);
-    sum[1] = dot_token(sum[1], w, y1);
-}
-
 static inline vec_i reduce_1(const vec_i p[4]) {
     const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(p[0], p[1]), _mm256_unpackhi_epi32(p[0], p[1]));
     const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(p[2], p[3]), _mm256_unpackhi_epi32(p[2], p[3]));
@@ -512,6 +494,18 @@ static inline vec_i dot_token(vec_i sum, const vec_b w[8], const int8_t * y) {
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
+#define SPLITQ_PAIRS_TOKENS
+
+// Of a block of two tokens: 8 activations of one and 8 of the other in turn.
+static inline void pair(int8_t * y0, int8_t * y1) {
+    const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(y0)), a2 = vreinterpretq_s64_s8(vld1q_s8(y0 + 16));
+    const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(y1)), b2 = vreinterpretq_s64_s8(vld1q_s8(y1 + 16));
+    vst1q_s8(y0,      vreinterpretq_s8_s64(vzip1q_s64(a, b)));
+    vst1q_s8(y0 + 16, vreinterpretq_s8_s64(vzip2q_s64(a, b)));
+    vst1q_s8(y1,      vreinterpretq_s8_s64(vzip1q_s64(a2, b2)));
+    vst1q_s8(y1 + 16, vreinterpretq_s8_s64(vzip2q_s64(a2, b2)));
+}
+
 // Each vector becomes 8 weights of two rows.
 static inline void arrange(vec_b w[8]) {
     for (int i = 0; i < 8; i += 2) {
@@ -523,26 +517,14 @@ static inline void arrange(vec_b w[8]) {
 
 static inline void dot_pair(vec_i sum[2], const vec_b w[8], const int8_t * y0, const int8_t * y1) {
     int32x4_t first = vdupq_n_s32(0), second = first; // token by token, rows 0 and 1, rows 2 and 3
-    for (int i = 0; i < 2; ++i) {
-        const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(y0 + 16*i)), b = vreinterpretq_s64_s8(vld1q_s8(y1 + 16*i));
-        const int8x16_t low = vreinterpretq_s8_s64(vzip1q_s64(a, b)), high = vreinterpretq_s8_s64(vzip2q_s64(a, b));
-        first  = vmmlaq_s32(vmmlaq_s32(first,  low, w[4*i]),     high, w[4*i + 2]);
-        second = vmmlaq_s32(vmmlaq_s32(second, low, w[4*i + 1]), high, w[4*i + 3]);
+    for (int i = 0; i < 4; ++i) {
+        const int8x16_t y = vld1q_s8((i < 2 ? y0 : y1) + 16*(i%2));
+        first  = vmmlaq_s32(first,  y, w[2*i]);
+        second = vmmlaq_s32(second, y, w[2*i + 1]);
     }
     const int64x2_t a = vreinterpretq_s64_s32(first), b = vreinterpretq_s64_s32(second);
-    sum[0] = vaddq_s32(sum[0], vreinterpretq_s32_s64(vzip1q_s64(a, b)));
-    sum[1] = vaddq_s32(sum[1], vreinterpretq_s32_s64(vzip2q_s64(a, b)));
-}
-
-#else
-
-static inline void arrange(vec_b w[8]) {
-    GGML_UNUSED(w);
-}
-
-static inline void dot_pair(vec_i sum[2], const vec_b w[8], const int8_t * y0, const int8_t * y1) {
-    sum[0] = dot_token(sum[0], w, y0);
-    sum[1] = dot_token(sum[1], w, y1);
+    sum[0] = vreinterpretq_s32_s64(vzip1q_s64(a, b)); // there is no bias to add to
+    sum[1] = vreinterpretq_s32_s64(vzip2q_s64(a, b));
 }
 
 #endif
@@ -664,6 +646,23 @@ static inline void panel_sq2(const uint8_t * x, vec_t table, vec_b w[8]) {
         codes_2bit(x + 4*LANES*i, x + 4*LANES*i + 8, code);
         for (int p = 0; p < 4; ++p) { w[i + 2*p] = vqtbl1q_s8(table, code[p]); }
     }
+}
+
+#endif
+
+#if defined(LANES) && !defined(SPLITQ_PAIRS_TOKENS)
+
+static inline void pair(int8_t * y0, int8_t * y1) {
+    GGML_UNUSED(y0), GGML_UNUSED(y1);
+}
+
+static inline void arrange(vec_b w[8]) {
+    GGML_UNUSED(w);
+}
+
+static inline void dot_pair(vec_i sum[2], const vec_b w[8], const int8_t * y0, const int8_t * y1) {
+    sum[0] = dot_token(sum[0], w, y0);
+    sum[1] = dot_token(sum[1], w, y1);
 }
 
 #endif
