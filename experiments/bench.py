@@ -21,7 +21,7 @@ from gguf_splitq.inspection import linear_bpw
 from . import models
 from .common import BUILD, DEMO, convert, imatrix, judge, llama, parser, quantize, run, save, show
 
-OURS = ["sq4", "sq3", "sq2", "sq4x"]
+OURS = ["sq4", "sq3", "sq2", "sdr4", "sq4x"]
 PEERS = ["Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_S", "IQ3_XXS", "Q2_K_S", "IQ2_XS"]
 PURE = ["--pure", "--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
 # claimed ratios of tokens per second
@@ -31,8 +31,9 @@ DECODE = [
     ("sq3", "IQ3_XXS", 2.5),
     ("sq2", "Q2_K_S", 1.5),
     ("sq2", "IQ2_XS", 2.5),
+    ("sdr4", "Q4_0", 1.0),
 ]
-PROMPT = [("sq4", "Q4_K_S", 1.1), ("sq3", "Q4_K_S", 1.1), ("sq2", "Q4_K_S", 1.1)]
+PROMPT = [("sq4", "Q4_K_S", 1.1), ("sq3", "Q4_K_S", 1.1), ("sq2", "Q4_K_S", 1.1), ("sdr4", "Q4_0", 1.0)]
 READ_FRACTION = 0.8  # of the memory's read rate that sq4's decode reaches
 
 

@@ -30,11 +30,11 @@ from gguf_splitq.validate import Baseline, check_overlap
 from . import models
 from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
 
-OURS = ["sq4", "sq3", "sq2", "sq4x"]
+OURS = ["sq4", "sq3", "sq2", "sdr4", "sq4x"]
 PEERS = ["Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_XS"]
 NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XS"}  # llama-quantize refuses them without
 USES_NO_DATA = {"sq4x"}
-FED = ["sq4", "sq3", "sq2", "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
+FED = ["sq4", "sq3", "sq2", "sdr4", "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
 TUNED = ["sq4", "sq3", "sq2"]  # with --tune
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [3.0, 3.5, 4.0]
@@ -207,6 +207,7 @@ def claims_of(rows: list[dict]) -> list[dict]:
     ratio(("sq2", "imatrix"), ("Q2_K", "imatrix"))
     ratio(("sq2", "imatrix"), ("IQ2_XS", "imatrix"))
     limits = {("sq4", "IQ4_XS"): 0.65, ("sq4", "Q4_K"): 0.75, ("sq3", "IQ3_S"): 0.8, ("sq2", "IQ2_XS"): 0.85}
+    limits["sdr4", "Q4_0"] = 1.0
     for (ours, peer), limit in limits.items():
         ratio((ours, "feedback"), (peer, "imatrix"), at_most=limit)
     for type in FED:
