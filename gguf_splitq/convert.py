@@ -15,7 +15,7 @@ from . import __version__, checkpoint, display, gguf_file, mix, overlap, patchin
 from .errors import UsageError
 from .gguf_file import Value
 from .imatrix import load as load_imatrix
-from .types import TensorType
+from .types import TensorType, claq
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
 
@@ -35,6 +35,7 @@ def convert(
     calib_tokens: int = 131_072,
     hessians: str | Path | None = None,
     tune: bool = False,
+    claq_metric: str = "hessian",
     dry_run: bool = False,
     report: str | Path | None = None,
     threads: int | None = None,
@@ -49,7 +50,8 @@ def convert(
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
-    written. tune: train block scales and norms on the calibration tokens. A calibrated conversion that was stopped goes
+    written. tune: train block scales and norms on the calibration tokens. claq_metric: what gives a column of cq2.x or
+    cq3.x more bits, "hessian" or "outlier". A calibrated conversion that was stopped goes
     on where it was when the same call is made again.
     dry_run: print the plan, write nothing.
     report: a JSON file for the per-tensor errors. max_ram: bytes, or text like "2G". The output appears whole or not
@@ -77,8 +79,9 @@ def convert(
         importance = matrix.for_tensors(head.tensors) if matrix else {}
         architecture = head.get("general.architecture", "")
         make = functools.partial(
-            plan.make, head.tensors, type, rules, token_embedding_type, output_tensor_type, architecture, importance
-        )
+            plan.make, head.tensors, type, rules, token_embedding_type, output_tensor_type, architecture, importance,
+            claq_metric=claq_metric,
+        )  # fmt: skip
         entries = make()
         if saved:
             mix.check_names(saved, entries, plan_file, architecture)
@@ -104,7 +107,7 @@ def convert(
         chosen = options(
             bpw=bpw, plan=plan_file, tensor_type=list(rules), token_embedding_type=token_embedding_type,
             output_tensor_type=output_tensor_type, imatrix=imatrix, calib=calib, calib_tokens=calib and calib_tokens,
-            hessians=bool(hessians), tune=tune,
+            hessians=bool(hessians), tune=tune, claq_metric=claq_metric if claq_metric != "hessian" else None,
         )  # fmt: skip
         if calib == "self":
             from .solve.model import SAMPLING
@@ -282,7 +285,7 @@ def settings(
     tune: bool,
 ) -> dict:
     """All that decides what a calibration stores, by name: a run goes on only with what the same settings left."""
-    stored = {e.name: e.target_name for e in entries}
+    stored = {e.name: str(e.target) if isinstance(e.target, claq.Claq) else e.target_name for e in entries}
     return {
         "model": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files},
         "types": hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16],

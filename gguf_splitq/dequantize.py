@@ -9,6 +9,7 @@ from . import display, gguf_file, plan, rewrite, types
 from .convert import check_output, check_threads, metadata, output_folder, output_path
 from .errors import UnsupportedError, UsageError
 from .gguf_file import Tensor
+from .types import claq
 
 
 def dequantize(
@@ -41,10 +42,15 @@ def dequantize(
 
 
 def make_plan(tensors: Sequence[Tensor], target: types.TensorType) -> list[plan.Entry]:
-    """Quantized tensors to `target`, floats and integers as they are; UnsupportedError for a type without a decoder."""
+    """Quantized tensors to `target`, floats and integers as they are, but for side tensors, which are not kept.
+
+    Raises UnsupportedError for a type without a decoder.
+    """
     entries = []
     for tensor in tensors:
         name = gguf_file.type_name(tensor.type_id)
+        if claq.is_side(tensor.name):
+            continue
         if gguf_file.sizes()[tensor.type_id][1] == 1:
             same = types.get(name) if name in plan.FLOATS else None
             entries.append(plan.Entry(tensor, same, "not quantized"))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from . import display, gguf_file, plan
 from .gguf_file import Tensor
+from .types import claq
 
 _TOO_LONG = "gguf_splitq.calib_lines"
 _KEYS = ("general.architecture", "general.name", "general.size_label", "general.file_type", "gguf_splitq.", "quantize.")
@@ -20,10 +21,16 @@ def inspect(file: str | Path, json: bool = False) -> dict:
     """Print (a table, or JSON) and return what `file` holds; reads the header only.
 
     Keys: file, size (bytes), tensors, weights, bpw, linear_bpw (see `linear_bpw`), metadata, types and kinds; the last
-    two are lists of rows with tensors, weights, bytes and bpw. Raises InputError and UnsupportedError.
+    two are lists of rows with tensors, weights, bytes and bpw. A side tensor counts to its weight's type, with bytes
+    and without weights. Raises InputError and UnsupportedError.
     """
     with gguf_file.read(file) as source:
         everything = _row(source.tensors)
+        owners = {claq.side_name(t.name): t for t in source.tensors if t.type_id in claq.IDS}
+
+        def type_of(tensor: Tensor) -> str:
+            return gguf_file.type_name(owners.get(tensor.name, tensor).type_id)
+
         result = {
             "file": str(file),
             "size": source.size,
@@ -32,8 +39,8 @@ def inspect(file: str | Path, json: bool = False) -> dict:
             "bpw": everything["bpw"],
             "linear_bpw": _linear_bpw(source),
             "metadata": {key: source.get(key) for key in source.kv if key.startswith(_KEYS) and key != _TOO_LONG},
-            "types": _groups(source.tensors, lambda t: {"type": gguf_file.type_name(t.type_id)}),
-            "kinds": _groups(source.tensors, lambda t: {"kind": kind(t.name), "type": gguf_file.type_name(t.type_id)}),
+            "types": _groups(source.tensors, lambda t: {"type": type_of(t)}),
+            "kinds": _groups(source.tensors, lambda t: {"kind": kind(t.name), "type": type_of(t)}),
         }
     if json:
         print(json_module.dumps(result, indent=1))
@@ -55,7 +62,7 @@ def kind(name: str) -> str:
 
 def _linear_bpw(source: gguf_file.Gguf) -> float:
     architecture = source.get("general.architecture", "")
-    return _row([t for t in source.tensors if plan.is_linear(t, architecture)])["bpw"]
+    return _row([t for t in source.tensors if plan.is_linear(t, architecture) or claq.is_side(t.name)])["bpw"]
 
 
 def _groups(tensors: Iterable[Tensor], key) -> list[dict]:
@@ -66,7 +73,7 @@ def _groups(tensors: Iterable[Tensor], key) -> list[dict]:
 
 
 def _row(tensors: list[Tensor]) -> dict:
-    size, weights = sum(t.n_bytes for t in tensors), sum(t.n_weights for t in tensors)
+    size, weights = sum(t.n_bytes for t in tensors), sum(t.n_weights for t in tensors if not claq.is_side(t.name))
     return {"tensors": len(tensors), "weights": weights, "bytes": size, "bpw": 8 * size / weights if weights else 0.0}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from . import types
 from .errors import UnsupportedError, UsageError
 from .gguf_file import Tensor, n_bytes, type_name
-from .types import TensorType
+from .types import TensorType, claq
 
 FLOATS = ("f32", "f16", "bf16")
 
@@ -82,8 +82,17 @@ class Entry:
         return self.target is not None and self.target.name not in FLOATS
 
     @property
+    def stored(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """(name, NumPy shape, type id) of what is written: the tensor, and its side tensor if its type has one."""
+        out = [(self.name, self.tensor.shape, self.target_id)]
+        if isinstance(self.target, claq.Claq):
+            *experts, n_rows, n_cols = self.tensor.shape
+            out.append((claq.side_name(self.name), (*experts, self.target.side_bytes(n_rows, n_cols)), claq.SIDE_TYPE))
+        return out
+
+    @property
     def n_bytes(self) -> int:
-        return n_bytes(self.tensor.shape, self.target_id)
+        return sum(n_bytes(shape, type_id) for _, shape, type_id in self.stored)
 
     @property
     def bpw(self) -> float:
@@ -113,13 +122,16 @@ def make(
     architecture: str = "",
     importance: Collection[str] = (),
     chosen: Mapping[str, str] | None = None,
+    claq_metric: str = "hessian",
 ) -> list[Entry]:
     """Decide every tensor's type. tensor_type: `REGEX=TYPE` rules, searched in the name, the first match wins.
 
     Embeddings and output get q8_0 unless told otherwise or unless `type` is larger anyway; an explicit embedding or
     output type beats the rules, and a tied embedding takes the output's, as in llama-quantize.
     importance: names of the tensors that the importance matrix covers. chosen: tensor -> type, before `type`.
-    Raises UsageError for bad rules and missing importance, UnsupportedError for a file that is quantized already.
+    claq_metric: what makes a column of the cq types worth more bits, "hessian" or "outlier".
+    Raises UsageError for bad rules, missing importance and a size that cannot be met, UnsupportedError for a file that
+    is quantized already.
     """
     base = types.get(type)
     large = base if base.bpw > types.get("q8_0").bpw else types.get("q8_0")
@@ -154,7 +166,11 @@ def make(
                 f"tensor {tensor.name!r} is already quantized ({source}): convert from the F32, F16 or BF16 original"
             )
         entry = Entry(tensor, *choose(tensor))
-        entry = replace(entry, **_fit(entry.target, tensor.n_cols))
+        if isinstance(entry.target, claq.Claq):
+            if not is_linear(tensor, architecture):
+                raise UsageError(f"{entry.target.name} is for linear layers only: give {entry.name!r} another type")
+            entry = replace(entry, target=replace(entry.target, metric=claq_metric))
+        entry = replace(entry, **_fit(entry.target, tensor))
         if entry.target.name in _NEEDS_IMPORTANCE and tensor.name not in importance:
             raise UsageError(f"type {entry.target.name} for {tensor.name!r} needs importance data: pass --imatrix")
         return entry
@@ -163,7 +179,7 @@ def make(
     for rule in rules:
         if not rule.used:
             raise UsageError(f"--tensor-type {rule.text!r} decides no tensor: check the pattern with --dry-run")
-    return entries
+    return _filled(entries)
 
 
 def widen(entry: Entry, largest: float) -> Entry:
@@ -212,8 +228,32 @@ class _Rule:
         self.text, self.type, self.used = text, types.get(name), False
 
 
-def _fit(target: TensorType, n_cols: int) -> dict:
-    """`target` and `fallback` of an entry whose rows have `n_cols` weights."""
+def _filled(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries of cq2.x and cq3.x with the wide columns and outliers that make all of one name as large as it says."""
+    room = {}
+    for name in {e.target.name for e in entries if isinstance(e.target, claq.Claq) and e.target.target}:
+        chosen = [e for e in entries if e.target and e.target.name == name]
+        weights, least = sum(e.tensor.n_weights for e in chosen), bpw(chosen)
+        if least > chosen[0].target.target:
+            raise UsageError(f"{name} cannot be met: codes and codebooks take {least:.3f} bits per weight: give more")
+        room[name] = (chosen[0].target.target * weights / 8 - sum(e.n_bytes for e in chosen)) / weights
+
+    def fill(entry: Entry) -> Entry:
+        if entry.target is None or entry.target.name not in room:
+            return entry
+        n_rows, n_cols = entry.tensor.shape[-2:]
+        size = entry.target.matrix_bytes(n_rows, n_cols) + int(room[entry.target.name] * n_rows * n_cols)
+        return replace(entry, target=entry.target.within(n_rows, n_cols, size))
+
+    return [fill(entry) for entry in entries]
+
+
+def _fit(target: TensorType, tensor: Tensor) -> dict:
+    """`target` and `fallback` of an entry for this tensor."""
+    n_cols = tensor.n_cols
+    if isinstance(target, claq.Claq) and (cause := claq.unfit(tensor.name, tensor.shape)):
+        fallback = _fit(types.get(f"sq{target.code_bits}"), tensor)
+        return {"fallback": f"{cause}: {target.name} -> {fallback['target'].name}"} | fallback
     if n_cols % target.block_size == 0:
         return {"target": target}
     wider = types.get(_FALLBACK.get(target.name, "f16"))

@@ -2,7 +2,8 @@
 
 A tensor is cut into chunks of whole rows, always at the same places, so that neither the bytes nor the statistics
 depend on the number of threads. At most `window` chunks are in memory at a time, whatever the size of a tensor. Inside
-a chunk, everything is done on pieces that stay in a core's cache.
+a chunk, everything is done on pieces that stay in a core's cache. CLAQ's types share codebooks among all rows of a
+matrix: they are coded here a matrix at a time, before their chunks.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import numpy as np
 from . import gguf_file, plan, types
 from .errors import InputError, UsageError
 from .gguf_file import Gguf, Tensor, Value
+from .types import claq
 
 CHUNK = 1 << 18  # weights read, encoded and written as one
 PIECE = 1 << 16  # weights converted and measured at once: 256 KiB as float32
 BASE_RAM = 256 << 20  # bytes: the interpreter, its libraries and the metadata
+CODER_RAM = 384 << 20  # bytes: PyTorch
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Job:
     count: int
     importance: np.ndarray | None  # float32 [n_cols]
     solved: np.ndarray | None = None  # uint8 [count, row_bytes]: encoded already
+    side: claq.Side | None = None  # of the matrix, where `target` is one of CLAQ's types
 
 
 @dataclass(frozen=True)
@@ -88,20 +92,35 @@ def rewrite(
     """Write `outfile` with every tensor in the type its entry names; returns the entries as they came out and errors.
 
     importance: tensor name -> float32 [experts * n_cols], missing names allowed. solved: tensor name -> uint8
-    [n_rows, row_bytes], tensors encoded already. done: called after each tensor.
+    [n_rows, row_bytes], tensors encoded already, and [matrices, size], their side tensors. done: called after each
+    tensor.
     A tensor with a weight beyond its type's reach is encoded again in a wider one (`plan.widen`).
     Raises InputError for NaN or Inf (naming the place) and EnvironmentFailed when the disk fails.
     """
     importance, solved = importance or {}, solved or {}
-    final, measured = [], []
+    final, measured, sides = [], [], {}
+
+    def jobs() -> Iterator[Job]:
+        for entry in entries:
+            weights, rows, side = importance.get(entry.name), solved.get(entry.name), None
+            if isinstance(entry.target, claq.Claq):
+                if rows is None:
+                    rows, side = _code(source, entry, weights)
+                else:
+                    side = solved[claq.side_name(entry.name)][:]
+                sides[entry.name] = side
+            yield from _jobs(entry, weights, rows, side)
+
     pool = ThreadPoolExecutor(threads, "encode")
     try:
         window = window_size(entries, threads, max_ram)
-        expected = header_size(kv, entries) + sum(gguf_file.padded(e.n_bytes) for e in entries)
+        tensors = [tensor for e in entries for tensor in e.stored]
+        expected = header_size(kv, entries) + sum(
+            gguf_file.padded(gguf_file.n_bytes(shape, type_id)) for _, shape, type_id in tensors
+        )
         with gguf_file.atomic(outfile, expected) as out:
             out.seek(header_size(kv, entries))
-            jobs = (j for e in entries for j in _jobs(e, importance.get(e.name), solved.get(e.name)))
-            stream = _in_order(pool, source, jobs, window)
+            stream = _in_order(pool, source, jobs(), window)
             for entry in entries:
                 start = out.tell()
                 stats, too_large = _write(out, entry, stream)
@@ -110,13 +129,16 @@ def rewrite(
                     out.seek(start)
                     again = _jobs(entry, importance.get(entry.name))
                     stats, _ = _write(out, entry, _in_order(pool, source, again, window))
-                out.write(b"\0" * (gguf_file.padded(entry.n_bytes) - entry.n_bytes))
+                _pad(out)
+                if entry.name in sides:
+                    out.write(sides.pop(entry.name).data)
+                    _pad(out)
                 final.append(entry)
                 measured.append(stats)
                 done(entry, stats)
             out.truncate()
             out.seek(0)
-            out.write(gguf_file.header(kv, [(e.name, e.tensor.shape, e.target_id) for e in final]))
+            out.write(gguf_file.header(kv, [tensor for e in final for tensor in e.stored]))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return final, measured
@@ -124,7 +146,7 @@ def rewrite(
 
 def header_size(kv: Mapping[str, Value], entries: Sequence[plan.Entry]) -> int:
     """Bytes before the tensor data; the types do not matter to it."""
-    return len(gguf_file.header(kv, [(e.name, e.tensor.shape, e.target_id) for e in entries]))
+    return len(gguf_file.header(kv, [tensor for e in entries for tensor in e.stored]))
 
 
 def default_threads() -> int:
@@ -134,7 +156,8 @@ def default_threads() -> int:
 
 def peak_ram(entries: Sequence[plan.Entry], threads: int, window: int) -> int:
     """An upper estimate in bytes of what `rewrite` keeps in memory."""
-    return BASE_RAM + window * max((_chunk_ram(e) for e in entries), default=0) + threads * 8 * 4 * PIECE
+    chunks = window * max((_chunk_ram(e) for e in entries), default=0) + threads * 8 * 4 * PIECE
+    return BASE_RAM + chunks + max((_code_ram(e) for e in entries), default=0)
 
 
 def window_size(entries: Sequence[plan.Entry], threads: int, max_ram: int | None) -> int:
@@ -186,11 +209,12 @@ def encode(source: Gguf, job: Job) -> Chunk:
     if target is None:
         return Chunk(raw, stats)
     limit = math.inf if target.max_abs is None else target.max_abs
+    side = side_of(source, tensor, job.first)
     copied = job.entry.copied and job.solved is None
     out = raw if copied else np.empty((job.count, target.row_bytes(tensor.n_cols)), np.uint8)
     step = max(1, PIECE // tensor.n_cols)
     for at in range(0, job.count, step):
-        rows = to_float32(raw[at : at + step], tensor.type_id)
+        rows = _floats(raw[at : at + step], tensor, side, job.first + at)
         largest = float(max(rows.max(), -rows.min()))  # NaN and Inf come through
         if not math.isfinite(largest):
             raise _not_finite(tensor, rows, job.first + at)
@@ -200,13 +224,59 @@ def encode(source: Gguf, job: Job) -> Chunk:
             continue
         solved = job.solved
         out[at : at + step] = target.encode(rows, job.importance) if solved is None else solved[at : at + step]
-        error = target.decode(out[at : at + step])
+        if job.side is None:
+            error = target.decode(out[at : at + step])
+        else:
+            error = target.decode_rows(out[at : at + step], job.side, (job.first + at) % tensor.shape[-2])
         error -= rows
         stats.largest = max(stats.largest, float(error.max()), -float(error.min()))
         stats.error += float(np.square(error, out=error).sum(dtype=np.float64))
         stats.signal += float(np.square(rows, out=error).sum(dtype=np.float64))
     stats.seconds = time.perf_counter() - started
     return Chunk(out, stats)
+
+
+def side_of(source: Gguf, tensor: Tensor, row: int) -> claq.Side | None:
+    """The side tensor of the matrix that this row lies in; InputError when it is not there or damaged."""
+    kind = types.by_id(tensor.type_id) if tensor.type_id in claq.IDS else None
+    if kind is None:
+        return None
+    name = claq.side_name(tensor.name)
+    found = next((t for t in source.tensors if t.name == name), None)
+    *stack, n_rows, n_cols = tensor.shape
+    if found is None or found.type_id != claq.SIDE_TYPE or found.shape[:-1] != tuple(stack):
+        cause = f"its {name!r} is missing, or of a wrong type or shape"
+        raise InputError(f"{tensor.file.name}: tensor {tensor.name!r}: {cause}: the file is damaged, get it again")
+    return kind.read_side(source.read_rows(found, row // n_rows, 1)[0], n_rows, n_cols, name)
+
+
+def _floats(raw: np.ndarray, tensor: Tensor, side: claq.Side | None, first: int) -> np.ndarray:
+    """`to_float32` of rows from row `first` of the tensor on."""
+    if side is None:
+        return to_float32(raw, tensor.type_id)
+    return types.by_id(tensor.type_id).decode_rows(raw, side, first % tensor.shape[-2])
+
+
+def _code(source: Gguf, entry: plan.Entry, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """A tensor of one of CLAQ's types, coded without a Hessian: uint8 [n_rows, row_bytes] and [matrices, size]."""
+    import torch
+
+    from .solve import claq as coder
+
+    packed, sides = [], []
+    for number, rows in enumerate(each_matrix(source, entry.tensor)):
+        if not np.isfinite(rows).all():
+            raise _not_finite(entry.tensor, rows, number * len(rows))
+        by_matrix = None if importance is None else importance.reshape(-1, entry.tensor.n_cols)
+        weights = None if by_matrix is None else torch.from_numpy(by_matrix[number].copy())
+        solution = coder.solve(torch.from_numpy(rows), None, entry.target, weights)
+        packed.append(solution.packed.numpy())
+        sides.append(solution.side)
+    return np.concatenate(packed), np.stack(sides)
+
+
+def _pad(out) -> None:
+    out.write(b"\0" * (gguf_file.padded(out.tell()) - out.tell()))
 
 
 def _write(out, entry: plan.Entry, stream: Iterator[Chunk]) -> tuple[Stats, float]:
@@ -232,12 +302,21 @@ def _in_order(pool: ThreadPoolExecutor, source: Gguf, jobs: Iterator[Job], windo
         yield waiting.popleft().result()
 
 
-def _jobs(entry: plan.Entry, importance: np.ndarray | None, solved: np.ndarray | None = None) -> Iterator[Job]:
+def _jobs(
+    entry: plan.Entry,
+    importance: np.ndarray | None,
+    solved: np.ndarray | None = None,
+    sides: np.ndarray | None = None,
+) -> Iterator[Job]:
     per_matrix = entry.tensor.shape[-2] if len(entry.tensor.shape) > 1 else 1
     by_matrix = None if importance is None else importance.reshape(-1, entry.tensor.n_cols)
+    side = None
     for first, count in _ranges(entry.tensor):
         weights = None if by_matrix is None else by_matrix[first // per_matrix]
-        yield Job(entry, first, count, weights, None if solved is None else solved[first : first + count])
+        if sides is not None and first % per_matrix == 0:
+            data = sides[first // per_matrix]
+            side = entry.target.read_side(data, per_matrix, entry.tensor.n_cols, claq.side_name(entry.name))
+        yield Job(entry, first, count, weights, None if solved is None else solved[first : first + count], side)
 
 
 def _ranges(tensor: Tensor) -> Iterator[tuple[int, int]]:
@@ -253,6 +332,13 @@ def _chunk_ram(entry: plan.Entry) -> int:
     """Bytes of one chunk in memory, stored and encoded."""
     rows = min(entry.tensor.n_rows, max(1, CHUNK // entry.tensor.n_cols))
     return rows * (entry.tensor.row_bytes + entry.n_bytes // entry.tensor.n_rows)
+
+
+def _code_ram(entry: plan.Entry) -> int:
+    """Bytes that coding a tensor of one of CLAQ's types takes: a matrix in floats several times, and the result."""
+    if not isinstance(entry.target, claq.Claq):
+        return 0
+    return CODER_RAM + 32 * entry.tensor.shape[-2] * entry.tensor.n_cols + 2 * entry.n_bytes
 
 
 def _not_finite(tensor: Tensor, rows: np.ndarray, first: int) -> InputError:

@@ -16,7 +16,8 @@ from ..errors import InputError
 from ..gguf_file import Gguf, require_space
 from ..plan import Entry
 from ..rewrite import each_matrix
-from . import calibrate, fisher, formats, solver
+from ..types.claq import Claq, side_name
+from . import calibrate, claq, fisher, formats, solver
 from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
@@ -27,8 +28,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Solved:
-    """rows: tensor name -> uint8 [n_rows, row_bytes], read when sliced. errors: tensor name -> the solver's, by stage.
+    """rows: tensor name -> uint8 [n_rows, row_bytes] or, of a side tensor, [matrices, size]; read when sliced.
 
+    errors: tensor name -> the solver's, by stage.
     left: tensors of a type the solver handles that no linear layer of the model matches; they are rounded to nearest.
     pooled: matrices solved with the Hessian of all experts of the layer, because this expert saw too few tokens.
     seconds: of the whole run. tuned: the held-out divergence before and after training, in nats a token.
@@ -153,10 +155,11 @@ def _solve_layer(
     rows, errors, left, pooled = {}, {}, [], []
 
     def solve(entry: Entry) -> None:
-        if formats.for_type(entry.target) is None:
+        if formats.for_type(entry.target) is None and not isinstance(entry.target, Claq):
             return
         if found := _solve_tensor(file, entry, layers):
-            rows[entry.name], errors[entry.name], poor = found
+            stored, errors[entry.name], poor = found
+            rows.update(stored)
             pooled.extend(poor)
         else:
             left.append(entry.name)
@@ -168,20 +171,28 @@ def _solve_layer(
 
 def _solve_tensor(
     file: Gguf, entry: Entry, layers: list[calibrate.Layer]
-) -> tuple[np.ndarray, dict[str, float], list[str]] | None:
-    """(uint8 [n_rows, row_bytes], errors by stage, the experts that took the pooled Hessian), None when unmatched."""
-    fmt, matrices, errors, pooled = formats.for_type(entry.target), [], [], []
+) -> tuple[dict[str, np.ndarray], dict[str, float], list[str]] | None:
+    """What is stored, errors by stage, the experts that took the pooled Hessian; None when unmatched.
+
+    Stored: name -> uint8 [n_rows, row_bytes], and [matrices, size] of a side tensor.
+    """
+    target, solutions, pooled = entry.target, [], []
+    fmt = formats.for_type(target)
     for rows in each_matrix(file, entry.tensor):
         found = calibrate.match(rows, layers)
         if found is None or found[0].hessian is None:
             return None
         layer, _ = found
         if layer.pooled:
-            pooled.append(f"{entry.name}[{len(matrices)}]")
+            pooled.append(f"{entry.name}[{len(solutions)}]")
+        weight, hessian = torch.from_numpy(rows), layer.hessian.cpu()
         try:
-            solution = solver.solve(torch.from_numpy(rows), layer.hessian.cpu(), fmt)
+            solved = solver.solve(weight, hessian, fmt) if fmt else claq.solve(weight, hessian, target)
         except InputError as error:
             raise InputError(f"tensor {entry.name!r}: {error}") from error
-        matrices.append(solution.packed.cpu().numpy())
-        errors.append(solution.errors)
-    return np.concatenate(matrices), {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled
+        solutions.append((solved.packed.cpu().numpy(), solved.side, solved.errors))
+    matrices, sides, errors = zip(*solutions, strict=True)
+    stored = {entry.name: np.concatenate(matrices)}
+    if sides[0] is not None:
+        stored[side_name(entry.name)] = np.stack(sides)
+    return stored, {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled

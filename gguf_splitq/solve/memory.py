@@ -9,13 +9,14 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from ..gguf_file import Tensor
 from ..plan import Entry
+from ..types.claq import Claq
 from .model import BATCH, CONTEXT, SAMPLED
 from .solver import WEIGHTS
 
 BASE = 896 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
 SOLVER = 360  # bytes per weight of the rows that are coded at a time; measured, as are the other factors
+CLAQ = 48  # bytes per weight of a matrix coded for CLAQ's types, whose rows are coded together
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 
@@ -66,11 +67,12 @@ def _layer(layer: Sequence[Entry], threads: int) -> int:
     """
     matrices = [e.tensor for e in layer if len(e.tensor.shape) > 1]
     hessians = sum(8 * t.n_cols**2 * (t.n_rows // t.shape[-2]) for t in matrices)
-    solving = sorted(map(_solving, matrices), reverse=True)[:threads]
+    solving = sorted((_solving(e) for e in layer if len(e.tensor.shape) > 1), reverse=True)[:threads]
     return _floats(layer) + max(_floats(layer), hessians + 2 * _outputs(layer) + sum(solving))
 
 
-def _solving(tensor: Tensor) -> int:
+def _solving(entry: Entry) -> int:
     """One matrix: its Hessian with factors, in double and single precision; its rows, before and after; its codes."""
-    rows = tensor.shape[-2]
-    return tensor.n_cols * (40 * tensor.n_cols + 16 * rows) + SOLVER * min(tensor.n_cols * rows, WEIGHTS)
+    rows, columns = entry.tensor.shape[-2:]
+    coded = CLAQ * columns * rows if isinstance(entry.target, Claq) else SOLVER * min(columns * rows, WEIGHTS)
+    return columns * (40 * columns + 16 * rows) + coded

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 
 from ..errors import UsageError
-from . import sdr, splitquant, sq4x
+from . import claq, sdr, splitquant, sq4x
 from .base import TensorType
 
 __all__ = ["TensorType", "all_types", "by_id", "get", "register_with_gguf"]
 
 CUSTOM: list[TensorType] = [*splitquant.TYPES, *sq4x.TYPES, *sdr.TYPES]
+"""This project's block formats; CLAQ's types, which code whole matrices, are in `claq.TYPES`."""
 
 
 @functools.cache
@@ -18,11 +19,13 @@ def all_types() -> list[TensorType]:
     """Every type, this project's first."""
     from .stock import stock_types
 
-    return [*CUSTOM, *stock_types()]
+    return [*CUSTOM, *claq.TYPES, *stock_types()]
 
 
 def get(name: str) -> TensorType:
     """The type of that name, in any case; UsageError lists the names when there is none."""
+    if found := claq.by_name(name.lower()):
+        return found
     for tensor_type in all_types():
         if tensor_type.name == name.lower():
             return tensor_type
@@ -42,7 +45,7 @@ def register_with_gguf() -> None:
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    for tensor_type in CUSTOM:
+    for tensor_type in (*CUSTOM, *claq.TYPES):
         if tensor_type.gguf_id in GGMLQuantizationType._value2member_map_:
             continue
         member = int.__new__(GGMLQuantizationType, tensor_type.gguf_id)

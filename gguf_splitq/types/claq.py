@@ -31,6 +31,7 @@ of a row and the bytes are this project's.
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -41,11 +42,12 @@ from ..errors import InputError
 from .base import TensorType
 
 MAGIC = 0x51414C43
+SIDE_TYPE = 24  # GGML_TYPE_I8
 MOST_COLUMNS = 1 << 16  # what u16 can number
 LEAST_ROWS = 128  # below, codebooks cost more than half of what the codes do
 PANEL = 16  # rows side by side in `extra`
 WIDE_BITS = 4
-OUTLIER_BITS = 32  # a column number and a value
+WIDE_SHARE = 0.5  # of what cq2.x and cq3.x have beyond cq2 and cq3, the rest is for outliers
 _ALIGNMENT = 32
 
 
@@ -71,6 +73,22 @@ class Claq(TensorType):
         """Bytes of one matrix's side tensor."""
         sections = self._sections(n_rows, n_cols)
         return sum(_padded(math.prod(shape) * np.dtype(kind).itemsize) for kind, shape in sections)
+
+    def matrix_bytes(self, n_rows: int, n_cols: int) -> int:
+        """Bytes of one matrix, codes and side tensor."""
+        return n_rows * self.row_bytes(n_cols) + self.side_bytes(n_rows, n_cols)
+
+    def within(self, n_rows: int, n_cols: int, room: int) -> Claq:
+        """The type with the wide blocks and outliers that `room` bytes for a matrix can hold."""
+        least = self.matrix_bytes(n_rows, n_cols)
+        kind = self._largest("wide", n_cols // 32, n_rows, n_cols, least + int(WIDE_SHARE * (room - least)))
+        return kind._largest("outliers", n_rows * n_cols // 8, n_rows, n_cols, room)
+
+    def _largest(self, name: str, most: int, n_rows: int, n_cols: int, room: int) -> Claq:
+        def size(count: int) -> int:
+            return replace(self, **{name: count}).matrix_bytes(n_rows, n_cols)
+
+        return replace(self, **{name: max(bisect.bisect_right(range(most + 1), room, key=size) - 1, 0)})
 
     def _sections(self, n_rows: int, n_cols: int) -> list[tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of each section; those that are absent have no elements."""
@@ -212,6 +230,18 @@ def is_side(name: str) -> bool:
     return name.endswith(".codebook")
 
 
+def unfit(name: str, shape: tuple[int, ...]) -> str | None:
+    """Why a tensor cannot have a cq type, in words that fit many; None when it can."""
+    *stack, n_rows, n_cols = shape
+    if n_cols % 32:
+        return f"a row of {n_cols} is not a multiple of 32"
+    if n_rows < LEAST_ROWS:
+        return f"{n_rows} rows are too few to share codebooks"
+    if n_cols > MOST_COLUMNS:
+        return f"rows of {n_cols} are longer than {MOST_COLUMNS}"
+    return "only experts are stacked for codebooks" if stack and "_exps." not in name else None
+
+
 def by_name(name: str) -> Claq | None:
     """cq4, cq3, cq2 and cq2.1 to cq3.9; None for any other name."""
     match = re.fullmatch(r"cq([23])\.([1-9])", name)
@@ -244,7 +274,8 @@ def _padded(size: int) -> int:
 
 _METHOD = "CLAQ, a codebook per column"
 TYPES = [
-    Claq("cq4", 105, 105, 32, 16, _METHOD, "large matrices", 65504.0, code_bits=4),
-    Claq("cq3", 106, 106, 32, 12, _METHOD, "large matrices; cq3.1 to cq3.9 for more", 65504.0, code_bits=3),
-    Claq("cq2", 107, 107, 32, 8, _METHOD, "large matrices; cq2.1 to cq2.9 for more", 65504.0, code_bits=2),
+    Claq("cq4", 105, 105, 32, 16, _METHOD, "large matrices", code_bits=4),
+    Claq("cq3", 106, 106, 32, 12, _METHOD, "large matrices; cq3.1 to cq3.9 for more", code_bits=3),
+    Claq("cq2", 107, 107, 32, 8, _METHOD, "large matrices; cq2.1 to cq2.9 for more", code_bits=2),
 ]
+IDS = tuple(kind.gguf_id for kind in TYPES)
