@@ -591,7 +591,7 @@ static inline vec_d unpack_sq3(const splitq_block_sq3 * x, int v, vec_t table, v
     codes_2bit(x[0].qs, x[1].qs, code);
     for (int i = 0; i < 4; ++i) {
         const uint8x16_t high = vtstq_u8(vcombine_u8(vdup_n_u8(x[0].qh[i]), vdup_n_u8(x[1].qh[i])), bit);
-        level[i] = vqtbl1q_s8(table, vorrq_u8(code[i], vandq_u8(high, four)));
+        level[i] = vqtbl1q_s8(table, vbslq_u8(four, high, code[i]));
     }
     return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
 }
@@ -635,7 +635,7 @@ static inline void panel_sq3(const uint8_t * x, vec_t table, vec_b w[8]) {
         codes_2bit(x + 4*LANES*i, x + 4*LANES*i + 8, code);
         for (int p = 0; p < 4; ++p) {
             const uint8x16_t high = vtstq_u8(vqtbl1q_u8(qh, vaddq_u8(row, vdupq_n_u8((uint8_t) p))), bit);
-            w[i + 2*p] = vqtbl1q_s8(table, vorrq_u8(code[p], vandq_u8(high, four)));
+            w[i + 2*p] = vqtbl1q_s8(table, vbslq_u8(four, high, code[p]));
         }
     }
 }
