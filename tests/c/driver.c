@@ -8,13 +8,18 @@
 //                                                                           share its row
 //          stdin: blocks of each matrix, float32 activations, for mul_id int32 experts [TOKENS][USED]; stdout: the result,
 //          or nothing where this instruction set has no kernel
+//          weights with codebooks have two more arguments, bytes of codebooks for each matrix and whether to take the
+//          reference, and the codebooks at the end of stdin
 //   driver razor_mul, razor_mul_id ...   the same for sdr4 with activations razored to 4 bits
 #define _GNU_SOURCE
+#include "ggml-claq.c"
 #include "ggml-splitq.c"
 #include "ggml-sdr.c"
 #undef SPLITQ_UNROLL
 #include "ggml-cpu/splitq.c"
 #include "ggml-cpu/splitq-mul.c"
+#include "ggml-cpu/claq.c"
+#include "ggml-cpu/claq-mul.c"
 #include "ggml-cpu/sdr.c"
 #include "ggml-cpu/sdr-a4.c"
 
@@ -32,7 +37,8 @@ void ggml_abort(const char * file, int line, const char * fmt, ...) {
 }
 
 static size_t block_bytes(enum ggml_type type) {
-    return type == GGML_TYPE_SPLITQ_SQ4 ? sizeof(splitq_block_sq4) : type == GGML_TYPE_SPLITQ_SQ3 ? sizeof(splitq_block_sq3) :
+    return claq_is(type) ? 4*claq_bits(type) :
+           type == GGML_TYPE_SPLITQ_SQ4 ? sizeof(splitq_block_sq4) : type == GGML_TYPE_SPLITQ_SQ3 ? sizeof(splitq_block_sq3) :
            type == GGML_TYPE_SPLITQ_SQ2 ? sizeof(splitq_block_sq2) : type == GGML_TYPE_SPLITQ_SDR4 ? sizeof(splitq_block_sdr4) :
            sizeof(splitq_block_sq4x);
 }
@@ -107,6 +113,15 @@ struct thread {
     bool (*forward)(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 };
 
+// As splitq-hook.cpp has it.
+static bool multiply_codebooks(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    if (!params->use_ref && splitq_mul_claims(dst)) {
+        return splitq_mul_forward(params, dst);
+    }
+    claq_forward(params, dst, splitq_mul_lanes(dst->src[0]));
+    return true;
+}
+
 static void * run(void * arg) {
     struct thread * t = arg;
     t->forward(&t->params, t->dst);
@@ -121,6 +136,17 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
     void * weights = read_all(ggml_row_size(type, n)*rows*matrices);
     void * values  = read_all(sizeof(float)*n*n1*n2);
     void * chosen  = experts ? read_all(sizeof(int32_t)*used*tokens) : NULL;
+    char ** last   = argv + (experts ? 6 : 5);
+    const bool codebooks   = claq_is(type);
+    const size_t side_size = codebooks ? atoi(last[0]) : 0;
+    struct ggml_tensor side = tensor(GGML_TYPE_I8, 1, read_all(side_size*matrices), side_size, matrices, 1);
+    for (int64_t i = 0; codebooks && i < matrices; ++i) {
+        const char * wrong = claq_check(type, n, rows, (char *) side.data + i*side_size, side_size);
+        if (wrong) {
+            fprintf(stdout, "%s", wrong);
+            return 0;
+        }
+    }
 
     const int64_t results = experts ? used : tokens;
     struct ggml_tensor x = tensor(type, ggml_row_size(type, SPLITQ_QK), weights, n, rows, matrices);
@@ -131,6 +157,7 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
     dst.src[0] = &x;
     dst.src[1] = &y;
     dst.src[2] = experts ? &ids : NULL;
+    dst.src[3] = codebooks ? &side : NULL;
     if (atoi(argv[3])) {
         if (!splitq_mul_can_interleave(&x)) {
             return 0;
@@ -138,17 +165,18 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
         x.data = guarded(ggml_row_size(type, n)*rows*matrices);
         splitq_mul_interleave(&x, weights);
     }
-    if (!(razored ? sdr_a4_claims : splitq_mul_claims)(&dst)) {
+    if (!(razored ? sdr_a4_claims : codebooks ? claq_claims : splitq_mul_claims)(&dst)) {
         return 0;
     }
 
-    const size_t size = razored ? sdr_a4_work_size(&dst) : splitq_mul_work_size(threads, &dst);
+    const size_t size = razored ? sdr_a4_work_size(&dst) : MAX(codebooks ? claq_work_size(threads, &dst) : 0, splitq_mul_work_size(threads, &dst));
     char * work = guarded(size);
     struct thread team[16];
     pthread_barrier_init(&barrier, NULL, threads);
     for (int i = 0; i < threads; ++i) {
-        team[i] = (struct thread) { .params = { .ith = i, .nth = threads, .wsize = size, .wdata = work }, .dst = &dst,
-                                     .forward = razored ? sdr_a4_forward : splitq_mul_forward };
+        team[i] = (struct thread) { .params = { .ith = i, .nth = threads, .wsize = size, .wdata = work,
+                                                 .use_ref = codebooks && atoi(last[1]) }, .dst = &dst,
+                                     .forward = razored ? sdr_a4_forward : codebooks ? multiply_codebooks : splitq_mul_forward };
         pthread_create(&team[i].id, NULL, run, &team[i]);
     }
     for (int i = 0; i < threads; ++i) { pthread_join(team[i].id, NULL); }

@@ -4,10 +4,12 @@
 // stay in the memory-mapped file.
 #include "splitq-hook.h"
 
+#include "claq.h"
 #include "sdr-a4.h"
 #include "splitq-mul.h"
 #include "traits.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
@@ -25,6 +27,24 @@ class traits : public ggml::cpu::tensor_traits {
 
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
         return splitq_mul_forward(params, op);
+    }
+};
+
+class claq_traits : public ggml::cpu::tensor_traits {
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        size = claq_work_size(n_threads, op);
+        if (splitq_mul_claims(op)) {
+            size = std::max(size, splitq_mul_work_size(n_threads, op));
+        }
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        if (!params->use_ref && splitq_mul_claims(op)) {
+            return splitq_mul_forward(params, op);
+        }
+        claq_forward(params, op, splitq_mul_lanes(op->src[0]));
+        return true;
     }
 };
 
@@ -58,9 +78,13 @@ class hook : public ggml::cpu::extra_buffer_type {
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         static traits instance;
+        static claq_traits codebooks;
         static razored_traits razored;
         if (w4a4() && sdr_a4_claims(op)) {
             return &razored;
+        }
+        if (claq_claims(op)) {
+            return &codebooks;
         }
         return splitq_mul_claims(op) ? &instance : nullptr;
     }

@@ -3,6 +3,8 @@
 #include "quants.h"
 #include "splitq-ints.h"
 #include "splitq-vec.h"
+#include "claq.h"
+#include "claq-mul.h"
 #include "vec.h"
 
 // Two kernels:
@@ -84,7 +86,7 @@ static void pack_many(const float * x, int first, int last, struct many * y) {
     }
 }
 
-// A panel: for each block its words of 4 bytes, word w of row r at 4*(LANES*w + r), then the scale bytes of all rows.
+// A panel: for each block its words of 4 bytes, word w of row r at 4*(LANES*w + r), then the scale bytes, if any, of all rows.
 // Rows that are not there are zero. size: bytes of a block.
 static void interleave(const char * row, size_t stride, int rows, int nb, size_t size, uint8_t * to) {
     if (rows < LANES) {
@@ -94,7 +96,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         for (int r = 0; r < rows; ++r) {
             const char * x = row + stride*r + size*b;
             for (size_t w = 0; w < size/4; ++w) { memcpy(to + 4*(LANES*w + r), x + 4*w, 4); }
-            to[LANES*(size - 1) + r] = (uint8_t) x[size - 1];
+            if (size % 4) { to[LANES*(size - 1) + r] = (uint8_t) x[size - 1]; }
         }
     }
 }
@@ -190,12 +192,13 @@ static const struct kernels * kernels_of(enum ggml_type type) {
     static const struct kernels sq3  = { 2, mul_rows_sq3,  mul_panel_some_sq3 };
     static const struct kernels sq2  = { 2, mul_rows_sq2,  mul_panel_some_sq2 };
     static const struct kernels sdr4 = { 1, mul_rows_sdr4, mul_panel_some_sdr4 };
+    static const struct kernels claq = { 0 }; // see claq-mul.h
     switch (type) {
         case GGML_TYPE_SPLITQ_SQ4:  return &sq4;
         case GGML_TYPE_SPLITQ_SQ3:  return &sq3;
         case GGML_TYPE_SPLITQ_SQ2:  return &sq2;
         case GGML_TYPE_SPLITQ_SDR4: return &sdr4;
-        default: return NULL;
+        default: return claq_is(type) ? &claq : NULL;
     }
 }
 
@@ -203,6 +206,10 @@ static const char interleaved; // its address marks tensors
 
 static bool is_interleaved(const struct ggml_tensor * x) {
     return x->extra == (void *) (uintptr_t) &interleaved;
+}
+
+int splitq_mul_lanes(const struct ggml_tensor * x) {
+    return is_interleaved(x) ? LANES : 1;
 }
 
 bool splitq_mul_can_interleave(const struct ggml_tensor * x) {
@@ -223,6 +230,9 @@ bool splitq_mul_claims(const struct ggml_tensor * op) {
     }
     const struct ggml_tensor * x = op->src[0];
     const struct ggml_tensor * y = op->src[1];
+    if (claq_is(x->type) && !claq_claims(op)) {
+        return false;
+    }
     return kernels_of(x->type) && x->view_src == NULL && (x->extra == NULL || is_interleaved(x)) && x->ne[3] == 1 && x->nb[0] == ggml_row_size(x->type, SPLITQ_QK) &&
         y->type == GGML_TYPE_F32 && y->nb[0] == sizeof(float) &&
         op->type == GGML_TYPE_F32 && op->nb[0] == sizeof(float);
@@ -244,7 +254,7 @@ struct job {
 struct layout {
     int64_t nb;                     // blocks in a row
     int64_t chunk;                  // rows of a unit of work
-    bool    interleaved;
+    bool    interleaved, claq;
     bool    alone;                  // a single token: each thread packs it for itself and takes its share of the rows
     size_t  few, many;              // bytes of a token's activations
     size_t  tokens, packed, panels; // offsets
@@ -252,7 +262,7 @@ struct layout {
 };
 
 static bool row_by_row(const struct layout * l, int64_t count) {
-    return !l->interleaved && count <= SPLITQ_FEW;
+    return !l->interleaved && !l->claq && count <= SPLITQ_FEW;
 }
 
 static size_t packed_size(const struct layout * l, int64_t count) {
@@ -264,13 +274,14 @@ static struct layout layout_of(const struct ggml_tensor * op, int n_threads) {
     const struct ggml_tensor * ids = op->op == GGML_OP_MUL_MAT_ID ? op->src[2] : NULL;
     struct layout l;
     l.nb   = x->ne[0]/SPLITQ_QK;
+    l.claq = claq_is(x->type);
     l.few  = sizeof(struct few)*((l.nb + LANES - 1)/LANES);
-    l.many = sizeof(struct many)*l.nb;
+    l.many = l.claq ? claq_token_size(x->ne[0]) : sizeof(struct many)*l.nb;
     l.interleaved = is_interleaved(x);
 
     const int64_t matrices = x->ne[2];
     const int64_t tokens   = ids ? ids->ne[0]*ids->ne[1] : op->ne[1]*op->ne[2]*op->ne[3]/matrices; // of all experts, of each matrix
-    l.alone  = !ids && matrices*tokens == 1;
+    l.alone  = !ids && matrices*tokens == 1 && (l.interleaved || row_by_row(&l, 1));
     l.tokens = ids ? GGML_PAD(sizeof(int64_t) + sizeof(struct job)*matrices, 64) : 0;
     l.packed = l.tokens + (ids ? GGML_PAD(sizeof(struct token)*tokens, 64) : 0);
     l.panels = GGML_PAD(l.packed + (ids ? tokens*MAX(l.few, l.many) : (l.alone ? n_threads : matrices)*packed_size(&l, tokens)), 64);
@@ -351,14 +362,21 @@ static float * result_of(const struct job * job, const struct ggml_tensor * dst,
     return (float *) ((char *) dst->data + at.i1*dst->nb[1] + at.i2*dst->nb[2] + at.i3*dst->nb[3]);
 }
 
+static struct claq_side side_of(const struct job * job, const struct ggml_tensor * dst) {
+    return claq_side_at(dst->src[0]->type, (const char *) dst->src[3]->data + job->matrix*dst->src[3]->nb[1]);
+}
+
 // Thread ith of nth packs its share of each row.
 static void pack(const struct layout * l, const struct job * job, const struct ggml_tensor * dst, int ith, int nth) {
     const bool rows = row_by_row(l, job->count);
     const int64_t n = rows ? (l->nb + LANES - 1)/LANES : l->nb;
     const int first = n*ith/nth, last = n*(ith + 1)/nth;
     const int units = kernels_of(dst->src[0]->type)->units;
+    const struct claq_side side = l->claq ? side_of(job, dst) : (struct claq_side) { 0 };
     for (int64_t t = 0; t < job->count; ++t) {
-        if (rows) {
+        if (l->claq) {
+            claq_pack(&side, row_of(job, dst, t), first, last, t, job->count, job->packed);
+        } else if (rows) {
             pack_few(row_of(job, dst, t), l->nb, units, first, last, (struct few *) (job->packed + l->few*t));
         } else {
             struct many * y = (struct many *) (job->packed + l->many*t);
@@ -388,6 +406,15 @@ static void mul(const struct layout * l, const struct job * job, const struct gg
         }
     }
     const char * panel = l->interleaved ? row : panels;
+    if (l->claq) {
+        const struct claq_side side = side_of(job, dst);
+        for (int64_t t = 0, n; t < job->count; t += n) {
+            float * out[TOKENS];
+            for (int i = 0; i < MIN(TOKENS, job->count - t); ++i) { out[i] = result_of(job, dst, t + i) + first; }
+            n = claq_mul(x->type, &side, (const uint8_t *) panel, first, last - first, job->packed, t, job->count, out);
+        }
+        return;
+    }
     for (int64_t t = 0, n; t < job->count; t += n) {
         const struct many * y = (const struct many *) (job->packed + l->many*t);
         n = 0;
@@ -430,7 +457,7 @@ static void mul_share(const struct ggml_tensor * dst, const struct layout * l, s
 
 int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct ggml_tensor * const * nodes) {
     const struct ggml_tensor * a = nodes[0], * b = nodes[1];
-    if (a->src[0]->type != b->src[0]->type || is_interleaved(a->src[0]) != is_interleaved(b->src[0])) { // packed differently
+    if (params->use_ref || a->src[0]->type != b->src[0]->type || is_interleaved(a->src[0]) != is_interleaved(b->src[0])) { // packed differently
         return 0;
     }
     const struct layout l = layout_of(a, params->nth);
@@ -439,7 +466,7 @@ int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct g
     }
     const struct share share = share_of(params, a, &l);
     mul_share(a, &l, share);
-    mul_share(b, &l, share);
+    mul_share(b, &l, l.claq ? share_of(params, b, &l) : share); // codebooks scale activations, each in its way
     const float * gate = a->data, * up = b->data;
     ggml_vec_swiglu_f32((int) (share.last - share.first), (float *) nodes[2]->data + share.first, gate + share.first, up + share.first);
     return 2;
@@ -489,6 +516,11 @@ bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_t
 }
 
 #else // no kernels for this instruction set: ggml's own path, with splitq_vec_dot_*
+
+int splitq_mul_lanes(const struct ggml_tensor * x) {
+    GGML_UNUSED(x);
+    return 1;
+}
 
 bool splitq_mul_can_interleave(const struct ggml_tensor * x) {
     GGML_UNUSED(x);

@@ -23,6 +23,9 @@ bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_t
 // another's, so nobody waits in between. Called by every thread. Returns 2; for more than one token 0, and nothing is done.
 int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct ggml_tensor * const * nodes);
 
+// How many rows of x stand side by side, word by word; 1: as in the file.
+int splitq_mul_lanes(const struct ggml_tensor * x);
+
 // Whether x, of this type and shape, can be interleaved.
 bool splitq_mul_can_interleave(const struct ggml_tensor * x);
 

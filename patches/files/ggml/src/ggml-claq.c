@@ -1,0 +1,133 @@
+#include "ggml-claq.h"
+
+#include "ggml-impl.h"
+
+#include <string.h>
+
+_Static_assert(sizeof(claq_block_cq4) == 16, "cq4 block size");
+_Static_assert(sizeof(claq_block_cq3) == 12, "cq3 block size");
+_Static_assert(sizeof(claq_block_cq2) ==  8, "cq2 block size");
+
+int claq_bits(enum ggml_type type) {
+    return type == GGML_TYPE_CLAQ_CQ4 ? 4 : type == GGML_TYPE_CLAQ_CQ3 ? 3 : type == GGML_TYPE_CLAQ_CQ2 ? 2 : 0;
+}
+
+bool claq_is(enum ggml_type type) {
+    return claq_bits(type) != 0;
+}
+
+// The next section, of `size` bytes, or NULL if the matrix has none.
+static const void * section(const char * data, size_t * at, bool present, size_t size) {
+    const void * start = present ? data + *at : NULL;
+    *at += present ? GGML_PAD(size, 32) : 0;
+    return start;
+}
+
+struct claq_side claq_side_at(enum ggml_type type, const void * data) {
+    uint32_t header[8];
+    memcpy(header, data, sizeof(header));
+    struct claq_side s = { .rows = header[1], .columns = header[2], .wide = header[3], .outliers = header[4], .size = sizeof(header) };
+    const int bits = claq_bits(type);
+    const size_t rows = s.rows, columns = s.columns, wide = s.wide;
+    s.order  = section(data, &s.size, wide > 0, 2*columns);
+    s.row    = section(data, &s.size, true, 2*rows);
+    s.scale  = section(data, &s.size, true, 2*columns);
+    s.levels = section(data, &s.size, true, CLAQ_QK*wide*16 + ((columns - CLAQ_QK*wide) << bits));
+    s.extra  = section(data, &s.size, wide > 0, (rows + 15)/16*wide*claq_extra_words(bits)*64);
+    s.start  = section(data, &s.size, s.outliers > 0, 4*(rows + 1));
+    s.column = section(data, &s.size, s.outliers > 0, 2*(size_t) s.outliers);
+    s.value  = section(data, &s.size, s.outliers > 0, 2*(size_t) s.outliers);
+    return s;
+}
+
+static bool all_finite(const ggml_half * h, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+        if ((h[i] & 0x7c00) == 0x7c00) { return false; }
+    }
+    return true;
+}
+
+static bool is_permutation(const uint16_t * order, uint32_t n) {
+    uint8_t seen[65536/8] = { 0 };
+    for (uint32_t i = 0; i < n; ++i) {
+        if (order[i] >= n || seen[order[i]/8] >> order[i] % 8 & 1) { return false; }
+        seen[order[i]/8] |= 1 << order[i] % 8;
+    }
+    return true;
+}
+
+const char * claq_check(enum ggml_type type, int64_t columns, int64_t rows, const void * data, size_t size) {
+    uint32_t header[8];
+    if (size < sizeof(header)) {
+        return "is too small";
+    }
+    if ((uintptr_t) data % 4) {
+        return "is not aligned";
+    }
+    memcpy(header, data, sizeof(header));
+    if (header[0] != CLAQ_MAGIC || header[5] || header[6] || header[7]) {
+        return "does not begin with the header of a codebook";
+    }
+    if (header[1] != rows || header[2] != columns) {
+        return "has a header that is not of the weight's shape";
+    }
+    if (header[3] > columns/CLAQ_QK || (header[3] && type == GGML_TYPE_CLAQ_CQ4)) {
+        return "has more wide blocks than the weight can have";
+    }
+    if ((header[3] || header[4]) && columns > 65536) {
+        return "numbers columns by 16 bits, which the weight has too many for";
+    }
+    const struct claq_side s = claq_side_at(type, data);
+    if (s.size > size) {
+        return "is too small";
+    }
+    if (s.order && !is_permutation(s.order, s.columns)) {
+        return "has an order of columns that is not a permutation";
+    }
+    if (!all_finite(s.row, s.rows) || !all_finite(s.scale, s.columns) || !all_finite(s.value, s.outliers)) {
+        return "has a scale or an outlier that is not a finite number";
+    }
+    if (s.outliers) {
+        if (s.start[0] != 0 || s.start[rows] != s.outliers) {
+            return "has rows that do not share out its outliers";
+        }
+        for (uint32_t r = 0; r < s.rows; ++r) {
+            if (s.start[r] > s.start[r + 1]) { return "has rows that do not share out its outliers"; }
+        }
+        for (uint32_t i = 0; i < s.outliers; ++i) {
+            if (s.column[i] >= s.columns) { return "has an outlier in a column that does not exist"; }
+        }
+    }
+    return NULL;
+}
+
+void claq_decode_row(enum ggml_type type, const struct claq_side * side, const void * words, size_t stride, uint32_t r, float * y) {
+    const int bits = claq_bits(type), size = bits*4;
+    const float row = GGML_FP16_TO_FP32(side->row[r]);
+    const char * word = words;
+    for (uint32_t b = 0; b < side->columns/CLAQ_QK; ++b) {
+        uint8_t q[16], x[8] = { 0 };
+        for (int w = 0; w < size/4; ++w, word += stride) { memcpy(q + 4*w, word, 4); }
+        const bool wide = b < side->wide;
+        for (int w = 0; wide && w < claq_extra_words(bits); ++w) { memcpy(x + 4*w, claq_extra(side, bits, r, b) + 64*w, 4); }
+        const int8_t * levels = claq_levels(side, bits, b);
+        for (int c = 0; c < CLAQ_QK; ++c) {
+            const int k = c % 4, w = c/16, i = c/4 % 4;
+            int code;
+            if (bits == 4) {
+                code = q[c/8*4 + k] >> c/4 % 2*4 & 15;
+            } else {
+                code = q[4*w + k] >> 2*i & 3;
+                if (bits == 3) { code |= (q[8 + k] >> (4*w + i) & 1) << 2; }
+                if (wide)      { code |= bits == 3 ? (x[k] >> (4*w + i) & 1) << 3 : (x[4*w + k] >> 2*i & 3) << 2; }
+            }
+            const uint32_t column = CLAQ_QK*b + c;
+            y[side->order ? side->order[column] : column] =
+                row*GGML_FP16_TO_FP32(side->scale[column])*levels[((size_t) c << (wide ? 4 : bits)) + code];
+        }
+    }
+    for (uint32_t i = side->outliers ? side->start[r] : 0; side->outliers && i < side->start[r + 1]; ++i) {
+        const uint32_t column = side->column[i];
+        y[side->order ? side->order[column] : column] += GGML_FP16_TO_FP32(side->value[i]);
+    }
+}

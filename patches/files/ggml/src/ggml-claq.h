@@ -1,0 +1,73 @@
+// Tensor types after CLAQ (arXiv 2405.17233): every column, an input feature, has a codebook of its own. Codes are in the
+// weight tensor, all else in a side tensor of bytes, X.codebook beside X.weight, that the model loader attaches.
+// docs/format.md of gguf-splitq draws the same bytes.
+#pragma once
+
+#define GGML_COMMON_DECL_C
+#include "ggml-common.h"
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CLAQ_QK    32
+#define CLAQ_MAGIC 0x51414c43u  // "CLAQ"
+
+// 32 columns of one row. A 32-bit word has, at each bit position, the codes of 4 neighbouring columns, one in each byte.
+typedef struct {
+    uint8_t qs[16];  // byte 4*w + k: codes of columns 8*w + k (low nibble) and 8*w + 4 + k
+} claq_block_cq4;
+
+typedef struct {
+    uint8_t qs[8];   // low two bits of the codes, as in cq2
+    uint8_t qh[4];   // bit 4*w + i of byte k: the high bit of column 16*w + 4*i + k
+} claq_block_cq3;
+
+typedef struct {
+    uint8_t qs[8];   // bits 2*i .. 2*i + 1 of byte 4*w + k: the code of column 16*w + 4*i + k
+} claq_block_cq2;
+
+// The side tensor of one matrix. Stored column i is input feature order[i];
+// weight[r, order[i]] = row[r] * scale[i] * level(i)[code], an outlier's value added.
+struct claq_side {
+    uint32_t rows, columns;
+    uint32_t wide;               // how many leading blocks have codes of 4 bits, their upper bits in extra
+    uint32_t outliers;
+    const uint16_t  * order;     // NULL: columns are stored in order
+    const ggml_half * row;       // filled up with zeros to a multiple of 16
+    const ggml_half * scale;
+    const int8_t    * levels;    // 16 for each column of a wide block, 2^bits for the others, rising
+    const uint8_t   * extra;     // [ceil(rows/16)][wide][words][16 rows][4 bytes], words as qs of cq2 or qh of cq3
+    const uint32_t  * start;     // outliers of row r: start[r] .. start[r + 1] - 1
+    const uint16_t  * column;    // stored column
+    const ggml_half * value;
+    size_t size;                 // bytes of all this
+};
+
+GGML_API int claq_bits(enum ggml_type type); // 0 for other types
+
+// Where things are in the side tensor `data` of one matrix, which claq_check (ggml.h) has accepted.
+GGML_API struct claq_side claq_side_at(enum ggml_type type, const void * data);
+
+// The levels of a block's first column.
+static inline const int8_t * claq_levels(const struct claq_side * side, int bits, uint32_t block) {
+    const uint32_t wide = block < side->wide ? block : side->wide;
+    return side->levels + (size_t) CLAQ_QK*(16*wide + ((size_t) (block - wide) << bits));
+}
+
+// Words of extra bits of a row's wide block, and where they are: word w at 64*w.
+static inline int claq_extra_words(int bits) {
+    return bits == 2 ? 2 : 1;
+}
+
+static inline const uint8_t * claq_extra(const struct claq_side * side, int bits, uint32_t row, uint32_t block) {
+    return side->extra + ((size_t) row/16*side->wide + block)*claq_extra_words(bits)*64 + row % 16*4;
+}
+
+// Decodes row r, whose word w is at words + w*stride, into all its columns in the order of the activations.
+GGML_API void claq_decode_row(enum ggml_type type, const struct claq_side * side, const void * words, size_t stride, uint32_t r, float * y);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,177 @@
+#include "claq-mul.h"
+
+#include "ggml-impl.h"
+#include "splitq-vec.h"
+
+#if defined(LANES)
+
+#include "claq-vec.h"
+
+#if defined(__GNUC__)
+#define CLAQ_INLINE static inline __attribute__((always_inline))
+#define CLAQ_UNROLL _Pragma("GCC unroll 16")
+#else
+#define CLAQ_INLINE static inline
+#define CLAQ_UNROLL
+#endif
+
+// One block of a token.
+struct claq_block {
+    int8_t  q[CLAQ_QK];
+    int32_t bias;
+    float   d;
+};
+
+// Packed tokens: the blocks of one token after the other's, then for outliers the floats, column by column of TOKENS
+// tokens, or of those that are left.
+size_t claq_token_size(int64_t columns) {
+    return columns/CLAQ_QK*sizeof(struct claq_block) + columns*sizeof(float);
+}
+
+static const struct claq_block * blocks_of(const struct claq_side * side, const char * packed, int64_t t) {
+    return (const struct claq_block *) packed + side->columns/CLAQ_QK*t;
+}
+
+// Of token t, the next column `*width` further.
+static float * plain_of(const struct claq_side * side, const char * packed, int64_t t, int64_t count, int64_t * width) {
+    const int64_t group = t/TOKENS*TOKENS;
+    *width = MIN(TOKENS, count - group);
+    return (float *) (uintptr_t) blocks_of(side, packed, count) + side->columns*group + t - group;
+}
+
+// As q8_0, but with a float for a scale: activations times scales of columns can be too small for a half.
+static void quantize_block(const float x[CLAQ_QK], struct claq_block * y) {
+    int32_t bits[CLAQ_QK], most = 0, sum = 0;
+    memcpy(bits, x, sizeof(bits));
+    for (int j = 0; j < CLAQ_QK; ++j) {
+        const int32_t magnitude = bits[j] & 0x7fffffff;
+        most = MAX(most, magnitude);
+    }
+    float max;
+    memcpy(&max, &most, sizeof(max));
+    const float inverse = max > 0 ? 127/max : 0;
+    for (int j = 0; j < CLAQ_QK; ++j) {
+        const float rounded = x[j]*inverse + 0x1.8p23f; // the integer is in its lowest bits
+        memcpy(&bits[j], &rounded, sizeof(rounded));
+        y->q[j] = (int8_t) bits[j];
+        sum += (int8_t) bits[j];
+    }
+    y->bias = -BIAS*sum;
+    y->d    = max/127;
+}
+
+void claq_pack(const struct claq_side * side, const float * x, int first, int last, int64_t t, int64_t count, char * packed) {
+    struct claq_block * y = (struct claq_block *) (uintptr_t) blocks_of(side, packed, t);
+    int64_t width;
+    float * plain = plain_of(side, packed, t, count, &width);
+    for (int b = first; b < last; ++b) {
+        float v[CLAQ_QK];
+        for (int j = 0; j < CLAQ_QK; ++j) { v[j] = x[side->order ? side->order[CLAQ_QK*b + j] : CLAQ_QK*b + j]; }
+        for (int j = 0; side->outliers && j < CLAQ_QK; ++j) { plain[width*(CLAQ_QK*b + j)] = v[j]; }
+        for (int j = 0; j < CLAQ_QK; j += LANES) { store_f(v + j, mul_f(load_f(v + j), load_half(side->scale + CLAQ_QK*b + j))); }
+        quantize_block(v, y + b);
+        if (t % 2) { pair(y[b - (int) side->columns/CLAQ_QK].q, y[b].q); }
+    }
+}
+
+// Blocks [first, last), all wide or none, of `panels` times LANES rows, with n tokens, 1 or even.
+CLAQ_INLINE void mul_claq_blocks(const int bits, const bool wide, const int panels, const int n, const struct claq_side * side,
+                            const uint8_t * x, size_t row, uint32_t first, uint32_t last, const struct claq_block * y, vec_f * sum) {
+    const size_t nb = side->columns/CLAQ_QK, size = 4*bits*LANES;
+    for (size_t b = first; b < last; ++b) {
+        const int8_t * levels = claq_levels(side, bits, b);
+        CLAQ_UNROLL
+        for (int p = 0; p < panels; ++p) {
+            vec_b w[8];
+            unpack_claq(bits, wide, x + (nb*p + b)*size, levels, wide ? claq_extra(side, bits, row + LANES*p, b) : NULL, w);
+            if (n == 1) {
+                sum[p] = fma_f(to_f(dot_token(set_i(y[b].bias), w, y[b].q)), set_f(y[b].d), sum[p]);
+                continue;
+            }
+            arrange(w);
+            CLAQ_UNROLL
+            for (int t = 0; t < n; t += 2) {
+                const struct claq_block * y0 = y + nb*t + b, * y1 = y0 + nb;
+                vec_i dots[2] = { set_i(y0->bias), set_i(y1->bias) };
+                dot_pair(dots, w, y0->q, y1->q);
+                sum[t]     = fma_f(to_f(dots[0]), set_f(y0->d), sum[t]);
+                sum[t + 1] = fma_f(to_f(dots[1]), set_f(y1->d), sum[t + 1]);
+            }
+        }
+    }
+}
+
+// A row's outliers times n tokens.
+CLAQ_INLINE void add_outliers(const int n, const struct claq_side * side, size_t row, const float * plain, int64_t width, float * const * out, int64_t r) {
+    float sum[16] = { 0 };
+    for (uint32_t i = side->start[row]; i < side->start[row + 1]; ++i) {
+        const float value = to_float(side->value[i]), * x = plain + width*side->column[i];
+        for (int t = 0; t < n; ++t) { sum[t] += value*x[t]; }
+    }
+    for (int t = 0; t < n; ++t) { out[t][r] += sum[t]; }
+}
+
+CLAQ_INLINE void mul_claq_rows(const int bits, const int n, const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,
+                          const char * packed, int64_t t, int64_t count, float * const * out) {
+    const struct claq_block * y = blocks_of(side, packed, t);
+    int64_t width;
+    const float * plain = plain_of(side, packed, t, count, &width);
+    const uint32_t nb = side->columns/CLAQ_QK;
+    // for one token two panels: they share its activations and the levels
+    const int most = n == 1 ? 2 : 1;
+    for (int64_t r = 0; r < rows; r += most*LANES, x += (size_t) most*LANES*4*bits*nb) {
+        vec_f sum[16];
+        const int panels = MIN(most, (rows - r + LANES - 1)/LANES);
+        for (int i = 0; i < most*n; ++i) { sum[i] = zero_f(); }
+        if (panels == 2) {
+            if (bits != 4) {
+                mul_claq_blocks(bits, true, 2, n, side, x, row + r, 0, side->wide, y, sum);
+            }
+            mul_claq_blocks(bits, false, 2, n, side, x, row + r, side->wide, nb, y, sum);
+        } else {
+            if (bits != 4) {
+                mul_claq_blocks(bits, true, 1, n, side, x, row + r, 0, side->wide, y, sum);
+            }
+            mul_claq_blocks(bits, false, 1, n, side, x, row + r, side->wide, nb, y, sum);
+        }
+        for (int p = 0; p < panels; ++p) {
+            const int64_t at = r + LANES*p;
+            for (int i = 0; i < n; ++i) {
+                const vec_f result = mul_f(sum[n == 1 ? p : i], load_half(side->row + row + at));
+                if (rows - at >= LANES) {
+                    store_f(out[i] + at, result);
+                } else {
+                    float some[LANES];
+                    store_f(some, result);
+                    memcpy(out[i] + at, some, sizeof(float)*(rows - at));
+                }
+            }
+        }
+        for (int64_t i = r; side->outliers && i < MIN(rows, r + most*LANES); ++i) {
+            add_outliers(n, side, row + i, plain, width, out, i);
+        }
+    }
+}
+
+#define CLAQ_ARGS side, x, row, rows, packed, t, count, out
+#define CLAQ_MUL(bits)                                                                                               \
+    static int mul_claq_##bits(const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,                \
+                          const char * packed, int64_t t, int64_t count, float * const * out) {                      \
+        if (TOKENS >= 16 && count - t >= 16) { mul_claq_rows(bits, 16, CLAQ_ARGS); return 16; }                           \
+        if (TOKENS >=  8 && count - t >=  8) { mul_claq_rows(bits,  8, CLAQ_ARGS); return  8; }                           \
+        if (count - t >= 4)                  { mul_claq_rows(bits,  4, CLAQ_ARGS); return  4; }                           \
+        if (count - t >= 2)                  { mul_claq_rows(bits,  2, CLAQ_ARGS); return  2; }                           \
+        mul_claq_rows(bits, 1, CLAQ_ARGS);                                                                                \
+        return 1;                                                                                                    \
+    }
+
+CLAQ_MUL(2)
+CLAQ_MUL(3)
+CLAQ_MUL(4)
+
+int claq_mul(enum ggml_type type, const struct claq_side * side, const uint8_t * x, int64_t row, int64_t rows,
+             const char * packed, int64_t t, int64_t count, float * const * out) {
+    return (type == GGML_TYPE_CLAQ_CQ4 ? mul_claq_4 : type == GGML_TYPE_CLAQ_CQ3 ? mul_claq_3 : mul_claq_2)(CLAQ_ARGS);
+}
+
+#endif

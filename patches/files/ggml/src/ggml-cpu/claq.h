@@ -1,0 +1,23 @@
+// Matrix products of cq4, cq3 and cq2 weights, whose codebooks are the operation's src[3]: what they are by definition, on
+// every processor. Kernels are in claq-mul.c.
+#pragma once
+
+#include "ggml-cpu-impl.h"
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Whether this is a product that can be computed: ggml's own path cannot.
+bool claq_claims(const struct ggml_tensor * op);
+
+size_t claq_work_size(int n_threads, const struct ggml_tensor * op);
+
+// Decodes each row and multiplies it with the activations as they are. Called by every thread.
+// `lanes`: how many rows of the weights stand side by side, see splitq-mul.h.
+void claq_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst, int lanes);
+
+#ifdef __cplusplus
+}
+#endif

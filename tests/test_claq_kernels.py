@@ -1,0 +1,326 @@
+"""Products of cq4, cq3 and cq2 weights on every instruction set, and codebooks that must not be loaded."""
+
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import crafted
+import numpy as np
+import pytest
+from test_kernels import check_products, driver, has_products, run  # noqa: F401
+
+from gguf_splitq import gguf_file
+
+TYPES = {"cq4": (105, 4), "cq3": (106, 3), "cq2": (107, 2)}  # ggml_type, bits
+
+
+def padded(data: np.ndarray) -> bytes:
+    raw = np.ascontiguousarray(data).tobytes()
+    return raw.ljust(-(-len(raw) // 32) * 32, b"\0")
+
+
+def pack_2bit(codes: np.ndarray) -> np.ndarray:
+    """uint8 [..., 32] -> uint8 [..., 8]: bits 2i of byte 4w + k belong to column 16w + 4i + k."""
+    parts = codes.reshape(*codes.shape[:-1], 2, 4, 4) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return np.bitwise_or.reduce(parts, -2).reshape(*codes.shape[:-1], 8)
+
+
+def pack_1bit(codes: np.ndarray) -> np.ndarray:
+    """uint8 [..., 32] -> uint8 [..., 4]: bit 4w + i of byte k belongs to column 16w + 4i + k."""
+    parts = codes.reshape(*codes.shape[:-1], 8, 4) << np.arange(8, dtype=np.uint8)[:, None]
+    return np.bitwise_or.reduce(parts, -2)
+
+
+def pack_4bit(codes: np.ndarray) -> np.ndarray:
+    """uint8 [..., 32] -> uint8 [..., 16]: the nibbles of byte 4w + k belong to columns 8w + k and 8w + 4 + k."""
+    parts = codes.reshape(*codes.shape[:-1], 4, 2, 4)
+    return (parts[..., 0, :] | parts[..., 1, :] << 4).reshape(*codes.shape[:-1], 16)
+
+
+class Matrix:
+    """A random matrix: `weights` and `side` as stored, and what they stand for, float64 [rows, columns], `dense`."""
+
+    def __init__(self, bits: int, columns: int, rows: int, wide: int, outliers: int, rng, scale=0.01):
+        wide, outliers = int(wide), int(outliers)
+        blocks = columns // 32
+        codes = rng.integers(0, 1 << bits, (rows, blocks, 32), dtype=np.uint8)
+        codes[:, :wide] = rng.integers(0, 16, (rows, wide, 32), dtype=np.uint8)
+        low = codes & (1 << bits) - 1
+        packed = [pack_4bit(low)] if bits == 4 else [pack_2bit(low & 3)] + ([pack_1bit(low >> 2)] if bits == 3 else [])
+        self.weights = np.concatenate(packed, -1).tobytes()
+
+        extra = codes[:, :wide] >> bits
+        extra = pack_2bit(extra).reshape(rows, wide, 2, 4) if bits == 2 else pack_1bit(extra)[:, :, None]
+        extra = np.concatenate([extra, np.zeros((-rows % 16, *extra.shape[1:]), np.uint8)])
+        extra = extra.reshape(-(-rows // 16), 16, *extra.shape[1:]).transpose(0, 2, 3, 1, 4)
+
+        self.order = rng.permutation(columns) if wide else np.arange(columns)
+        self.row = rng.uniform(0.5, 2, rows).astype("<f2")
+        self.scale = (scale * rng.exponential(1, columns)).astype("<f2")
+        counts = np.where(np.arange(columns) < 32 * wide, 16, 1 << bits)
+        levels = [np.sort(rng.integers(-127, 128, n)).astype(np.int8) for n in counts]
+        start = np.sort(rng.integers(0, outliers + 1, rows + 1))
+        start[0], start[-1] = 0, outliers
+        self.column = np.concatenate([np.sort(rng.choice(columns, n, False)) for n in np.diff(start)])
+        self.value = rng.normal(0, 1, outliers).astype("<f2")
+        sections = [self.order.astype("<u2")] * (wide > 0) + [self.row, self.scale, np.concatenate(levels)]
+        sections += [extra] * (wide > 0)
+        sections += [start.astype("<u4"), self.column.astype("<u2"), self.value] * (outliers > 0)
+        header = struct.pack("<8I", 0x51414C43, rows, columns, wide, outliers, 0, 0, 0)
+        self.side = header + b"".join(map(padded, sections))
+
+        table = np.stack([np.resize(column, 16) for column in levels]).astype(np.float64)
+        self.levels = self.row[:, None].astype(np.float64) * table[np.arange(columns), codes.reshape(rows, columns)]
+        self.added = np.zeros((rows, columns))
+        self.added[np.repeat(np.arange(rows), np.diff(start)), self.column.astype(int)] = self.value
+        self.dense = np.empty((rows, columns))
+        self.dense[:, self.order] = self.levels * self.scale.astype(np.float64) + self.added
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        """float64 [..., rows] of float32 [..., columns] as the kernels round it: 8 bits for 32 stored columns."""
+        x = x[..., self.order]
+        blocks = (x * self.scale.astype(np.float32)).reshape(-1, 32)
+        largest = np.abs(blocks).max(1, keepdims=True)
+        inverse = np.divide(127, largest, where=largest > 0, out=np.zeros_like(largest), dtype=np.float32)
+        rounded = np.rint(blocks * inverse) * (largest / np.float32(127)).astype(np.float64)
+        return rounded.reshape(x.shape) @ self.levels.T + x.astype(np.float64) @ self.added.T
+
+
+def sides(matrices: list[Matrix]) -> tuple[int, bytes]:
+    """Bytes of codebooks for each matrix, filled up to the longest; all of them."""
+    size = max(len(m.side) for m in matrices)
+    return size, b"".join(m.side.ljust(size, b"\0") for m in matrices)
+
+
+def activations(shape: tuple, rng) -> np.ndarray:
+    x = (rng.normal(0, 1, shape) * np.where(rng.random(shape) < 0.01, 20, 1)).astype(np.float32)
+    x.reshape(-1, 32)[1:2] = 0
+    return x
+
+
+def multiply(driver, command, name, columns, rows, *sizes, data, side, last=(), threads=(3,), reference=0):  # noqa: F811
+    """The driver's products, which must not depend on the number of threads."""
+    results = [
+        run(driver, command, TYPES[name][0], columns, rows, *sizes, n, *last, side[0], reference, data=data + side[1])
+        for n in threads
+    ]
+    assert all(result == results[0] for result in results)
+    return np.frombuffer(results[0], np.float32)
+
+
+def check(got: np.ndarray, exact: np.ndarray, full: np.ndarray, kernels: bool) -> None:
+    """`exact`: as a kernel rounds activations, `full`: without rounding, which is what the reference computes."""
+    check_products(got, exact if kernels else full, full)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
+@pytest.mark.parametrize("blocks, rows, tokens, wide, outliers", [
+    (1, 1, 1, 0, 0), (18, 37, 1, 3, 300), (33, 70, 2, 5, 0), (16, 33, 4, 16, 500), (18, 37, 17, 7, 200),
+    (40, 130, 33, 3, 900), (7, 19, 600, 2, 60),
+])  # fmt: skip
+@pytest.mark.parametrize("name", TYPES)
+def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide, outliers, interleaved):  # noqa: F811
+    rng = np.random.default_rng(rows)
+    rows = -(-rows // 16) * 16 if interleaved else rows
+    matrix = Matrix(TYPES[name][1], 32 * blocks, rows, wide if name != "cq4" else 0, outliers, rng)
+    x = activations((tokens, 32 * blocks), rng)
+    data = matrix.weights + x.tobytes()
+    sizes = (32 * blocks, rows, 1, tokens, 1, interleaved)
+    if interleaved and not has_products:
+        assert multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix])).size == 0
+        return
+    threads = (1, 2, 3, 4) if blocks in (18, 40) else (1,)
+    got = multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), threads=threads)
+    full = x @ matrix.dense.T
+    check(got, matrix.product(x), full, has_products)
+    check(multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), reference=1), full, full, False)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
+@pytest.mark.parametrize("shared", [0, 1], ids=["a row for each expert", "one row for all"])
+@pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (40, 2, 5)])
+@pytest.mark.parametrize("name", TYPES)
+def test_experts(driver, has_products, name, tokens, used, experts, shared, interleaved):  # noqa: F811
+    """Each expert has codebooks of its own, and as many wide blocks and outliers as it likes."""
+    if interleaved and not has_products:
+        return
+    rng = np.random.default_rng(tokens)
+    columns, rows = 160, 48 if interleaved else 35
+    wide = rng.integers(0, 4, experts) * (name != "cq4")
+    matrices = [Matrix(TYPES[name][1], columns, rows, w, rng.integers(0, 90), rng) for w in wide]
+    x = activations((tokens, 1 if shared else used, columns), rng)
+    ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :used].astype(np.int32)
+    data = b"".join(m.weights for m in matrices) + x.tobytes() + ids.tobytes()
+    sizes = (columns, rows, experts, tokens, used, interleaved)
+    pairs = [(matrices[ids[t, u]], x[t, 0 if shared else u]) for t in range(tokens) for u in range(used)]
+    exact, full = np.stack([m.product(v[None])[0] for m, v in pairs]), np.stack([v @ m.dense.T for m, v in pairs])
+    got = multiply(driver, "mul_id", name, *sizes, data=data, side=sides(matrices), last=[shared], threads=(1, 4))
+    check(got, exact, full, has_products)
+    got = multiply(driver, "mul_id", name, *sizes, data=data, side=sides(matrices), last=[shared], reference=1)
+    check(got, full, full, False)
+
+
+def test_scales_too_small_for_a_half_do_not_vanish(driver, has_products):  # noqa: F811
+    rng = np.random.default_rng(0)
+    matrix = Matrix(2, 64, 16, 0, 0, rng, scale=1e-6)
+    x = 1e-3 * activations((2, 64), rng)
+    got = multiply(driver, "mul", "cq2", 64, 16, 1, 2, 1, 0, data=matrix.weights + x.tobytes(), side=sides([matrix]))
+    check(got, matrix.product(x), x @ matrix.dense.T, has_products)
+
+
+def write_model(path: Path, kv: dict, tensors: dict[str, tuple]) -> Path:
+    """A GGUF of `tensors`, name -> (shape, ggml_type, bytes), and `kv` as gguf_file reads it."""
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(kv))
+    for key, value in kv.items():
+        head += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", value.type) + value.raw
+    data = b""
+    for name, (shape, kind, raw) in tensors.items():
+        head += struct.pack("<Q", len(name)) + name.encode()
+        head += struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, len(data))
+        data += raw.ljust(-(-len(raw) // 32) * 32, b"\0")
+    path.write_bytes(head.ljust(-(-len(head) // 32) * 32, b"\0") + data)
+    return path
+
+
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def model(request, demo_f16):
+    """(metadata, tensors with codebooks, the same tensors decoded) of a small Llama with random linear layers."""
+    rng = np.random.default_rng(0)
+    coded, plain = {}, {}
+    with gguf_file.read(demo_f16) as file:
+        kv = dict(file.kv)
+        experts = 4 if request.param == "experts" else 0
+        if experts:
+            kv |= {f"llama.expert_{key}": gguf_file.Value.of(experts) for key in ("count", "used_count")}
+        names = iter(list(TYPES) * 100)
+        for tensor in file.tensors:
+            raw = file.read_rows(tensor, 0, tensor.n_rows).tobytes()
+            if not re.search(r"(attn|ffn)_[a-z]+\.weight", tensor.name) or len(tensor.shape) < 2:
+                coded[tensor.name] = plain[tensor.name] = (tensor.shape, tensor.type_id, raw)
+                continue
+            stack = experts if "ffn" in tensor.name else 0
+            gguf_id, bits = TYPES[next(names)]
+            sizes = tensor.n_cols, tensor.n_rows
+            matrices = [Matrix(bits, *sizes, int(bits < 4), i, rng, 0.0005) for i in range(stack or 1)]
+            name = tensor.name.replace(".weight", "_exps.weight") if stack else tensor.name
+            shape = (stack, *tensor.shape) if stack else tensor.shape
+            size, side = sides(matrices)
+            coded[name] = (shape, gguf_id, b"".join(m.weights for m in matrices))
+            coded[name.replace("weight", "codebook")] = ((stack, size) if stack else (size,), 24, side)
+            plain[name] = (shape, 1, np.stack([m.dense for m in matrices]).astype("<f2").tobytes())
+            if "ffn_up" in name and stack:
+                router = tensor.name.replace("ffn_up", "ffn_gate_inp")
+                gate = rng.normal(0, 1, (stack, tensor.n_cols)).astype("<f4")
+                coded[router] = plain[router] = (gate.shape, 0, gate.tobytes())
+    return kv, coded, plain
+
+
+def perplexity(programs: Path, model: Path, *options) -> tuple[int, str]:
+    command = [programs / "llama-perplexity", "-m", model, "-f", crafted.DEMO / "eval.txt", *options]
+    command += ["-c", "128", "--chunks", "2", "-t", "2"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def perplexity_of(output: str) -> float:
+    return float(re.search(r"Final estimate: PPL = ([\d.]+)", output)[1])
+
+
+@pytest.mark.parametrize("options", [[], ["--no-repack"], ["--load-mode", "none"]], ids=" ".join)
+def test_a_model_with_codebooks_is_the_model_they_stand_for(model, runtime_programs, tmp_path, options):
+    kv, coded, plain = model
+    found = []
+    for name, tensors in ("coded", coded), ("plain", plain):
+        code, output = perplexity(runtime_programs, write_model(tmp_path / f"{name}.gguf", kv, tensors), *options)
+        assert code == 0, output[-3000:]
+        found.append(np.log(perplexity_of(output)))
+    assert found[0] == pytest.approx(found[1], rel=4e-3)  # the plain one does not round activations
+
+
+WEIGHT, SIDE = "blk.0.attn_q.weight", "blk.0.attn_q.codebook"
+COLUMNS, ROWS, OUTLIERS = 256, 256, 50
+ORDER, ROW, SCALE, START = 32, 544, 1056, 1568 + 32 * 16 + 224 * 4 + 16 * 2 * 64  # where they are, with 1 wide block
+COLUMN, VALUE = START + 1056, START + 1056 + 128
+
+
+def put(at: int, fmt: str, value: int):
+    return lambda side: side[:at] + struct.pack(fmt, value) + side[at + struct.calcsize(fmt) :]
+
+
+HOSTILE = {
+    "another magic": (put(0, "<I", 1), "header"),
+    "a reserved word": (put(28, "<I", 1), "header"),
+    "rows": (put(4, "<I", ROWS + 1), "shape"),
+    "columns": (put(8, "<I", 1 << 31), "shape"),
+    "wide blocks": (put(12, "<I", 9), "wide"),
+    "all sizes at once": (put(16, "<I", 0xFFFFFFFF), "too small"),
+    "cut off": (lambda side: side[:-32], "too small"),
+    "a header alone": (lambda side: side[:32], "too small"),
+    "order twice": (lambda side: side[:ORDER] + side[ORDER + 2 : ORDER + 4] + side[ORDER + 2 :], "permutation"),
+    "order too large": (put(ORDER, "<H", COLUMNS), "permutation"),
+    "infinite row": (put(ROW, "<H", 0x7C00), "finite"),
+    "scale not a number": (put(SCALE + 2 * COLUMNS - 2, "<H", 0xFFFF), "finite"),
+    "infinite outlier": (put(VALUE, "<H", 0xFC00), "finite"),
+    "first row": (put(START, "<I", 1), "share out"),
+    "falling rows": (put(START + 4 * 20, "<I", OUTLIERS + 1), "share out"),
+    "outlier outside": (put(COLUMN, "<H", COLUMNS), "does not exist"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    return Matrix(2, COLUMNS, ROWS, 1, OUTLIERS, np.random.default_rng(0))
+
+
+@pytest.fixture
+def loads(demo_f16, runtime_programs, tmp_path, matrix):
+    """Function: exit code and output of a program that loads the demo with these bytes and shape for one codebook."""
+
+    def load(side: bytes | None, shape=None, kind=24, weight=((ROWS, COLUMNS), 107), name=SIDE, options=()):
+        tensors = {}
+        with gguf_file.read(demo_f16) as file:
+            for t in file.tensors:
+                tensors[t.name] = (t.shape, t.type_id, file.read_rows(t, 0, t.n_rows).tobytes())
+            tensors[WEIGHT] = (*weight, matrix.weights)
+            if side is not None:
+                tensors[name] = (shape or (len(side),), kind, side)
+            path = write_model(tmp_path / "hostile.gguf", file.kv, tensors)
+        return perplexity(runtime_programs, path, *options)
+
+    return load
+
+
+def refused(result: tuple[int, str], *words: str) -> None:
+    code, output = result
+    assert code == 1, output[-2000:]
+    assert any(all(word in line for word in words) for line in output.splitlines()), output[-2000:]
+
+
+@pytest.mark.parametrize("options", [[], ["--load-mode", "none"]], ids=["mapped", "read"])
+@pytest.mark.parametrize("change, word", HOSTILE.values(), ids=HOSTILE)
+def test_codebooks_that_do_not_fit_are_refused(loads, matrix, change, word, options):
+    refused(loads(change(matrix.side), options=options), SIDE, word)
+
+
+def test_codebooks_of_the_wrong_type_or_shape_are_refused(loads, matrix):
+    side = matrix.side
+    assert loads(side)[0] == 0
+    refused(loads(None), WEIGHT, SIDE, "missing")
+    refused(loads(side, kind=26, shape=(len(side) // 4,)), SIDE, "wrong type or shape")
+    refused(loads(side + side, shape=(2, len(side))), SIDE, "wrong type or shape")
+    refused(loads(side + bytes(1)), SIDE, "wrong type or shape")
+
+
+def test_codebooks_without_a_weight_that_has_them_are_refused(loads, matrix):
+    refused(loads(matrix.side, name="blk.0.attn_x.codebook"), WEIGHT, "missing")
+
+
+def test_llama_quantize_copies_codebooks_and_makes_none(loads, matrix, demo_f16, runtime_programs, tmp_path):
+    code, output = loads(matrix.side)
+    quantize, copy = runtime_programs / "llama-quantize", tmp_path / "copy.gguf"
+    subprocess.run([quantize, tmp_path / "hostile.gguf", copy, "COPY"], check=True, capture_output=True)
+    assert perplexity_of(output) == perplexity_of(perplexity(runtime_programs, copy)[1])
+    command = [quantize, "--tensor-type", "attn_q=cq2", demo_f16, tmp_path / "q.gguf", "Q8_0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "gguf-splitq convert --type cq2" in done.stdout + done.stderr
