@@ -585,12 +585,13 @@ static inline void codes_2bit(const uint8_t * a, const uint8_t * b, uint8x16_t c
 }
 
 static inline vec_d unpack_sq3(const splitq_block_sq3 * x, int v, vec_t table, vec_b level[4], vec_d d) {
-    static const uint8_t bits[16] = { 1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128 };
-    const uint8x16_t bit = vld1q_u8(bits), four = vdupq_n_u8(4);
+    static const int8_t to_bit_2[16] = { 2, 1, 0, -1, -2, -3, -4, -5, 2, 1, 0, -1, -2, -3, -4, -5 };
+    const int8x16_t  shift = vld1q_s8(to_bit_2);
+    const uint8x16_t four  = vdupq_n_u8(4);
     uint8x16_t code[4];
     codes_2bit(x[0].qs, x[1].qs, code);
     for (int i = 0; i < 4; ++i) {
-        const uint8x16_t high = vtstq_u8(vcombine_u8(vdup_n_u8(x[0].qh[i]), vdup_n_u8(x[1].qh[i])), bit);
+        const uint8x16_t high = vshlq_u8(vcombine_u8(vdup_n_u8(x[0].qh[i]), vdup_n_u8(x[1].qh[i])), shift);
         level[i] = vqtbl1q_s8(table, vbslq_u8(four, high, code[i]));
     }
     return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
@@ -630,11 +631,11 @@ static inline void panel_sq3(const uint8_t * x, vec_t table, vec_b w[8]) {
     static const uint8_t rows[16] = { 0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12 };
     const uint8x16_t qh = vld1q_u8(x + 8*LANES), row = vld1q_u8(rows), four = vdupq_n_u8(4);
     for (int i = 0; i < 2; ++i) {
-        const uint8x16_t bit = vreinterpretq_u8_u32(vdupq_n_u32(0x08040201u << 4*i)); // of byte k: 4*i + k
+        const int8x16_t shift = vreinterpretq_s8_u32(vdupq_n_u32(i ? 0xfbfcfdfe : 0xff000102)); // of byte k: bit 4*i + k to bit 2
         uint8x16_t code[4];
         codes_2bit(x + 4*LANES*i, x + 4*LANES*i + 8, code);
         for (int p = 0; p < 4; ++p) {
-            const uint8x16_t high = vtstq_u8(vqtbl1q_u8(qh, vaddq_u8(row, vdupq_n_u8((uint8_t) p))), bit);
+            const uint8x16_t high = vshlq_u8(vqtbl1q_u8(qh, vaddq_u8(row, vdupq_n_u8((uint8_t) p))), shift);
             w[i + 2*p] = vqtbl1q_s8(table, vbslq_u8(four, high, code[p]));
         }
     }
