@@ -57,10 +57,11 @@ def test_head_sizes(random_f16, head):
         assert 0 < kld(base, *BOTH) < 0.02
 
 
-def test_a_head_size_that_blocks_do_not_divide_is_refused(random_f16, runtime_programs):
-    command = [runtime_programs / "llama-completion", "-m", random_f16(80), "-p", "It", "-n", "1", "-no-cnv", *BOTH]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "sdr4 with block size 32 does not divide n_embd_head_k=80" in done.stderr
+@pytest.mark.parametrize("cache", ["sdr4", "q4_0"])
+def test_a_head_size_that_blocks_do_not_divide_is_refused_as_for_q4_0(random_f16, runtime_programs, cache):
+    command = [runtime_programs / "llama-completion", "-m", random_f16(80), "-p", "It", "-n", "1", "-no-cnv"]
+    done = subprocess.run([*command, "--cache-type-k", cache, "--cache-type-v", cache], capture_output=True, text=True)
+    assert done.returncode == 1 and f"{cache} with block size 32 does not divide n_embd_head_k=80" in done.stderr
 
 
 def test_four_thousand_tokens(random_f16):
