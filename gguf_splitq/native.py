@@ -43,6 +43,13 @@ def library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    if hasattr(lib, "splitq_widen"):
+        lib.splitq_widen.restype = ctypes.c_float
+        lib.splitq_widen.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        lib.splitq_errors.restype = None
+        lib.splitq_errors.argtypes = [
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
+        ]  # fmt: skip
     return lib
 
 
@@ -66,3 +73,21 @@ def decode(lib: ctypes.CDLL, gguf_id: int, data: np.ndarray, n_cols: int) -> np.
     out = np.empty((data.shape[0], n_cols), np.float32)
     _CONVERT(lib.ggml_get_type_traits(gguf_id).contents.to_float)(data.ctypes.data, out.ctypes.data, out.size)
     return out
+
+
+def widen(lib: ctypes.CDLL, gguf_id: int, raw: np.ndarray) -> tuple[np.ndarray, float]:
+    """F32, F16 or BF16 as stored, uint8 [n_rows, row_bytes] -> float32 [n_rows, n_cols], and the largest magnitude.
+
+    The latter is infinite when a value is Inf or NaN; the values are then not to be used.
+    """
+    raw = np.ascontiguousarray(raw)
+    out = np.empty((raw.shape[0], raw.shape[1] // lib.ggml_get_type_traits(gguf_id).contents.type_size), np.float32)
+    return out, lib.splitq_widen(gguf_id, raw.ctypes.data, out.ctypes.data, out.size)
+
+
+def errors(lib: ctypes.CDLL, gguf_id: int, data: np.ndarray, rows: np.ndarray) -> tuple[float, float, float]:
+    """What a quantized type's `data` loses of float32 `rows`: sums of squared weights and errors, the largest error."""
+    data, rows = np.ascontiguousarray(data), np.ascontiguousarray(rows)
+    sums = (ctypes.c_double * 3)()
+    lib.splitq_errors(gguf_id, data.ctypes.data, rows.ctypes.data, rows.size, sums)
+    return tuple(sums)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import gguf_file, plan, types
+from . import gguf_file, native, plan, types
 from .errors import InputError, UsageError
 from .gguf_file import Gguf, Tensor, Value
 from .types import claq
@@ -194,6 +194,23 @@ def to_float32(raw: np.ndarray, type_id: int) -> np.ndarray:
     return types.by_id(type_id).decode(raw)
 
 
+def widen(raw: np.ndarray, type_id: int) -> tuple[np.ndarray, float]:
+    """`to_float32`, and the largest magnitude, which is not finite when one of the values is not."""
+    lib = native.library()
+    if not hasattr(lib, "splitq_widen") or gguf_file.type_name(type_id) not in plan.FLOATS:
+        return (rows := to_float32(raw, type_id)), float(max(rows.max(), -rows.min()))
+    rows, largest = native.widen(lib, type_id, raw)
+    return (rows if math.isfinite(largest) else to_float32(raw, type_id)), largest
+
+
+def errors(decoded: np.ndarray, rows: np.ndarray) -> tuple[float, float, float]:
+    """Sums of squared weights and errors in float64, the largest error; overwrites `decoded`."""
+    decoded -= rows
+    largest = max(float(decoded.max()), -float(decoded.min()))
+    error = float(np.square(decoded, out=decoded).sum(dtype=np.float64))
+    return float(np.square(rows, out=decoded).sum(dtype=np.float64)), error, largest
+
+
 def each_matrix(file: Gguf, tensor: Tensor) -> Iterator[np.ndarray]:
     """float32 [rows, columns] of a tensor's matrix, or of one expert after the other."""
     for first in range(0, tensor.n_rows, tensor.shape[-2]):
@@ -214,8 +231,7 @@ def encode(source: Gguf, job: Job) -> Chunk:
     out = raw if copied else np.empty((job.count, target.row_bytes(tensor.n_cols)), np.uint8)
     step = max(1, PIECE // tensor.n_cols)
     for at in range(0, job.count, step):
-        rows = _floats(raw[at : at + step], tensor, side, job.first + at)
-        largest = float(max(rows.max(), -rows.min()))  # NaN and Inf come through
+        rows, largest = _floats(raw[at : at + step], tensor, side, job.first + at)
         if not math.isfinite(largest):
             raise _not_finite(tensor, rows, job.first + at)
         if largest > limit:
@@ -225,13 +241,10 @@ def encode(source: Gguf, job: Job) -> Chunk:
         solved = job.solved
         out[at : at + step] = target.encode(rows, job.importance) if solved is None else solved[at : at + step]
         if job.side is None:
-            error = target.decode(out[at : at + step])
+            sums = _measure(target, out[at : at + step], rows)
         else:
-            error = target.decode_rows(out[at : at + step], job.side, (job.first + at) % tensor.shape[-2])
-        error -= rows
-        stats.largest = max(stats.largest, float(error.max()), -float(error.min()))
-        stats.error += float(np.square(error, out=error).sum(dtype=np.float64))
-        stats.signal += float(np.square(rows, out=error).sum(dtype=np.float64))
+            sums = errors(target.decode_rows(out[at : at + step], job.side, (job.first + at) % tensor.shape[-2]), rows)
+        stats.add(Stats(0, *sums))
     stats.seconds = time.perf_counter() - started
     return Chunk(out, stats)
 
@@ -250,11 +263,12 @@ def side_of(source: Gguf, tensor: Tensor, row: int) -> claq.Side | None:
     return kind.read_side(source.read_rows(found, row // n_rows, 1)[0], n_rows, n_cols, name)
 
 
-def _floats(raw: np.ndarray, tensor: Tensor, side: claq.Side | None, first: int) -> np.ndarray:
-    """`to_float32` of rows from row `first` of the tensor on."""
+def _floats(raw: np.ndarray, tensor: Tensor, side: claq.Side | None, first: int) -> tuple[np.ndarray, float]:
+    """`widen` of rows from row `first` of the tensor on."""
     if side is None:
-        return to_float32(raw, tensor.type_id)
-    return types.by_id(tensor.type_id).decode_rows(raw, side, first % tensor.shape[-2])
+        return widen(raw, tensor.type_id)
+    rows = types.by_id(tensor.type_id).decode_rows(raw, side, first % tensor.shape[-2])
+    return rows, float(max(rows.max(), -rows.min()))
 
 
 def _code(source: Gguf, entry: plan.Entry, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -277,6 +291,14 @@ def _code(source: Gguf, entry: plan.Entry, importance: np.ndarray | None) -> tup
 
 def _pad(out) -> None:
     out.write(b"\0" * (gguf_file.padded(out.tell()) - out.tell()))
+
+
+def _measure(target: types.TensorType, data: np.ndarray, rows: np.ndarray) -> tuple[float, float, float]:
+    """`errors` of encoded rows."""
+    lib = native.library()
+    if not hasattr(lib, "splitq_widen") or target.name in plan.FLOATS:
+        return errors(target.decode(data), rows)
+    return native.errors(lib, target.gguf_id, data, rows)
 
 
 def _write(out, entry: plan.Entry, stream: Iterator[Chunk]) -> tuple[Stats, float]:

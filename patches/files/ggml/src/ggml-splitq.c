@@ -119,12 +119,12 @@ static inline int code_sq4(const splitq_block_sq4 * b, int i) { return get_4bit(
 static inline int code_sq3(const splitq_block_sq3 * b, int i) { return get_2bit(b->qs, i) | (b->qh[i/8] >> i%8 & 1) << 2; }
 static inline int code_sq2(const splitq_block_sq2 * b, int i) { return get_2bit(b->qs, i); }
 
-// Where the scaled weights from 13.125*i to 13.125*(i + 1), i from -8 to 7, find their level: no such range holds more
-// than one of the levels' middles, the outer two without their far ends included. Indexed by the low 4 bits of i.
+// A level for each scaled weight x with one comparison: ranges from 13.125*i to 13.125*(i + 1), i from -8 to 7 and the
+// outermost without end, hold at most one of the levels' middles each. Indexed by the low 4 bits of i.
 #define SPLITQ_BUCKET 13.125f
 typedef struct {
-    float middle[16]; // or infinity
-    float upper[16], lower[16]; // levels above and below it
+    float middle[16];           // infinity where there is none
+    float upper[16], lower[16]; // the levels above and below it
 } splitq_buckets;
 
 typedef struct {
@@ -159,7 +159,7 @@ static splitq_book make_book(const int8_t * levels, int n_levels, int words, int
         memcpy(&book.lower[p], &code,  sizeof(code));
         memcpy(&book.upper[p], &above, sizeof(above));
         code = above;
-        GGML_ASSERT(i < 7 ? code + 1 == n_levels || levels[code] + levels[code + 1] >= 2*SPLITQ_BUCKET*(i + 1) : code + 1 == n_levels);
+        GGML_ASSERT(i < 7 ? code + 1 == n_levels || levels[code] + levels[code + 1] > 2*SPLITQ_BUCKET*(i + 1) : code + 1 == n_levels);
     }
     return book;
 }
@@ -188,7 +188,7 @@ static int64_t encode_lanes(const float * x, void * y, int64_t n, int64_t row_bl
         const int n_levels = sizeof(splitq_levels_##name);                                                     \
         const int64_t row_blocks = k/SPLITQ_QK;                                                                \
         int64_t ib = 0;                                                                                        \
-        SPLITQ_ENCODE_LANES(name, down, up)                                                                         \
+        SPLITQ_ENCODE_LANES(name, down, up)                                                                    \
         for (; ib < nrows*row_blocks; ++ib) {                                                                  \
             uint8_t codes[SPLITQ_QK];                                                                          \
             y[ib].d = encode_block(x + ib*SPLITQ_QK, block_weight(imatrix ? imatrix + ib%row_blocks*SPLITQ_QK : NULL), \
@@ -202,9 +202,15 @@ static int64_t encode_lanes(const float * x, void * y, int64_t n, int64_t row_bl
     SPLITQ_CLONES void splitq_dequantize_row_##name(const void * x, float * y, int64_t k) {                    \
         assert(k % SPLITQ_QK == 0);                                                                            \
         const splitq_block_##name * b = x;                                                                     \
-        for (int64_t i = 0; i < k; ++i) {                                                                      \
-            const splitq_block_##name * bi = b + i/SPLITQ_QK;                                                  \
-            y[i] = splitq_scale[bi->d] * splitq_levels_##name[code_##name(bi, i%SPLITQ_QK)];                   \
+        for (int64_t ib = 0; ib < k/SPLITQ_QK; ++ib, ++b, y += SPLITQ_QK) {                                    \
+            float value[sizeof(splitq_levels_##name)];                                                         \
+            for (size_t i = 0; i < sizeof(splitq_levels_##name); ++i) {                                        \
+                value[i] = splitq_scale[b->d] * splitq_levels_##name[i];                                       \
+            }                                                                                                  \
+            SPLITQ_UNROLL                                                                                      \
+            for (int j = 0; j < SPLITQ_QK; ++j) {                                                              \
+                y[j] = value[code_##name(b, j)];                                                               \
+            }                                                                                                  \
         }                                                                                                      \
     }
 #include "ggml-splitq-levels.h"
@@ -309,6 +315,65 @@ size_t splitq_quantize_chunk(enum ggml_type type, const float * src, void * dst,
         default: GGML_ABORT("not a splitq type: %d", type);
     }
     return nrows*ggml_row_size(type, n_per_row);
+}
+
+// --- the rest of a conversion's loop
+
+SPLITQ_CLONES float splitq_widen(enum ggml_type type, const void * src, float * dst, int64_t n) {
+    uint32_t largest = 0;
+    if (type == GGML_TYPE_F16) {
+        // Exponent and mantissa moved to float32's places, then rescaled by the difference of the biases.
+        const int16_t * x = src;
+        for (int64_t i = 0; i < n; ++i) {
+            const uint32_t bits = ((uint32_t) (int32_t) x[i] & 0x80000000) | (x[i] & 0x7fffu) << 13;
+            float value;
+            memcpy(&value, &bits, sizeof(value));
+            dst[i]  = value*0x1p112f;
+            largest = (bits & 0x7fffffff) > largest ? (bits & 0x7fffffff) : largest;
+        }
+        float value;
+        memcpy(&value, &largest, sizeof(value));
+        return largest < 0x7c00u << 13 ? value*0x1p112f : INFINITY;
+    }
+    GGML_ASSERT(type == GGML_TYPE_F32 || type == GGML_TYPE_BF16);
+    uint32_t * y = (uint32_t *) dst;
+    for (int64_t i = 0; i < n; ++i) {
+        y[i] = type == GGML_TYPE_F32 ? ((const uint32_t *) src)[i] : (uint32_t) ((const uint16_t *) src)[i] << 16;
+        largest = (y[i] & 0x7fffffff) > largest ? (y[i] & 0x7fffffff) : largest;
+    }
+    float value;
+    memcpy(&value, &largest, sizeof(value));
+    return isfinite(value) ? value : INFINITY;
+}
+
+SPLITQ_CLONES static void add_errors(const float * x, const float * y, int n, double * signal, double * error, float * largest) {
+    for (int i = 0; i < n; i += 16) {
+        for (int j = 0; j < 16; ++j) {
+            const float r = y[i + j] - x[i + j], xx = x[i + j]*x[i + j], rr = r*r;
+            signal[j] += (double) xx;
+            error[j]  += (double) rr;
+            largest[j] = fabsf(r) > largest[j] ? fabsf(r) : largest[j];
+        }
+    }
+}
+
+void splitq_errors(enum ggml_type type, const void * data, const float * x, int64_t n, double * sums) {
+    const struct ggml_type_traits * traits = ggml_get_type_traits(type);
+    double signal[16] = { 0 }, error[16] = { 0 };
+    float  largest[16] = { 0 }, decoded[1024];
+    for (int64_t i = 0; i < n; i += 1024) {
+        const int count = n - i < 1024 ? n - i : 1024;
+        traits->to_float((const char *) data + ggml_row_size(type, i), decoded, count);
+        add_errors(x + i, decoded, count, signal, error, largest);
+    }
+    for (int j = 1; j < 16; ++j) {
+        signal[0] += signal[j];
+        error[0]  += error[j];
+        largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
+    }
+    sums[0] = signal[0];
+    sums[1] = error[0];
+    sums[2] = largest[0];
 }
 
 bool splitq_validate_blocks(enum ggml_type type, const void * data, size_t nblocks) {

@@ -84,6 +84,11 @@ GGML_API void splitq_dequantize_row_sq4x(const void * x, float * y, int64_t k);
 GGML_API size_t splitq_quantize_chunk(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
 GGML_API bool   splitq_validate_blocks(enum ggml_type type, const void * data, size_t nblocks);
 
+// For converters. F32, F16 or BF16 to float; returns the largest magnitude, infinity if not all are finite.
+GGML_API float splitq_widen(enum ggml_type type, const void * src, float * dst, int64_t n);
+// What a quantized type that decodes row by row makes of x: the sums of x^2 and of the errors' squares, the largest error.
+GGML_API void splitq_errors(enum ggml_type type, const void * data, const float * x, int64_t n, double * sums);
+
 #ifdef __cplusplus
 }
 #endif
