@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from gguf_splitq import gguf_file
+
 from .common import BUILD, DEMO
 
 # Sizes by parameters; every row is a multiple of 256, so that stock K-quants need no fallback.
 SIZES = {
     "0.6B": {"hidden": 1536, "ffn": 4096, "layers": 24, "heads": 24, "kv_heads": 8},
+    "1B": {"hidden": 2048, "ffn": 8192, "layers": 17, "heads": 32, "kv_heads": 8},
     "3B": {"hidden": 3072, "ffn": 8192, "layers": 30, "heads": 24, "kv_heads": 8},
 }
 # 576-wide rows, as in several small models: multiples of 32 and not of 256. Only ffn_down's rows (1536) are.
@@ -80,3 +83,20 @@ def random_llama(name: str, hidden: int, ffn: int, layers: int, heads: int, kv_h
             f.write(values.astype(np.float16).tobytes())
     partial.rename(weights)
     return folder
+
+
+def repeat_layer(one: Path, outfile: Path, layers: int) -> Path:
+    """Writes the GGUF `one`, a model of one layer, again with that layer `layers` times: as fast, sooner made."""
+    with gguf_file.read(one) as source:
+        count = f"{source.get('general.architecture')}.block_count"
+        kv = source.kv | {count: gguf_file.Value.of(layers)}
+        layer = [t for t in source.tensors if t.name.startswith("blk.0.")]
+        rest = [t for t in source.tensors if t not in layer]
+        names = [(t.name, t) for t in rest]
+        names += [(f"blk.{i}." + t.name.removeprefix("blk.0."), t) for i in range(layers) for t in layer]
+        with gguf_file.atomic(outfile, layers * source.size) as out:
+            out.write(gguf_file.header(kv, [(name, t.shape, t.type_id) for name, t in names]))
+            for _, tensor in names:
+                out.write(source.read_rows(tensor, 0, tensor.n_rows))
+                out.write(b"\0" * (gguf_file.padded(tensor.n_bytes) - tensor.n_bytes))
+    return outfile
