@@ -56,8 +56,18 @@ def test_products(metal, bits, kernel, tolerance, sizes):
     tensor_type = TYPES[bits]
     blocks = rng.integers(0, 256, (matrices * rows * columns // 32, tensor_type.block_bytes), dtype=np.uint8)
     y = rng.normal(0, 1, (matrices * repeats, tokens, columns)).astype(np.float32)
-    found = run(metal, kernel, bits, *sizes, data=blocks.tobytes() + y.tobytes())
+    found = run(metal, kernel, bits, *sizes, data=y.tobytes() + blocks.tobytes())
     weights = tensor_type.decode_numpy(blocks).reshape(matrices, rows, columns).astype(np.float64)
     exact = y @ weights.repeat(repeats, 0).swapaxes(1, 2)
     error = np.abs(found.reshape(exact.shape) - exact).max()
     assert error < tolerance * np.abs(exact).max()
+
+
+def test_kernels_have_the_names_that_the_host_asks_for(patched_tree):
+    folder = patched_tree / "ggml" / "src" / "ggml-metal" / "kernels"
+    text = "".join((folder / f"{name}.metal").read_text() for name in ("mul_mv", "mul_mm", "quantize"))
+    found = re.findall(r'host_name\("kernel_(\w+)"\)]].*\bsplitq_\w+<(\d)>', text)
+    names = ["mul_mv_{}_f32", "mul_mv_id_{}_f32", "get_rows_{}"]
+    names += [f"mul_mm_{experts}{{}}_{y}" for experts in ("", "id_") for y in ("f32", "f16")]
+    wanted = [(name.format(TYPES[bits].name), str(bits)) for name in names for bits in TYPES]
+    assert sorted(found) == sorted(wanted)

@@ -2,8 +2,8 @@
 // tests/test_metal.py compiles this with upstream's mul_mm.metal, of which it keeps only the instantiations for splitq.
 //
 //   metal decode BITS HALF       stdin: blocks; stdout: their weights, float32 or float16
-//   metal mul_mv BITS COLUMNS ROWS MATRICES TOKENS REPEATS    stdin: blocks of each matrix, float32 activations of each of
-//   metal mul_mm BITS ...                                     MATRICES*REPEATS batches; stdout: float32 results
+//   metal mul_mv BITS COLUMNS ROWS MATRICES TOKENS REPEATS    stdin: float32 activations of each of MATRICES*REPEATS batches,
+//   metal mul_mm BITS ...                                     blocks of each matrix; stdout: float32 results
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -133,7 +133,7 @@ template<short bits> static void multiply(bool mm, char ** argv) {
     const int batches = matrices*repeats;
     const uint64_t row = columns/32*sizeof(splitq_block<bits>), token = sizeof(float)*columns;
     const vector<char> data = read_all();
-    const char * x = data.data(), * y = x + row*rows*matrices;
+    const char * y = data.data(), * x = y + token*tokens*batches;
     vector<float> dst(batches*tokens*rows);
     alignas(16) static char shmem[8192];
 
