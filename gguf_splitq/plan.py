@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -237,13 +238,18 @@ def _filled(entries: Sequence[Entry]) -> list[Entry]:
         if least > chosen[0].target.target:
             raise UsageError(f"{name} cannot be met: codes and codebooks take {least:.3f} bits per weight: give more")
         room[name] = (chosen[0].target.target * weights / 8 - sum(e.n_bytes for e in chosen)) / weights
+    left = dict.fromkeys(room, 0.0)  # bytes that the tensors before could not use
 
     def fill(entry: Entry) -> Entry:
-        if entry.target is None or entry.target.name not in room:
+        if entry.target is None or (name := entry.target.name) not in room:
             return entry
-        n_rows, n_cols = entry.tensor.shape[-2:]
-        size = entry.target.matrix_bytes(n_rows, n_cols) + int(room[entry.target.name] * n_rows * n_cols)
-        return replace(entry, target=entry.target.within(n_rows, n_cols, size))
+        *stack, n_rows, n_cols = entry.tensor.shape
+        matrices = math.prod(stack)
+        left[name] += room[name] * entry.tensor.n_weights
+        size = entry.target.matrix_bytes(n_rows, n_cols) + int(left[name] / matrices)
+        filled = replace(entry, target=entry.target.within(n_rows, n_cols, size))
+        left[name] -= filled.n_bytes - entry.n_bytes
+        return filled
 
     return [fill(entry) for entry in entries]
 

@@ -47,7 +47,7 @@ MOST_COLUMNS = 1 << 16  # what u16 can number
 LEAST_ROWS = 128  # below, codebooks cost more than half of what the codes do
 PANEL = 16  # rows side by side in `extra`
 WIDE_BITS = 4
-WIDE_SHARE = 0.5  # of what cq2.x and cq3.x have beyond cq2 and cq3, the rest is for outliers
+WIDE_SHARE = 0.75  # of what cq2.x and cq3.x have beyond cq2 and cq3; outliers take the rest
 _ALIGNMENT = 32
 
 
