@@ -36,6 +36,11 @@ void ggml_abort(const char * file, int line, const char * fmt, ...) {
     exit(1);
 }
 
+const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) { // only for splitq_errors, not called here
+    (void) type;
+    return NULL;
+}
+
 static size_t block_bytes(enum ggml_type type) {
     return claq_is(type) ? 4*claq_bits(type) :
            type == GGML_TYPE_SPLITQ_SQ4 ? sizeof(splitq_block_sq4) : type == GGML_TYPE_SPLITQ_SQ3 ? sizeof(splitq_block_sq3) :
