@@ -1,12 +1,14 @@
-"""`make bench`: speed of conversion and of running beside llama.cpp's own types, on random models of 0.6 B and 3 B.
+"""`make bench`: speed of conversion and of running beside llama.cpp's own types, on random models.
 
-Conversion: `gguf-splitq convert --type sq4` and `llama-quantize Q4_K_S` take turns on one F16 GGUF that is in the page
-cache, with the same threads; the median counts. Running: the files take turns in llama-bench, and the median of the
-rounds counts; embeddings and output are Q8_0 everywhere, so only the linear layers differ. Beside them stands the rate
-at which the same number of threads reads memory and does nothing else (stream_read.c), measured in every round.
+Running: the files take turns in llama-bench, and the median of the rounds counts; embeddings and output are Q8_0
+everywhere, so only the linear layers differ. Beside them stands the rate at which the same number of threads reads
+memory and does nothing else (stream_read.c), measured in every round. Conversion: whole processes, in turns, from files
+in the page cache. Every part's results are kept in build/bench.json, so that `--only PART` goes on where a run stopped.
 """
 
+import functools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -15,72 +17,61 @@ import sys
 import time
 from pathlib import Path
 
-from gguf_splitq import gguf_file, runtime
+from gguf_splitq import gguf_file, runtime, types
 from gguf_splitq.inspection import linear_bpw
 
 from . import models
 from .common import BUILD, DEMO, convert, imatrix, judge, llama, parser, quantize, run, save, show
 
-OURS = ["sq4", "sq3", "sq2", "sdr4", "sq4x"]
-PEERS = ["Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_S", "IQ3_XXS", "Q2_K_S", "IQ2_XS"]
 PURE = ["--pure", "--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
-# claimed ratios of tokens per second
+# Claimed ratios of tokens per second: ours, theirs, the least ratio; *_SMALL for the 0.6 B model only.
 DECODE = [
     ("sq4", "Q4_K_S", 1.4),
     ("sq3", "Q3_K_S", 1.5),
     ("sq3", "IQ3_XXS", 2.5),
     ("sq2", "Q2_K_S", 1.5),
     ("sq2", "IQ2_XS", 2.5),
-    ("sdr4", "Q4_0", 1.0),
 ]
-PROMPT = [("sq4", "Q4_K_S", 1.1), ("sq3", "Q4_K_S", 1.1), ("sq2", "Q4_K_S", 1.1), ("sdr4", "Q4_0", 1.0)]
-READ_FRACTION = 0.8  # of the memory's read rate that sq4's decode reaches
+DECODE_SMALL = [
+    ("sdr4", "Q4_0", 1.0),
+    ("cq3", "IQ3_XXS", 2.0),
+    ("cq2", "IQ2_XS", 2.0),
+    ("cq3", "sq3", 0.8),
+    ("cq2", "sq2", 0.8),
+]
+PROMPT = [("sq4", "Q4_K_S", 1.1), ("sq3", "Q4_K_S", 1.1), ("sq2", "Q4_K_S", 1.1)]
+PROMPT_SMALL = [("sdr4", "Q4_0", 1.0), ("cq3", "IQ3_XXS", 1.0), ("cq2", "IQ3_XXS", 1.0)]
+READ_FRACTION = 0.8  # of the memory's plain read rate, reached by sq4's decode
+CONVERSION = 0.3  # of the time that llama-quantize Q4_K_S takes
+ONE_BILLION = 60.0  # seconds for a checkpoint of 1 B parameters; SplitQuantV2 reports 126 on an Apple M4
+LINEAR = 1.15  # seconds per weight, of 3 B to those of 0.6 B
+PARTS = ["conversion", "0.6B", "3B", "cache"]
+RESULTS = BUILD / "bench.json"
 
 
-def seconds(command: list, outfile: Path) -> float:
-    """Wall-clock time of one conversion, from a written-back disk and without an output in the way."""
-    outfile.unlink(missing_ok=True)
-    os.sync()
-    start = time.perf_counter()
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    return time.perf_counter() - start
+def make_files(size: str, threads: int, wanted: list[str]) -> dict[str, Path]:
+    """The random model in F16 and each type, in build/bench/SIZE; files of an earlier run are used again.
 
-
-def conversion(f16: Path, threads: int, repetitions: int = 3) -> dict[str, float]:
-    """Median seconds of our converter and of llama-quantize."""
-    outfile = f16.parent / "timed.gguf"
-    commands = {
-        "gguf-splitq convert --type sq4": [
-            *(sys.executable, "-m", "gguf_splitq", "convert", f16, "--type", "sq4"),
-            *("--outfile", outfile, "--threads", threads),
-        ],
-        "llama-quantize Q4_K_S": [runtime.program("llama-quantize"), f16, outfile, "Q4_K_S", threads],
-    }
-    subprocess.run(["cat", f16], check=True, stdout=subprocess.DEVNULL)
-    times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(repetitions):
-        for name, command in commands.items():
-            times[name].append(seconds(command, outfile))
-    outfile.unlink()
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def make_files(size: str, threads: int) -> dict[str, Path]:
-    """The random model in F16 and every type, in build/bench/SIZE; files of an earlier run are used again."""
-    folder = BUILD / "bench" / size
-    checkpoint = models.random_llama(f"bench-{size}", **models.SIZES[size])
-    files = {type: folder / f"{type}.gguf" for type in ["f16", *OURS, *PEERS]}
-    importance = folder / "imatrix.gguf"
-    for type, file in files.items():
+    One layer is made, converted and repeated: quantizing to the small stock types would take most of an hour.
+    """
+    folder, shape = BUILD / "bench" / size, models.SIZES[size]
+    one = {type: folder / "one-layer" / f"{type}.gguf" for type in ["f16", "sq4", *wanted]}
+    importance = folder / "one-layer" / "imatrix.gguf"
+    checkpoint = models.random_llama(f"bench/{size}/one-layer/checkpoint", **shape | {"layers": 1})
+    for type, file in one.items():
         if file.exists():
             continue
-        if type == "f16" or type in OURS:
-            convert(checkpoint if type == "f16" else files["f16"], type, file, threads=threads)
+        if type == "f16" or type.islower():
+            convert(checkpoint if type == "f16" else one["f16"], type, file, threads=threads)
             continue
         if not importance.exists():  # the smallest types are refused without
-            imatrix(files["sq4"], DEMO / "calib.txt", importance, threads, chunks=2)
+            imatrix(one["sq4"], DEMO / "calib.txt", importance, threads, chunks=2)
         partial = file.with_suffix(".partial")
-        quantize(files["f16"], type, partial, threads, "--imatrix", importance, *PURE).rename(file)
+        quantize(one["f16"], type, partial, threads, "--imatrix", importance, *PURE).rename(file)
+    files = {type: folder / f"{type}.gguf" for type in wanted}
+    for type, file in files.items():
+        if not file.exists():
+            models.repeat_layer(one[type], file, shape["layers"])
     return files
 
 
@@ -103,50 +94,171 @@ def decoded_bytes(file: Path) -> int:
         return sum(t.n_bytes for t in source.tensors if t.name != "token_embd.weight")
 
 
-def measure(files: dict[str, Path], threads: int, generate: int, prompt: int, rounds: int) -> tuple[dict, dict]:
-    """Medians over the rounds: {type: {"tg", "pp"} tokens per second}, {kind of page: GB/s}."""
-    samples: dict[str, dict[str, list[float]]] = {type: {"tg": [], "pp": []} for type in files}
-    reads: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for kind, rate in read_rates(threads).items():
-            reads.setdefault(kind, []).append(rate)
+def known(type: str) -> bool:
+    """Whether this version has the type."""
+    return any(t.name == type for t in types.all_types()) or not type.islower()
+
+
+def claimed(size: str) -> tuple[list[tuple], list[tuple]]:
+    """The ratios claimed for a model, of decoding and of prompts."""
+    decode, prompt = (DECODE + DECODE_SMALL, PROMPT + PROMPT_SMALL) if size == "0.6B" else (DECODE, PROMPT)
+    return [c for c in decode if known(c[0])], [c for c in prompt if known(c[0])]
+
+
+def llama_bench(file: Path, *options) -> dict[tuple[int, str], float]:
+    """One run: (threads, "tg" or "pp") -> tokens per second."""
+    results = json.loads(llama("llama-bench", "-m", file, *options, "-r", 1, "-o", "json"))
+    return {(r["n_threads"], "tg" if r["n_gen"] else "pp"): r["samples_ts"][0] for r in results}
+
+
+def medians(samples: list[dict]) -> dict:
+    """Key -> median over dictionaries with the same keys."""
+    return {key: statistics.median(s[key] for s in samples) for key in samples[0]}
+
+
+def counts(threads: int) -> list[int]:
+    return sorted({1, threads})
+
+
+def running(size: str, args) -> dict:
+    """Decoding and prompts of one model."""
+    decode, prompt = claimed(size)
+    wanted = list(dict.fromkeys(type for claim in decode + prompt for type in claim[:2]))
+    prompted = {type for claim in prompt for type in claim[:2]}
+    files = make_files(size, args.threads, wanted)
+    samples: dict[str, list[dict]] = {type: [] for type in wanted}
+    reads: dict[int, list[dict]] = {n: [] for n in counts(args.threads)}
+    for done in range(args.rounds):
+        print(f"{size}: round {done + 1} of {args.rounds}", flush=True)
+        for n in reads:
+            reads[n].append(read_rates(n))
         for type, file in files.items():
-            sizes = ("-p", prompt, "-n", generate, "-r", 1, "-t", threads)
-            for result in json.loads(llama("llama-bench", "-m", file, *sizes, "-o", "json")):
-                samples[type]["tg" if result["n_gen"] else "pp"] += result["samples_ts"]
-    medians = {type: {key: statistics.median(v) for key, v in s.items()} for type, s in samples.items()}
-    return medians, {kind: statistics.median(v) for kind, v in reads.items()}
+            tokens = args.generate if size == "0.6B" else args.generate // 2
+            tokens = tokens // 2 if type.startswith("IQ") else tokens  # several times as slow
+            # a prompt is warm-up enough, and its own warm-up would be all of it again
+            prompt_options = ("-p", args.prompt, "--no-warmup") if type in prompted else ("-p", 0)
+            samples[type].append(llama_bench(file, *prompt_options, "-n", tokens, "-t", ",".join(map(str, reads))))
+    rates = {type: medians(found) for type, found in samples.items()}
+    rows, claims = [], []
+    for n in reads:
+        found, judged = compare(size, n, rates, medians(reads[n]), files, decode, prompt)
+        rows += found
+        claims += judged
+    return {"rows": rows, "claims": claims}
 
 
-def compare(size: str, threads: int, rates: dict, reads: dict, files: dict[str, Path]) -> tuple[list, list]:
-    """The table's rows and the claims of one size and number of threads."""
-    where = f"{size}, {threads} thread{'s' * (threads > 1)}"
+def compare(size: str, n: int, rates: dict, reads: dict, files: dict, decode: list, prompt: list) -> tuple[list, list]:
+    """The table's rows, which are shown, and the claims of one size and `n` threads."""
+    where = f"{size}, {n} thread{'s' * (n > 1)}"
     rows = []
     for type, rate in rates.items():
-        gigabytes = decoded_bytes(files[type]) * rate["tg"] / 1e9
-        row = {"size": size, "threads": threads, "type": type, "bpw": linear_bpw(files[type])}
-        row |= {"decode t/s": rate["tg"], "prompt t/s": rate["pp"], "decode GB/s": gigabytes}
+        gigabytes = decoded_bytes(files[type]) * rate[n, "tg"] / 1e9
+        row = {"size": size, "threads": n, "type": type, "bpw": linear_bpw(files[type])}
+        row |= {"decode t/s": rate[n, "tg"], "prompt t/s": rate.get((n, "pp")), "decode GB/s": gigabytes}
         row |= {f"/ read, {kind}": gigabytes / read for kind, read in reads.items()}
-        row |= {
-            "decode / Q4_K_S": rate["tg"] / rates["Q4_K_S"]["tg"],
-            "prompt / Q4_K_S": rate["pp"] / rates["Q4_K_S"]["pp"],
-        }
+        row |= {"decode / Q4_K_S": rate[n, "tg"] / rates["Q4_K_S"][n, "tg"]}
+        row |= {"prompt / Q4_K_S": rate[n, "pp"] / rates["Q4_K_S"][n, "pp"] if (n, "pp") in rate else None}
         rows.append(row)
+    formats = {key: "" if key == "type" else ".2f" for key in rows[0] if key not in ("size", "threads")}
+    show(f"{where}; plain read {reads['plain']:.1f} GB/s, in large pages {reads['large pages']:.1f}", rows, formats)
     claims = [
         {
-            "claim": f"{where}: {name} of {ours} / {peer}",
-            "measured": rates[ours][key] / rates[peer][key],
+            "claim": f"{where}: {name} of {ours} / {theirs}",
+            "measured": rates[ours][n, key] / rates[theirs][n, key],
             "at_least": least,
         }
-        for name, key, ratios in (("decode", "tg", DECODE), ("prompt", "pp", PROMPT))
-        for ours, peer, least in ratios
+        for name, key, ratios in (("decode", "tg", decode), ("prompt", "pp", prompt))
+        for ours, theirs, least in ratios
     ]
-    fraction = rows[0]["/ read, plain"]
-    claims.append({"claim": f"{where}: decode of sq4 / plain read", "measured": fraction, "at_least": READ_FRACTION})
-    claims.append(
-        {"claim": f"{where}: decode of sq4 / read in large pages", "measured": rows[0]["/ read, large pages"]}
-    )
+    sq4 = next(row for row in rows if row["type"] == "sq4")
+    claims += [
+        {"claim": f"{where}: decode of sq4 / plain read", "measured": sq4["/ read, plain"], "at_least": READ_FRACTION},
+        {"claim": f"{where}: decode of sq4 / read in large pages", "measured": sq4["/ read, large pages"]},
+    ]
     return rows, claims
+
+
+def cache(args) -> dict:
+    """Decoding behind a long context in caches of sdr4 and of q4_0, with one of the 0.6 B model's 24 layers."""
+    make_files("0.6B", args.threads, [])
+    file = BUILD / "bench/0.6B/one-layer/sq4.gguf"
+    threads = ",".join(map(str, reversed(counts(args.threads))))  # the first of them fills the cache
+    samples: dict[str, list[dict]] = {"sdr4": [], "q4_0": []}
+    for done in range(args.rounds):
+        print(f"cache: round {done + 1} of {args.rounds}", flush=True)
+        for type, found in samples.items():
+            options = ("-ctk", type, "-ctv", type, "-fa", 1, "-d", args.depth, "-p", 0, "-n", args.generate)
+            found.append(llama_bench(file, *options, "-t", threads))
+    rates = {type: medians(found) for type, found in samples.items()}
+    return {
+        "rows": [{"cache": type, "threads": n, "t/s": rate} for type in rates for (n, _), rate in rates[type].items()],
+        "claims": [
+            {
+                "claim": f"{args.depth} tokens in the cache, {n} thread{'s' * (n > 1)}: decode with sdr4 / with q4_0",
+                "measured": rates["sdr4"][n, "tg"] / rates["q4_0"][n, "tg"],
+                "at_least": 1.0,
+            }
+            for n in counts(args.threads)
+        ],
+    }
+
+
+def timed(command: list, outfile: Path) -> tuple[float, float]:
+    """Wall-clock seconds and peak resident bytes of a conversion, from a written-back disk, without an old output."""
+    outfile.unlink(missing_ok=True)
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed with exit code {process.returncode}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def conversion(args) -> dict:
+    """Data-free sq4 beside llama-quantize Q4_K_S, from 0.6 B to 3 B parameters, and from a checkpoint of 1 B."""
+    outfile = BUILD / "bench/timed.gguf"
+    small, large = (make_files(size, args.threads, ["f16"])["f16"] for size in ("0.6B", "3B"))
+    checkpoint = models.random_llama("bench/1B/checkpoint", **models.SIZES["1B"])
+    ours = [sys.executable, "-m", "gguf_splitq", "convert", "--type", "sq4", "--threads", args.threads]
+    ours += ["--outfile", outfile]
+    jobs = {  # name: file to read, command
+        "Q4_K_S, 0.6B": (small, [runtime.program("llama-quantize"), small, outfile, "Q4_K_S", args.threads]),
+        "sq4, 0.6B": (small, [*ours, small]),
+        "sq4, 3B": (large, [*ours, large]),
+        "sq4, 1B": (checkpoint / "model.safetensors", [*ours, checkpoint]),
+    }
+    samples: dict[str, list[tuple]] = {name: [] for name in jobs}
+    for done in range(args.rounds):
+        print(f"conversion: round {done + 1} of {args.rounds}", flush=True)
+        for name, (file, command) in jobs.items():
+            subprocess.run(["cat", file], check=True, stdout=subprocess.DEVNULL)
+            samples[name].append(timed(command, outfile))
+    outfile.unlink()
+    seconds = {name: statistics.median(s for s, _ in found) for name, found in samples.items()}
+    peaks = {name: max(peak for _, peak in found) for name, found in samples.items()}
+    rows = [{"conversion": name, "seconds": s, "peak MB": peaks[name] / 1e6} for name, s in seconds.items()]
+    show(f"conversion, {args.threads} threads", rows, {"conversion": "", "seconds": ".2f", "peak MB": ".0f"})
+    per_byte = {name: seconds[name] / jobs[name][0].stat().st_size for name in seconds}
+    claims = [
+        {
+            "claim": "conversion: seconds of sq4 / Q4_K_S, 0.6B",
+            "measured": seconds["sq4, 0.6B"] / seconds["Q4_K_S, 0.6B"],
+            "at_most": CONVERSION,
+        },
+        {
+            "claim": "conversion: seconds per weight, 3B / 0.6B",
+            "measured": per_byte["sq4, 3B"] / per_byte["sq4, 0.6B"],
+            "at_most": LINEAR,
+        },
+        {"claim": "conversion: seconds for a checkpoint of 1B", "measured": seconds["sq4, 1B"], "at_most": ONE_BILLION},
+    ]
+    for size in ("0.6B", "1B", "3B"):
+        largest = 2 * max(map(math.prod, models.tensor_shapes(**models.SIZES[size], vocab=1).values()))
+        claim = f"conversion: peak memory of {size} / what is promised"
+        claims.append({"claim": claim, "measured": peaks[f"sq4, {size}"] / (1.5e9 + 3 * largest), "at_most": 1.0})
+    return {"rows": rows, "claims": claims}
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -163,9 +275,9 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(len(panels), 2, figsize=(11, 3 * len(panels)), squeeze=False)
     for line, (size, threads) in zip(axes, panels, strict=True):
         chosen = [row for row in rows if (row["size"], row["threads"]) == (size, threads)]
-        colors = ["tab:red" if row["type"] in OURS else "tab:gray" for row in chosen]
+        colors = ["tab:red" if row["type"].islower() else "tab:gray" for row in chosen]
         for axis, key in zip(line, ("decode t/s", "prompt t/s"), strict=True):
-            axis.bar([row["type"] for row in chosen], [row[key] for row in chosen], color=colors)
+            axis.bar([row["type"] for row in chosen], [row[key] or 0 for row in chosen], color=colors)
             axis.set_title(f"{size}, {threads} threads: {key}", fontsize=9)
             axis.tick_params(axis="x", rotation=60, labelsize=8)
     figure.tight_layout()
@@ -176,33 +288,22 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--size", action="append", choices=models.SIZES, help="may be repeated; default: all")
+    p.add_argument("--only", action="append", choices=PARTS, help="may be repeated; default: all, in this order")
     p.add_argument("--prompt", type=int, default=512, help="tokens of the prompt test")
-    p.add_argument("--generate", type=int, default=32, help="tokens of the decode test")
+    p.add_argument("--generate", type=int, default=32, help="tokens of the decode test; half as many on larger models")
+    p.add_argument("--depth", type=int, default=8192, help="tokens in the cache when its types are compared")
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--no-conversion", action="store_true", help="time running only")
     args = p.parse_args()
 
-    rows, claims, times = [], [], {}
-    for size in args.size or models.SIZES:
-        files = make_files(size, args.threads)
-        f16 = files.pop("f16")
-        if not args.no_conversion and not times:  # on the first size
-            times = conversion(f16, args.threads)
-            title = f"conversion of {f16.stat().st_size / 1e9:.2f} GB, {args.threads} threads"
-            show(title, [{"command": c, "seconds": s} for c, s in times.items()], {"command": "", "seconds": ".2f"})
-            ours, theirs = times.values()
-            claims.append({"claim": "conversion time of sq4 / Q4_K_S", "measured": ours / theirs, "at_most": 1.0})
-        for threads in sorted({1, args.threads}):
-            rates, reads = measure(files, threads, args.generate, args.prompt, args.rounds)
-            found, judged = compare(size, threads, rates, reads, files)
-            rows += found
-            claims += judged
-            formats = {key: "" if key == "type" else ".2f" for key in found[0] if key not in ("size", "threads")}
-            show(f"{size}, {threads} threads; plain read {reads['plain']:.1f} GB/s", found, formats)
-    save("bench", {"seconds": times, "rows": rows, "claims": claims})
-    plot(rows, BUILD / "bench.png")
-    judge(claims)
+    done = json.loads(RESULTS.read_text()) if args.only and RESULTS.exists() else {}
+    for part in args.only or PARTS:
+        found = {"conversion": conversion, "cache": cache}.get(part, functools.partial(running, part))(args)
+        done = {name: {**done, part: found}[name] for name in PARTS if name in {*done, part}}
+        save(RESULTS.stem, done)
+    rows = [row for part in done.values() for row in part["rows"] if "type" in row]
+    if rows:
+        plot(rows, BUILD / "bench.png")
+    judge([claim for part in done.values() for claim in part["claims"]])
 
 
 if __name__ == "__main__":
