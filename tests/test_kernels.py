@@ -6,6 +6,7 @@ ones run under qemu-aarch64.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -128,6 +129,17 @@ def test_encoders_equal_numpy_byte_for_byte(driver, tensor_type, weighted):
     data = rows.tobytes() + (importance.tobytes() if weighted else b"")
     got = run(driver, "encode", tensor_type.gguf_id, 512, ROWS, int(weighted), data=data)
     assert got == tensor_type.encode_numpy(rows, importance).tobytes()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("qemu-x86_64"), reason="no qemu-x86_64 here")
+@pytest.mark.parametrize("processor", ["Nehalem", "SandyBridge", "Haswell"])
+@pytest.mark.parametrize("tensor_type", types.CUSTOM, ids=lambda t: t.name)
+def test_encoders_use_what_the_processor_has(scalar, tensor_type, processor):
+    """They are compiled for several processors at once, and choose when they run."""
+    rows = np.random.default_rng(0).normal(0, 1, (4, 512)).astype(np.float32)
+    emulated = ["qemu-x86_64", "-cpu", processor, *scalar]
+    got = run(emulated, "encode", tensor_type.gguf_id, 512, 4, 0, data=rows.tobytes())
+    assert got == tensor_type.encode_numpy(rows, None).tobytes()
 
 
 PRODUCTS = [t for t in types.CUSTOM if t.name in ("sq4", "sq3", "sq2")]
