@@ -274,10 +274,10 @@ def plot(rows: list[dict], path: Path) -> None:
     panels = sorted({(row["size"], row["threads"]) for row in rows})
     figure, axes = pyplot.subplots(len(panels), 2, figsize=(11, 3 * len(panels)), squeeze=False)
     for line, (size, threads) in zip(axes, panels, strict=True):
-        chosen = [row for row in rows if (row["size"], row["threads"]) == (size, threads)]
-        colors = ["tab:red" if row["type"].islower() else "tab:gray" for row in chosen]
         for axis, key in zip(line, ("decode t/s", "prompt t/s"), strict=True):
-            axis.bar([row["type"] for row in chosen], [row[key] or 0 for row in chosen], color=colors)
+            chosen = [row for row in rows if (row["size"], row["threads"]) == (size, threads) and row[key]]
+            colors = ["tab:red" if row["type"].islower() else "tab:gray" for row in chosen]
+            axis.bar([row["type"] for row in chosen], [row[key] for row in chosen], color=colors)
             axis.set_title(f"{size}, {threads} threads: {key}", fontsize=9)
             axis.tick_params(axis="x", rotation=60, labelsize=8)
     figure.tight_layout()
