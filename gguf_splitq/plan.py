@@ -259,7 +259,7 @@ def _fit(target: TensorType, tensor: Tensor) -> dict:
     n_cols = tensor.n_cols
     if isinstance(target, claq.Claq) and (cause := claq.unfit(tensor.name, tensor.shape)):
         fallback = _fit(types.get(f"sq{target.code_bits}"), tensor)
-        return {"fallback": f"{cause}: {target.name} -> {fallback['target'].name}"} | fallback
+        return fallback | {"fallback": f"{cause}: {target.name} -> {fallback['target'].name}"}
     if n_cols % target.block_size == 0:
         return {"target": target}
     wider = types.get(_FALLBACK.get(target.name, "f16"))

@@ -49,7 +49,10 @@ def solve(
         matrix, damping = _Matrix(weight, None, importance, importance, kind), 0.0
         nearest = fed = matrix.error()
     else:
-        h, order, push, damping = solver._prepare(hessian, solver.DAMPING)
+        # Codebooks take any size of a column; damping that is relative to it makes the result the same for all sizes.
+        size = weight.double().square().mean(0).sqrt()
+        size = size.clamp_min(1e-6 * float(size.max())) if size.any() else 1.0
+        h, order, push, damping = solver._prepare(hessian, solver.DAMPING, size)
         price = 1 / torch.cholesky_inverse(torch.linalg.cholesky(h.double())).diagonal().float()
         matrix, chance = _Matrix(weight, h, h.diagonal(), price, kind), torch.Generator().manual_seed(0)
         nearest = matrix.error()

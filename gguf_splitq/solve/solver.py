@@ -116,21 +116,26 @@ def solve(
     return Solution(packed, values, dict(zip(("nearest", "feedback", "polish"), errors, strict=True)), damping)
 
 
-def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """float64 Hessian with `damping` times its mean diagonal added; columns that were never active get a 1."""
+def damped(hessian: torch.Tensor, damping: float = DAMPING, size: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """float64 Hessian with `damping` times its mean diagonal added; columns that were never active get a 1.
+
+    size: [n_cols], above 0: added is what makes this so for weights divided by it.
+    """
     h = hessian.double().clone()
     diagonal = h.diagonal()
     if not torch.isfinite(h).all():
         raise InputError("the Hessian is not finite: an activation was NaN or Inf; calibrate in float32")
     diagonal[diagonal <= 0] = 1
-    diagonal += damping * diagonal.mean()
+    diagonal += damping * (diagonal * size**2).mean() / size**2
     return h
 
 
-def _prepare(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+def _prepare(
+    hessian: torch.Tensor, damping: float, size: torch.Tensor | float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """The damped Hessian in float32, the order of coding, the push matrix of that order, and the damping it took."""
     while True:
-        h = damped(hessian, damping)
+        h = damped(hessian, damping, size)
         order = h.diagonal().argsort(descending=True, stable=True)
         factor, failed = torch.linalg.cholesky_ex(_reversed(h[order][:, order]))
         if not failed:
