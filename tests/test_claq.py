@@ -181,7 +181,8 @@ def test_every_stage_lowers_the_output_error_and_the_bytes_are_what_it_reports(n
     side = kind.read_side(result.side, 64, 128, "x")
     np.testing.assert_array_equal(kind.decode_rows(result.packed.numpy(), side, 0), result.weight.numpy())
     difference = (weight - result.weight).double()
-    expected = float(((difference @ solver.damped(hessian)) * difference).sum()) / len(weight)
+    h = solver.damped(hessian, result.damping, weight.double().square().mean(0).sqrt())
+    expected = float(((difference @ h) * difference).sum()) / len(weight)
     assert result.errors["polish"] == pytest.approx(expected, rel=1e-3)
     assert (side.upper.shape[1], len(side.value)) == (wide, outliers) and not result.weight[5].any()
     if wide:
