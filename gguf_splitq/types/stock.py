@@ -12,8 +12,8 @@ import numpy as np
 from ..errors import EnvironmentFailed
 from .base import TensorType
 
-# Upstream's encoders of these never look at an importance matrix.
-_UNWEIGHTED = {"f32", "f16", "bf16", "q8_0"}
+# NumPy does these as fast as C.
+_FLOATS = {"f32", "f16", "bf16"}
 
 # name, general.file_type (include/llama.h, `enum llama_ftype`; the S or M mix stands for a K type)
 _FILE_TYPES = {
@@ -28,9 +28,9 @@ class StockType(TensorType):
     """A type that unpatched llama.cpp knows; its NumPy code is the `gguf` package's."""
 
     def encode(self, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-        if self.name in _UNWEIGHTED:
+        if self.name in _FLOATS:
             return self.encode_numpy(rows)
-        return super().encode(rows, importance)
+        return super().encode(rows, None if self.name == "q8_0" else importance)  # which has no use for it
 
     def encode_numpy(self, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         from gguf import GGMLQuantizationType, quants
@@ -48,7 +48,7 @@ class StockType(TensorType):
         return out.view(np.uint8)
 
     def decode(self, data: np.ndarray) -> np.ndarray:
-        return self.decode_numpy(data) if self.name in _UNWEIGHTED else super().decode(data)
+        return self.decode_numpy(data) if self.name in _FLOATS else super().decode(data)
 
     def decode_numpy(self, data: np.ndarray) -> np.ndarray:
         from gguf import GGMLQuantizationType, quants
