@@ -14,6 +14,24 @@ SDR4 = types.get("sdr4")
 ROWS = 200
 
 
+def test_rows_of_a_cache_equal_numpy_byte_for_byte(driver):  # noqa: F811
+    rng = np.random.default_rng(6)
+    rows = (rng.normal(0, 1, (ROWS, 128)) * 2.0 ** rng.integers(-12, 2, (ROWS, 128))).astype(np.float32)
+    rows[0], rows[1, 1:], rows[2], rows[3] = 0, 0, rows[2] * 1e-20, rows[3] * 1e9
+    got = run(driver, "cache", SDR4.gguf_id, 128, ROWS, data=rows.tobytes())
+    assert got == SDR4.encode_cache(rows).tobytes()
+
+
+def test_a_cache_keeps_keys_and_values_as_large_as_they_are():
+    """Nearest codes are too small on average, which attention adds up; along its blocks a cache's error is smaller."""
+    rows = np.random.default_rng(7).normal(0, 1, (1000, 64)).astype(np.float32)
+    along = [
+        np.einsum("nj,nj->n", rows, rows - SDR4.decode_numpy(encoded)) / np.square(rows).sum(1)
+        for encoded in (SDR4.encode_cache(rows), SDR4.encode_numpy(rows))
+    ]
+    assert np.square(along[0]).mean() < 0.6 * np.square(along[1]).mean()
+
+
 def integers(blocks: np.ndarray) -> np.ndarray:
     """int64 [n, 32]: weights in units of their block's step."""
     return sdr.unpack(blocks).astype(np.int64) << np.repeat(sdr.shifts(blocks[:, 16]), sdr.GROUP, axis=1)

@@ -43,6 +43,11 @@ MAX_ABS = 7 * float(_fine[-1])
 _TRIED = 3
 
 
+# What the error along a block counts in addition in a cache, where scores and averages of values add up what lies along
+# their blocks and average out the rest.
+_ALONG = np.float32(4)
+
+
 def shifts(d: np.ndarray) -> np.ndarray:
     """uint8 [...] -> uint8 [..., 2]: the shift of each group."""
     first = d >= SHIFT_1ST
@@ -65,10 +70,16 @@ class Razor(TensorType):
     """The one type of this layout."""
 
     def encode_blocks(self, blocks: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-        w = np.clip(blocks, np.float32(-MAX_ABS), np.float32(MAX_ABS)) + np.float32(0)
         weight = np.ones((1, 32), np.float32) if importance is None else importance
-        weight = np.where((weight > 0).any(1, keepdims=True), weight, np.float32(1))
+        return self._encode(blocks, np.where((weight > 0).any(1, keepdims=True), weight, np.float32(1)), np.float32(0))
 
+    def encode_cache(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [n_rows, n_cols] -> uint8 [n_rows, bytes], as a KV cache stores keys and values."""
+        blocks = np.ascontiguousarray(rows, np.float32).reshape(-1, 32)
+        return self._encode(blocks, np.ones((1, 32), np.float32), _ALONG).reshape(len(rows), -1)
+
+    def _encode(self, blocks: np.ndarray, weight: np.ndarray, along: np.float32) -> np.ndarray:
+        w = np.clip(blocks, np.float32(-MAX_ABS), np.float32(MAX_ABS)) + np.float32(0)
         largest = np.abs(w).reshape(-1, 2, GROUP).max(2)
         fine = _step_below(largest.max(1) / np.float32(8), 4)
         coarse = _step_below(largest.max(1) / np.float32(16), 2)
@@ -82,11 +93,13 @@ class Razor(TensorType):
         best = np.zeros(len(w), np.uint8)
         codes = np.zeros(w.shape, np.float32)
         least = tree_sum(weight * w * w)
+        along, least = along / (least + np.float32(1e-30)), least * (1 + along)
         for d in tried:
             step = np.repeat(group_steps(d), GROUP, axis=1)
             q = np.clip(np.rint(w * (np.float32(1) / step)), np.float32(-8), np.float32(7))
             error = w - step * q
-            error = tree_sum(weight * error * error)
+            product = tree_sum(w * error)
+            error = tree_sum(weight * error * error) + product * product * along
             better = error < least
             least[better] = error[better]
             best[better] = d[better]

@@ -1,6 +1,7 @@
 // Runs the patch series' C code outside ggml, so that a test can build it for any instruction set.
 //
 //   driver encode TYPE N ROWS WEIGHTED   stdin: float32 rows, then (if WEIGHTED) N importances; stdout: blocks
+//   driver cache  TYPE N ROWS            the same for sdr4 as a KV cache has it
 //   driver dot    TYPE N ROWS            stdin: blocks of each row, then q8_0 blocks of each row; stdout: float32 dots
 //   driver razor  TYPE N ROWS            the same for sdr4 and float32 rows of activations, razored to 4 bits
 //   driver mul    TYPE N ROWS MATRICES TOKENS REPEATS INTERLEAVED THREADS   MUL_MAT; REPEATS batches of TOKENS a matrix
@@ -198,6 +199,12 @@ int main(int argc, char ** argv) {
 
     if (strstr(argv[1], "mul")) {
         return multiply(argv[1][0] == 'r', strstr(argv[1], "mul_id") != NULL, type, n, rows, argv + 5);
+    }
+    if (strcmp(argv[1], "cache") == 0) {
+        const float * x = read_all(sizeof(float)*n*rows);
+        char * out = malloc(row_size*rows);
+        sdr_quantize_row_sdr4(x, out, (int64_t) n*rows);
+        return fwrite(out, row_size, rows, stdout) != (size_t) rows;
     }
     if (strcmp(argv[1], "encode") == 0) {
         const float * x       = read_all(sizeof(float)*n*rows);

@@ -11,6 +11,10 @@
 // Steps tried of each kind, from the largest one of which the largest |weight| is at least 8 units.
 #define SDR_TRIED 3
 
+// In a cache, the part of a block's error that lies along the block itself counts SDR_ALONG times more: it makes attention
+// scores and averages of values too large or too small together, where the rest averages out.
+#define SDR_ALONG 4.0f
+
 // Index of the largest step not above x (x >= 0) where an octave has 2^bits, 0 below all: a step's exponent and the
 // upper bits of its significand are its index.
 static SPLITQ_INLINE int step_below(float x, int bits) {
@@ -20,9 +24,10 @@ static SPLITQ_INLINE int step_below(float x, int bits) {
     return index > 0 ? index : 0;
 }
 
-// Codes of a block for byte d, and their squared error, weighted by `weight`.
-static SPLITQ_INLINE float round_sdr_block(const float * w, const float * weight, int d, float * codes) {
-    float error[SDR_QK];
+// Codes of a block for byte d, and their squared error, weighted by `weight`; the error along the block counts `along` times
+// in addition.
+static SPLITQ_INLINE float round_sdr_block(const float * w, const float * weight, float along, int d, float * codes) {
+    float error[SDR_QK], product[SDR_QK];
     for (int g = 0; g < 2; ++g) {
         const float step = sdr_unit[d][g];
         const float inv  = 1.0f/step;
@@ -32,13 +37,19 @@ static SPLITQ_INLINE float round_sdr_block(const float * w, const float * weight
             q = q >  7.0f ?  7.0f : q;
             const float r = w[j] - step*q;
             codes[j] = q;
-            error[j] = weight[j]*r*r;
+            error[j]   = weight[j]*r*r;
+            product[j] = w[j]*r;
         }
     }
-    return tree_sum(error, SDR_QK);
+    const float e = tree_sum(error, SDR_QK);
+    if (along == 0) {
+        return e;
+    }
+    const float b = tree_sum(product, SDR_QK);
+    return e + b*b*along;
 }
 
-static SPLITQ_INLINE void encode_sdr_block(const float * x, const float * weight, splitq_block_sdr4 * y) {
+static SPLITQ_INLINE void encode_sdr_block(const float * x, const float * weight, bool cache, splitq_block_sdr4 * y) {
     float w[SDR_QK], error[SDR_QK], codes[SDR_QK], best_codes[SDR_QK] = { 0 };
     float largest[2] = { 0, 0 };
     for (int j = 0; j < SDR_QK; ++j) {
@@ -49,6 +60,8 @@ static SPLITQ_INLINE void encode_sdr_block(const float * x, const float * weight
     }
     float least = tree_sum(error, SDR_QK); // of all codes 0
     y->d = 0;
+    const float along = cache ? SDR_ALONG/(least + 1e-30f) : 0;
+    least = cache ? least*(1 + SDR_ALONG) : least;
 
     const float a       = largest[0] > largest[1] ? largest[0]    : largest[1];
     const int   shifted = largest[0] > largest[1] ? SDR_SHIFT_1ST : SDR_SHIFT_2ND;
@@ -58,7 +71,7 @@ static SPLITQ_INLINE void encode_sdr_block(const float * x, const float * weight
         const int c = coarse + up < SDR_COARSE - 1 ? coarse + up : SDR_COARSE - 1;
         const int tried[3] = { f, f + SDR_FINE, c + shifted };
         for (int i = 0; i < 3; ++i) {
-            const float e = round_sdr_block(w, weight, tried[i], codes);
+            const float e = round_sdr_block(w, weight, along, tried[i], codes);
             if (e < least) {
                 least = e;
                 y->d  = tried[i];
@@ -73,13 +86,15 @@ static SPLITQ_INLINE void encode_sdr_block(const float * x, const float * weight
 
 SPLITQ_CLONES static void encode_sdr_row(const float * x, splitq_block_sdr4 * y, int64_t k, const float * imatrix) {
     for (int64_t i = 0; i < k; i += SDR_QK) {
-        encode_sdr_block(x + i, block_weight(imatrix ? imatrix + i : NULL), y + i/SDR_QK);
+        encode_sdr_block(x + i, block_weight(imatrix ? imatrix + i : NULL), false, y + i/SDR_QK);
     }
 }
 
-void sdr_quantize_row_sdr4(const float * x, void * y, int64_t k) {
+SPLITQ_CLONES void sdr_quantize_row_sdr4(const float * x, void * y, int64_t k) {
     assert(k % SDR_QK == 0);
-    encode_sdr_row(x, y, k, NULL);
+    for (int64_t i = 0; i < k; i += SDR_QK) {
+        encode_sdr_block(x + i, unweighted, true, (splitq_block_sdr4 *) y + i/SDR_QK);
+    }
 }
 
 SPLITQ_CLONES void sdr_dequantize_row_sdr4(const void * x, float * y, int64_t k) {
