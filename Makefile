@@ -16,7 +16,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant paper-qrazor lint patches-check clean cross-tools
+.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant paper-claq paper-qrazor lint patches-check clean cross-tools
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,6 +48,9 @@ slices: runtime ## what error feedback costs on larger models: one decoder layer
 
 paper-splitquant: runtime ## SplitQuantV2's claim: split INT4 is close to FP16, plain INT4 is not
 	@$(PY) -m experiments.paper_splitquant $(ARGS)
+
+paper-claq: runtime ## CLAQ's codebooks per column, adaptive precision and outliers; also with outlier channels
+	@$(PY) -m experiments.paper_claq $(ARGS)
 
 paper-qrazor: runtime ## QRazor's 4-bit weights, activations and KV cache: as published, and as sdr4
 	@$(PY) -m experiments.paper_qrazor $(ARGS)

@@ -23,7 +23,7 @@ from ..types.claq import Claq, Side
 from . import solver
 from .solver import Solution
 
-PASSES = 4
+PASSES = 5
 COLUMNS = 128  # coded again at a time
 ROUNDS = 2  # of k-means that starts from a codebook
 OUTLIER = 13  # times the mean |weight|: what the paper's order counts
@@ -58,13 +58,11 @@ def solve(
         nearest = matrix.error()
         matrix.feedback(order, push)
         fed = matrix.error()
-    for _ in range(passes):
+    for left in reversed(range(passes)):
         matrix.refit_rows()
         matrix.cluster_again()
-        if hessian is not None:
+        if hessian is not None and left:
             matrix.search(chance)
-    matrix.refit_rows()
-    matrix.cluster_again()
     packed, side = matrix.pack()
     errors = {"nearest": nearest, "feedback": fed, "polish": matrix.error()}
     errors = {stage: error / len(weight) for stage, error in errors.items()}
@@ -87,7 +85,7 @@ class _Matrix:
         self.weight, self.h, self.diagonal, self.kind = weight.T.contiguous(), h, diagonal, kind
         n_cols, n_rows = self.weight.shape
         square = self.weight.square()
-        self._set_row((torch.mv(square.T, diagonal) / diagonal.sum()).sqrt())
+        self._set_row(row_sizes(square, diagonal))
         wide = self._most(price * square.mean(1), 32 * kind.wide)
         rest = np.setdiff1d(np.arange(n_cols), wide)
         self.order = np.concatenate([np.sort(wide), rest])
@@ -258,6 +256,11 @@ class _Matrix:
     def _codes(self, c: int, aim: np.ndarray) -> np.ndarray:
         table = self.table[c]
         return np.searchsorted((table[1:] + table[:-1]) / 2, aim * self.inverse)
+
+
+def row_sizes(square: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
+    """float32 [n_rows]: the size of each row's weights, of which `square` float32 [n_cols, n_rows] has the squares."""
+    return (torch.mv(square.T, diagonal) / diagonal.sum()).sqrt()
 
 
 def _half(values: np.ndarray) -> np.ndarray:
