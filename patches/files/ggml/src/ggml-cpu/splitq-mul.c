@@ -29,6 +29,7 @@
 #if defined(__GNUC__)
 #define SPLITQ_ALWAYS_INLINE   static inline __attribute__((always_inline))
 #define SPLITQ_UNROLL_8 _Pragma("GCC unroll 8")
+#define SPLITQ_UNROLL_16 _Pragma("GCC unroll 16")
 #else
 #define SPLITQ_ALWAYS_INLINE   static inline
 #define SPLITQ_UNROLL_8
@@ -88,17 +89,20 @@ static void pack_many(const float * x, int first, int last, struct many * y) {
 
 // A panel: for each block its words of 4 bytes, word w of row r at 4*(LANES*w + r), then the scale bytes, if any, of all rows.
 // Rows that are not there are zero. size: bytes of a block.
-static void interleave(const char * row, size_t stride, int rows, int nb, size_t size, uint8_t * to) {
-    if (rows < LANES) {
-        memset(to, 0, LANES*size*nb);
-    }
-    for (int b = 0; b < nb; ++b, to += LANES*size) {
-        for (int r = 0; r < rows; ++r) {
-            const char * x = row + stride*r + size*b;
-            for (size_t w = 0; w < size/4; ++w) { memcpy(to + 4*(LANES*w + r), x + 4*w, 4); }
-            if (size % 4) { to[LANES*(size - 1) + r] = (uint8_t) x[size - 1]; }
+SPLITQ_ALWAYS_INLINE void interleave_rows(const char * row, size_t stride, const int rows, int nb, const size_t size, uint8_t * to) {
+    for (int b = 0; b < nb; ++b, row += size, to += LANES*size) {
+        for (size_t w = 0; w < size/4; ++w) {
+            uint32_t word[LANES] = { 0 };
+            SPLITQ_UNROLL_16
+            for (int r = 0; r < rows; ++r) { memcpy(&word[r], row + stride*r + 4*w, 4); }
+            memcpy(to + 4*LANES*w, word, sizeof(word));
         }
+        for (int r = 0; size % 4 && r < LANES; ++r) { to[LANES*(size - 1) + r] = r < rows ? (uint8_t) row[stride*r + size - 1] : 0; }
     }
+}
+
+static void interleave(const char * row, size_t stride, int rows, int nb, size_t size, uint8_t * to) {
+    rows == LANES ? interleave_rows(row, stride, LANES, nb, size, to) : interleave_rows(row, stride, rows, nb, size, to);
 }
 
 // mul_rows_<type>: rows times one token. A last group that is not whole is read beyond the row's end, which meets
