@@ -1,8 +1,8 @@
 """What MODEL may be: a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16; all become a readable GGUF.
 
 A folder is checked first (configuration, index, every safetensors header against its file), then llama.cpp's own
-converter runs on it in a child process (convert/hf_to_gguf.py) and leaves an intermediate GGUF in the checkpoint's own
-precision in a temporary folder beside the output.
+converter runs on it in a child process (convert/hf_to_gguf.py) and writes an intermediate GGUF in the checkpoint's own
+precision in a temporary folder beside the output, which can be read while it grows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -44,6 +45,11 @@ class Source:
     def data(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Gguf:
         """The GGUF with its data, once the child (if any) has written it; progress gets bytes done and in all."""
         return self.child.finish(progress) if self.child else self.header
+
+    def growing(self) -> Gguf:
+        """The GGUF at once: reading it waits for what the child has not written yet."""
+        self.header.growing = self.child.running
+        return self.header
 
 
 @contextlib.contextmanager
@@ -137,6 +143,7 @@ class _Child:
 
     def __init__(self, folder: Path, outfile: Path, outtype: str, name: str, total: int, header_only: bool):
         self.folder, self.outfile, self.total = folder, outfile, total
+        self.lock, self.failed = threading.Lock(), None
         script, tree = resources.folder("convert") / "hf_to_gguf.py", runtime.fetch()
         command = [sys.executable, script, tree, folder, outfile, outtype, name, *["--header-only"][: int(header_only)]]
         env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -170,6 +177,15 @@ class _Child:
             raise self.failure(self.process.stdout.readlines())
         progress(self.total, self.total)
         return gguf_file.read(self.outfile)
+
+    def running(self) -> bool:
+        """False when the process has ended well; raises what it failed with."""
+        code = self.process.poll()
+        if code:
+            with self.lock:  # threads ask
+                self.failed = self.failed or self.failure(self.process.stdout.readlines())
+            raise self.failed
+        return code is None
 
     def failure(self, lines: list[str]) -> SplitqError:
         with contextlib.suppress(ValueError, IndexError):

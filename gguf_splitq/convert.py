@@ -18,6 +18,7 @@ from .imatrix import load as load_imatrix
 from .types import TensorType, claq
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
+PROMISED_RAM = 1_500_000_000  # bytes, beside three times the largest tensor
 
 
 def convert(
@@ -95,7 +96,10 @@ def convert(
             whole = calib == "self" or source.child is None
             solvers = memory.solvers(entries, calib_tokens, threads, whole, tune, limit)
             calibrating = memory.peak(entries, calib_tokens, solvers, whole, tune)
-        peak = peak_ram(source, entries, threads, limit, calibrating)
+        reading, encoding = peak_ram(source, entries, threads, limit, calibrating)
+        both = reading + encoding <= (limit or PROMISED_RAM + 3 * max((e.tensor.n_bytes for e in entries), default=0))
+        at_once = both and source.child is not None and not (calib or measured)
+        peak = reading + encoding if at_once else max(reading, encoding)
         if dry_run and not measured:
             display.show_plan(path, entries)
             return path
@@ -116,7 +120,7 @@ def convert(
         if calib and calib != "self":
             text = Path(calib).read_text(encoding="utf-8", errors="replace")
             kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text))
-        with display.Progress() as progress, source.data(progress.read) as file:
+        with display.Progress() as progress, source.growing() if at_once else source.data(progress.read) as file:
             solved = None
             if measured:
                 from .solve import sensitivity
@@ -258,16 +262,16 @@ def calibration_report(solved) -> dict | None:
 
 def peak_ram(
     source: checkpoint.Source, entries: Sequence[plan.Entry], threads: int, limit: int | None, calibrating: int = 0
-) -> int:
-    """Bytes of memory the whole run needs at most, the converter process included; UsageError when above `limit`.
+) -> tuple[int, int]:
+    """Bytes of memory at most, before the encoding and for it; UsageError when one of them is above `limit`.
 
-    calibrating: what the calibration needs.
+    Before: the converter process, and `calibrating`, what the calibration needs.
     """
     largest = max((e.tensor.n_bytes for e in entries), default=0)
     child = max(checkpoint.ADAPTER_RAM + 3 * largest if source.child else 0, calibrating)
     if limit is not None and child > limit:
         raise UsageError(f"--max-ram {gguf_file.mib(limit)} is too small: reading this needs {gguf_file.mib(child)}")
-    return max(child, rewrite.peak_ram(entries, threads, rewrite.window_size(entries, threads, limit)))
+    return child, rewrite.peak_ram(entries, threads, rewrite.window_size(entries, threads, limit))
 
 
 def options(**given) -> dict:

@@ -17,7 +17,8 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -105,6 +106,7 @@ class Gguf:
     tensors: list[Tensor]
     files: list[Path]
     size: int  # bytes of all files
+    growing: Callable[[], bool] = lambda: False  # whether more of the data may yet be written
 
     def __post_init__(self):
         self._open = {path: open(path, "rb", buffering=0) for path in self.files}
@@ -116,14 +118,18 @@ class Gguf:
     def read_rows(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
         """Rows [first, first + count) of a tensor as stored: uint8 [count, row_bytes]. Threads may call this at once.
 
-        Raises InputError when the file has become shorter since its header was read.
+        Waits for what a growing file does not hold yet. Raises InputError when the file has become shorter since its
+        header was read.
         """
         data = np.empty((count, tensor.row_bytes), np.uint8)
         view, offset = memoryview(data).cast("B"), tensor.offset + first * tensor.row_bytes
         try:
             while len(view):
+                growing = self.growing()  # asked first: what is written in between is read below
                 n = os.preadv(self._open[tensor.file].fileno(), [view], offset)
-                if n == 0:
+                if n == 0 and growing:
+                    time.sleep(0.02)
+                elif n == 0:
                     raise InputError(f"{tensor.file}: the file ends inside tensor {tensor.name!r}: copy it again")
                 view, offset = view[n:], offset + n
         except OSError as error:

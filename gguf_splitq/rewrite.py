@@ -219,9 +219,9 @@ def each_matrix(file: Gguf, tensor: Tensor) -> Iterator[np.ndarray]:
 
 def encode(source: Gguf, job: Job) -> Chunk:
     """Read, encode and measure one chunk. Threads run this."""
-    started = time.perf_counter()
     tensor, target = job.entry.tensor, job.entry.target
     raw = source.read_rows(tensor, job.first, job.count)
+    started = time.perf_counter()  # reading may have waited for the converter process
     stats = Stats(weights=job.count * tensor.n_cols)
     if target is None:
         return Chunk(raw, stats)

@@ -31,10 +31,10 @@ def at_tensor(name, number):
         return plain(source, job)
     rewrite.encode = encode
 def while_reading(number):
-    def finish(self, progress):
+    def running(self):
         os.kill(os.getpid(), number)
         self.process.wait()
-    checkpoint._Child.finish = finish
+    checkpoint._Child.running = running
 def file_limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 {arrange}
@@ -339,3 +339,27 @@ checkpoint._Child.header = header
 """
     code, error = run(arrange, "convert", crafted.DEMO, "--type", "q8_0", "--outfile", tmp_path)
     assert code == 6 and "ended with code -9" in error and list(tmp_path.iterdir()) == []
+
+
+def test_a_converter_process_that_stops_early_is_not_waited_for(tmp_path):
+    arrange = """
+plain = checkpoint._Child.__init__
+checkpoint._Child.__init__ = lambda self, *args: plain(self, *args[:-1], True)  # the header only
+"""
+    code, error = run(arrange, "convert", crafted.DEMO, "--type", "q8_0", "--outfile", tmp_path)
+    assert code == 3 and "the file ends inside tensor" in error and list(tmp_path.iterdir()) == []
+
+
+def test_a_converter_process_that_fails_during_the_encoding_says_why(tmp_path):
+    failure = json.dumps({"kind": "unsupported", "message": "a strange layer"})
+    arrange = f"""
+import subprocess
+def running(self):
+    command = ["sh", "-c", 'echo "$0"; exit 1', {failure!r}]
+    self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    self.process.wait()
+    return plain(self)
+plain, checkpoint._Child.running = checkpoint._Child.running, running
+"""
+    code, error = run(arrange, "convert", crafted.DEMO, "--type", "q8_0", "--threads", 1, "--outfile", tmp_path)
+    assert code == 4 and "cannot convert this checkpoint: a strange layer" in error and list(tmp_path.iterdir()) == []

@@ -116,6 +116,21 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
             file.read_rows(file.tensors[0], 0, 1)
 
 
+def test_reading_a_growing_file_waits_for_what_is_missing(tmp_path):
+    path = crafted.write_gguf(tmp_path / "whole.gguf", {"a.weight": np.arange(4096, dtype=np.float32).reshape(64, 64)})
+    with gguf_file.read(path) as file:
+        expected = file.read_rows(file.tensors[0], 0, 64).tobytes()
+    whole, part = path.read_bytes(), tmp_path / "part.gguf"
+    part.write_bytes(whole[:4000])
+    steps = iter([whole[:6000], whole[:6000], whole])
+    with gguf_file.read(part, data=False) as file:
+        file.growing = lambda: part.write_bytes(data) > 0 if (data := next(steps, None)) else False
+        assert file.read_rows(file.tensors[0], 0, 64).tobytes() == expected
+    part.write_bytes(whole[:4000])
+    with gguf_file.read(part, data=False) as file, pytest.raises(InputError, match="ends inside"):
+        file.read_rows(file.tensors[0], 0, 64)
+
+
 @pytest.mark.parametrize("alignment", [None, 64])
 def test_reading_agrees_with_upstreams_reader(tmp_path, alignment):
     path = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors(), alignment=alignment)
