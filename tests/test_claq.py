@@ -1,5 +1,6 @@
 """CLAQ's types in Python: their bytes, the encoder, sizes that are asked for, whole conversions."""
 
+import ctypes
 import json
 from dataclasses import replace
 
@@ -64,6 +65,32 @@ def test_what_is_packed_stands_for_the_documented_weights(name, wide, outliers):
     np.testing.assert_array_equal(kind.decode_rows(packed[17:30], read, 17), kind.decode_rows(packed, read, 0)[17:30])
     for field in ("order", "row", "scale", "levels", "start", "column", "value"):
         np.testing.assert_array_equal(getattr(read, field), getattr(side, field))
+
+
+class CSide(ctypes.Structure):
+    """`struct claq_side` of patches/files/ggml/src/ggml-claq.h."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("rows", "columns", "wide", "outliers")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("order", "row", "scale", "levels", "extra", "start", "column")]
+    _fields_ += [("value", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+
+@pytest.mark.parametrize(("name", "wide", "outliers"), KINDS)
+def test_c_reads_the_same_weights(runtime_library, name, wide, outliers):
+    lib, kind, rng = runtime_library, kind_of(name, wide, outliers), np.random.default_rng(4)
+    codes = (rng.integers(0, 16, (ROWS, COLUMNS)) % (1 << kind.bits(COLUMNS))).astype(np.uint8)
+    packed, data = kind.pack(codes, random_side(kind, rng))
+    lib.claq_check.restype, lib.claq_side_at.restype = ctypes.c_char_p, CSide
+    lib.claq_check.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t]
+    assert lib.claq_check(kind.gguf_id, COLUMNS, ROWS, data.ctypes.data, len(data)) is None
+    assert b"too small" in lib.claq_check(kind.gguf_id, COLUMNS, ROWS, data.ctypes.data, len(data) - 32)
+    side = lib.claq_side_at(kind.gguf_id, ctypes.c_void_p(data.ctypes.data))
+    found = np.empty((ROWS, COLUMNS), np.float32)
+    for r in range(ROWS):
+        row, out = ctypes.c_void_p(packed[r].ctypes.data), ctypes.c_void_p(found[r].ctypes.data)
+        lib.claq_decode_row(kind.gguf_id, ctypes.byref(side), row, ctypes.c_size_t(4), ctypes.c_uint32(r), out)
+    expected = kind.decode_rows(packed, kind.read_side(data, ROWS, COLUMNS, "x"), 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ class Claq(TensorType):
 
         require(len(data) >= 32, f"{len(data)} bytes are no codebook")
         magic, rows, columns, wide, outliers = map(int, data[:20].view("<u4"))
-        shaped = (magic, rows, columns) == (MAGIC, n_rows, n_cols)
+        shaped = (magic, rows, columns) == (MAGIC, n_rows, n_cols) and not data[20:32].any()
         require(shaped, f"its header is not that of a matrix of {n_rows} x {n_cols}")
         fits = wide * 32 <= n_cols and (self.code_bits < WIDE_BITS or not wide) and outliers <= n_rows * n_cols
         require(fits, f"{wide} wide blocks and {outliers} outliers do not fit into the matrix")
