@@ -30,7 +30,7 @@ TARGETS = {
     "avx-vnni": ("gcc", [*AVX2, "-mavxvnni"], "avx_vnni"),
     "avx512": ("gcc", AVX512, "avx512_vnni"),
     "avx512-vbmi": ("gcc", [*AVX512, "-mavx512vbmi"], "avx512vbmi"),
-    "neon": ("aarch64-linux-gnu-gcc", ["-static"], "cortex-a53"),
+    "neon": ("aarch64-linux-gnu-gcc", ["-static", "-DSPLITQ_LANES=0"], "cortex-a53"),
     "neon-dotprod": ("aarch64-linux-gnu-gcc", ["-static", "-march=armv8.2-a+dotprod"], "cortex-a76"),
     "neon-i8mm": ("aarch64-linux-gnu-gcc", ["-static", "-march=armv8.2-a+dotprod+i8mm"], "max"),
 }
@@ -52,6 +52,12 @@ def has_products(driver) -> bool:
 @pytest.fixture(scope="module")
 def scalar(patched_tree, tmp_path_factory):
     return build("scalar", patched_tree, tmp_path_factory.mktemp("scalar"))
+
+
+@pytest.fixture(scope="module")
+def unforced(patched_tree, tmp_path_factory):
+    """The driver for no instruction set in particular, whose encoders choose for themselves."""
+    return compile_driver("gcc", [], patched_tree, tmp_path_factory.mktemp("unforced") / "driver")
 
 
 def build(target: str, tree: Path, folder: Path) -> list[str]:
@@ -134,10 +140,10 @@ def test_encoders_equal_numpy_byte_for_byte(driver, tensor_type, weighted):
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("qemu-x86_64"), reason="no qemu-x86_64 here")
 @pytest.mark.parametrize("processor", ["Nehalem", "SandyBridge", "Haswell"])
 @pytest.mark.parametrize("tensor_type", types.CUSTOM, ids=lambda t: t.name)
-def test_encoders_use_what_the_processor_has(scalar, tensor_type, processor):
+def test_encoders_use_what_the_processor_has(unforced, tensor_type, processor):
     """They are compiled for several processors at once, and choose when they run."""
     rows = np.random.default_rng(0).normal(0, 1, (4, 512)).astype(np.float32)
-    emulated = ["qemu-x86_64", "-cpu", processor, *scalar]
+    emulated = ["qemu-x86_64", "-cpu", processor, str(unforced)]
     got = run(emulated, "encode", tensor_type.gguf_id, 512, 4, 0, data=rows.tobytes())
     assert got == tensor_type.encode_numpy(rows, None).tobytes()
 

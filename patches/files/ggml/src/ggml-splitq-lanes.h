@@ -1,5 +1,5 @@
 // encode_block for LANES blocks at once, one in each lane of a vector: the same bytes, several times sooner. Included by
-// ggml-splitq.c, with LANES 16 for AVX-512 and 8 for AVX2.
+// ggml-splitq.c, with LANES 16 for AVX-512, 8 for AVX2 and 4 for NEON.
 //
 // Sums are added in the order of tree_sum. Multiply-adds are fused only where the product is exact by itself: a scale has
 // 4 significant bits and a level 7.
@@ -16,7 +16,7 @@
 #define FNMA(a, b, c)         _mm512_fnmadd_ps(a, b, c)
 #define LEAST(a, b)             _mm512_min_ps(a, b)
 #define MOST(a, b)             _mm512_max_ps(a, b)
-#else
+#elif LANES == 8
 #define NAMED(name) name##_8
 #define vec  __m256
 #define ivec ivec8
@@ -28,7 +28,20 @@
 #define FMA(a, b, c)          _mm256_fmadd_ps(a, b, c)
 #define FNMA(a, b, c)         _mm256_fnmadd_ps(a, b, c)
 #define LEAST(a, b)             _mm256_min_ps(a, b)
-#define MOST(a, b)             _mm256_max_ps(a, b)
+#define MOST(a, b)            _mm256_max_ps(a, b)
+#else
+#define NAMED(name) name##_4
+#define vec  float32x4_t
+#define ivec ivec4
+#define FLOOR(x)              ((ivec) vcvtmq_s32_f32(x))
+#define CEIL(x)               ((ivec) vcvtpq_s32_f32(x))
+#define BYTES(i)              vreinterpretq_u8_s32((int32x4_t) (((i) & 15)*0x04040404 + 0x03020100))
+#define LOOKUP(table, i)      vreinterpretq_f32_u8(vqtbl4q_u8(vld1q_u8_x4((const uint8_t *) (table)), BYTES(i)))
+#define ABOVE(a, b, yes, no)  vbslq_f32(vcgtq_f32(a, b), yes, no)
+#define FMA(a, b, c)          vfmaq_f32(c, a, b)
+#define FNMA(a, b, c)         vfmsq_f32(c, a, b)
+#define LEAST(a, b)           vminq_f32(a, b)
+#define MOST(a, b)            vmaxq_f32(a, b)
 #endif
 #define ALL(x) ((vec) {0} + (x))
 
@@ -168,6 +181,7 @@ static int64_t NAMED(encode)(const float * x, uint8_t * y, int64_t n, int64_t ro
 #undef FLOOR
 #undef CEIL
 #undef HALF
+#undef BYTES
 #undef LOOKUP
 #undef ABOVE
 #undef FMA

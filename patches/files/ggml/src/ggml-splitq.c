@@ -12,6 +12,8 @@
 #include <string.h>
 #if defined(SPLITQ_X86)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Index of the largest scale not above y (y >= 0), 0 to 127.
@@ -144,6 +146,19 @@ typedef struct {
 #define LANES 16
 #include "ggml-splitq-lanes.h"
 #pragma GCC pop_options
+#define SPLITQ_BEST_LANES (__builtin_cpu_supports("avx512f") ? 16 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0)
+#define SPLITQ_ENCODE(lanes, ...) ((lanes) == 16 ? encode_16(__VA_ARGS__) : (lanes) == 8 ? encode_8(__VA_ARGS__) : 0)
+#elif defined(__aarch64__)
+#define LANES 4
+#include "ggml-splitq-lanes.h"
+#define SPLITQ_BEST_LANES 4
+#define SPLITQ_ENCODE(lanes, ...) ((lanes) == 4 ? encode_4(__VA_ARGS__) : 0)
+#endif
+
+#if defined(SPLITQ_ENCODE)
+#if !defined(SPLITQ_LANES) // tests choose
+#define SPLITQ_LANES SPLITQ_BEST_LANES
+#endif
 
 static splitq_book make_book(const int8_t * levels, int n_levels, int words, int steps_down, int steps_up) {
     splitq_book book = { .words = words, .steps_down = steps_down, .steps_up = steps_up };
@@ -164,24 +179,14 @@ static splitq_book make_book(const int8_t * levels, int n_levels, int words, int
     return book;
 }
 
-#if !defined(SPLITQ_LANES) // tests choose it
-#define SPLITQ_LANES (__builtin_cpu_supports("avx512f") ? 16 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0)
-#endif
-
-static int64_t encode_lanes(const float * x, void * y, int64_t n, int64_t row_blocks, const float * imatrix, const splitq_book * book) {
-    const int lanes = SPLITQ_LANES;
-    return lanes == 16 ? encode_16(x, y, n, row_blocks, imatrix, book) : lanes == 8 ? encode_8(x, y, n, row_blocks, imatrix, book) : 0;
-}
-#endif
-
-// encode_<type>: rows, with the importance of their columns or NULL.
-#if defined(SPLITQ_X86)
 #define SPLITQ_ENCODE_LANES(name, down, up) \
         const splitq_book book = make_book(splitq_levels_##name, n_levels, (sizeof(*y) - 1)/4, down, up); \
-        ib = encode_lanes(x, y, nrows*row_blocks, row_blocks, imatrix, &book);
+        ib = SPLITQ_ENCODE(SPLITQ_LANES, x, (uint8_t *) y, nrows*row_blocks, row_blocks, imatrix, &book);
 #else
 #define SPLITQ_ENCODE_LANES(name, down, up)
 #endif
+
+// encode_<type>: rows, with the importance of their columns or NULL.
 #define SPLITQ_LEVELS(name, down, up, lower, middle, upper)                                                     \
     SPLITQ_CLONES static void encode_##name(const float * x, splitq_block_##name * y, int64_t nrows, int64_t k, const float * imatrix) { \
         assert(k % SPLITQ_QK == 0);                                                                            \
