@@ -56,7 +56,7 @@ def published_bits(f16: Path, group: int) -> float:
         return 4 + 3 / group + 16 * sum(t.n_rows for t in matrices) / sum(t.n_weights for t in matrices)
 
 
-def cache_rates(file: Path, threads: int, depth: int = 4096, rounds: int = 3) -> dict[str, float]:
+def cache_rates(file: Path, threads: int, depth: int = 2048, rounds: int = 3) -> dict[str, float]:
     """Median decoded tokens per second after `depth` tokens, {cache type: rate}."""
     rates: dict[str, list[float]] = {"sdr4": [], "q4_0": []}
     options = ("-p", 0, "-n", 32, "-d", depth, "-r", 1, "-fa", 1, "-t", threads, "-o", "json")
@@ -124,7 +124,7 @@ def main() -> None:
         ratio(rows, "sdr4 cache, not rotated", "q4_0 cache, not rotated"),
     ]
     rates = cache_rates(f16, args.threads)
-    faster = {"claim": "decoding after 4096 tokens: sdr4 cache / q4_0 cache", "at_least": 1}
+    faster = {"claim": "decoding after 2048 tokens: sdr4 cache / q4_0 cache", "at_least": 1}
     claims.append(faster | {"measured": rates["sdr4"] / rates["q4_0"]})
     save("paper-qrazor", {"model": str(args.model), "rows": list(rows.values()), "rates": rates, "claims": claims})
     judge(claims)
