@@ -347,11 +347,12 @@ def test_a_file_without_its_side_tensor_is_refused_by_name(llama, tmp_path):
     assert not (tmp_path / "back.gguf").exists()
 
 
-def test_calibration_lowers_the_error(tmp_path):
+def test_calibration_lowers_the_error_and_norms_are_tuned_beside_codebooks(tmp_path):
     report, text = tmp_path / "report.json", str(crafted.DEMO / "calib.txt")
-    folder = wide_llama(tmp_path)
-    convert.convert(folder, "cq2.9", tmp_path / "out.gguf", calib=text, calib_tokens=2048, report=report, threads=1)
+    options = {"calib": text, "calib_tokens": 2048, "report": report, "tune": True}
+    convert.convert(wide_llama(tmp_path), "cq2.9", tmp_path / "out.gguf", threads=1, **options)
     calibration = json.loads(report.read_text())["calibration"]
+    assert 0 < calibration["tuned"]["after"] <= calibration["tuned"]["before"]
     assert calibration["left"] == [] and len(calibration["errors"]) == 7
     assert all(e["polish"] < e["feedback"] < e["nearest"] for e in calibration["errors"].values())
 

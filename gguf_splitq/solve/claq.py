@@ -24,6 +24,7 @@ from . import solver
 from .solver import Solution
 
 PASSES = 5
+FREE_PASSES = 2  # without a Hessian, where there is little to gain
 COLUMNS = 128  # coded again at a time
 ROUNDS = 2  # of k-means that starts from a codebook
 OUTLIER = 13  # times the mean |weight|: what the paper's order counts
@@ -36,13 +37,15 @@ def solve(
     hessian: torch.Tensor | None,
     kind: Claq,
     importance: torch.Tensor | None = None,
-    passes: int = PASSES,
+    passes: int | None = None,
 ) -> Solution:
     """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols], or each column for itself.
 
-    importance: float32 [n_cols], not negative, in the place of a Hessian. passes: of step 2. `errors` has the stages
-    "nearest" (k-means of every column alone), "feedback" and "polish". Raises InputError as `solver.solve` does.
+    importance: float32 [n_cols], not negative, in the place of a Hessian. passes: of step 2, by default PASSES or,
+    without a Hessian, FREE_PASSES. `errors` has the stages "nearest" (k-means of every column alone), "feedback" and
+    "polish". Raises InputError as `solver.solve` does.
     """
+    passes = passes if passes is not None else PASSES if hessian is not None else FREE_PASSES
     if hessian is None:
         importance = torch.ones(weight.shape[1]) if importance is None else importance
         importance = importance.clamp_min(1e-6 * float(importance.max())) if importance.any() else importance + 1

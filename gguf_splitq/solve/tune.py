@@ -3,7 +3,8 @@
 The codes stay. The model is trained as a whole to give the float model's distribution on the calibration tokens (KL
 divergence, Adam, two passes), block scales rounded to what the format can store in each step, the gradient passing
 the rounding unchanged. One sequence in 16 is held out: the state that does best on those is kept, the untrained one
-included. A super-block's integer scales are too coarse for small steps: for such formats the norms are trained alone.
+included. A super-block's integer scales are too coarse for small steps: for such formats, and for CLAQ's, the norms are
+trained alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..gguf_file import Gguf
 from ..plan import Entry
 from ..rewrite import each_matrix, to_float32
+from ..types.claq import Claq, side_name
 from . import calibrate, formats
 from .model import BATCH, Model
 
@@ -154,8 +156,18 @@ def _pieces(
                         break
                     layer, order = found
                     solved = rows[entry.name][first : first + len(matrix)] if entry.name in rows else None
-                    packed = entry.target.encode(matrix) if solved is None else solved
-                    weight = torch.from_numpy(entry.target.decode(packed)).to(student.device)
+                    if isinstance(entry.target, Claq):
+                        if solved is None:
+                            break
+                        number = first // len(matrix)
+                        [side] = rows[side_name(entry.name)][number : number + 1]
+                        decoded = entry.target.decode_rows(
+                            solved, entry.target.read_side(side, *matrix.shape, entry.name), 0
+                        )
+                    else:
+                        packed = entry.target.encode(matrix) if solved is None else solved
+                        decoded = entry.target.decode(packed)
+                    weight = torch.from_numpy(decoded).to(student.device)
                     stored.setdefault(layer.name, []).append((layer, order.to(student.device), weight))
                     if solved is not None and isinstance(fmt, OWN_SCALE):
                         piece = piece_of(entry, fmt, packed)
