@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 BINS = 64
+_BACKWARDS = np.triu(np.full((BINS + 1, BINS + 1), np.inf), 1)
 
 
 def kmeans(values: np.ndarray, weights: np.ndarray, k: int, centres: np.ndarray | None = None, rounds: int = 8):
@@ -29,7 +30,7 @@ def kmeans(values: np.ndarray, weights: np.ndarray, k: int, centres: np.ndarray 
     for _ in range(rounds):
         cuts[1:-1] = np.searchsorted(ranked, (centres[1:] + centres[:-1]) / 2)
         before, centres = centres, _means(sums, cuts, centres)
-        if np.array_equal(before, centres):
+        if (before == centres).all():
             break
     return centres
 
@@ -51,7 +52,7 @@ def _partition(sums: np.ndarray, bins: np.ndarray, k: int) -> np.ndarray:
     moment = first[:, None] - first
     cost = second[:, None] - second
     cost -= np.divide(moment * moment, inside, out=np.zeros_like(cost), where=inside > 0)
-    cost[np.triu_indices(len(cost), 1)] = np.inf
+    cost += _BACKWARDS[: len(cost), : len(cost)]
     best, choices, rows = cost[:, 0], [], np.arange(len(cost))
     for _ in range(k - 1):
         total = cost + best
@@ -65,5 +66,6 @@ def _partition(sums: np.ndarray, bins: np.ndarray, k: int) -> np.ndarray:
 
 def _means(sums: np.ndarray, cuts: np.ndarray, empty: np.ndarray) -> np.ndarray:
     """The mean of each cluster, `empty` where it has no weight."""
-    inside, total = np.diff(sums[:2, cuts])
+    below = sums[:2, cuts]
+    inside, total = below[:, 1:] - below[:, :-1]
     return np.divide(total, inside, out=np.array(empty, np.float64), where=inside > 0)
