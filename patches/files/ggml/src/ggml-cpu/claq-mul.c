@@ -7,6 +7,13 @@
 
 #include "claq-vec.h"
 
+// Panels that are multiplied with one token at once: they share its activations and the levels, if there are registers.
+#if defined(SPLITQ_AVX512)
+#define PANELS 2
+#else
+#define PANELS 1
+#endif
+
 #if defined(__GNUC__)
 #define CLAQ_INLINE static inline __attribute__((always_inline))
 #define CLAQ_UNROLL _Pragma("GCC unroll 16")
@@ -122,8 +129,7 @@ CLAQ_INLINE void mul_claq_rows(const int bits, const int n, const struct claq_si
     int64_t width;
     const float * plain = plain_of(side, packed, t, count, &width);
     const uint32_t nb = side->columns/CLAQ_QK;
-    // for one token two panels: they share its activations and the levels
-    const int most = n == 1 ? 2 : 1;
+    const int most = n == 1 ? PANELS : 1;
     for (int64_t r = 0; r < rows; r += most*LANES, x += (size_t) most*LANES*4*bits*nb) {
         vec_f sum[16];
         const int panels = MIN(most, (rows - r + LANES - 1)/LANES);
