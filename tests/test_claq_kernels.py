@@ -116,7 +116,7 @@ def check(got: np.ndarray, exact: np.ndarray, full: np.ndarray, kernels: bool) -
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
 @pytest.mark.parametrize("blocks, rows, tokens, wide, outliers", [
-    (1, 1, 1, 0, 0), (18, 37, 1, 3, 300), (33, 70, 2, 5, 0), (16, 33, 4, 16, 500), (18, 37, 17, 7, 200),
+    (1, 1, 1, 0, 0), (18, 150, 1, 3, 300), (33, 70, 2, 5, 0), (16, 33, 4, 16, 500), (18, 37, 17, 7, 200),
     (40, 130, 33, 3, 900), (7, 19, 600, 2, 60),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", TYPES)

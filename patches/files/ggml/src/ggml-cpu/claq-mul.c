@@ -9,7 +9,7 @@
 
 // Panels that are multiplied with one token at once: they share its activations and the levels, if there are registers.
 #if defined(SPLITQ_AVX512)
-#define PANELS 2
+#define PANELS 4
 #else
 #define PANELS 1
 #endif
@@ -89,8 +89,8 @@ CLAQ_INLINE void mul_claq_blocks(const int bits, const bool wide, const int pane
     const size_t nb = side->columns/CLAQ_QK, size = 4*bits*LANES;
     for (size_t b = first; b < last; ++b) {
         const int8_t * levels = claq_levels(side, bits, b);
-        if (panels == 2) { // the processor prefetches one stream: the next two panels are brought nearer in that order
-            CLAQ_PREFETCH(x + 2*(nb + b)*size, 2*size)
+        if (panels > 1) { // the processor prefetches one stream: the next panels are brought nearer in that order
+            CLAQ_PREFETCH(x + panels*(nb + b)*size, panels*size)
         }
         CLAQ_UNROLL
         for (int p = 0; p < panels; ++p) {
@@ -130,15 +130,15 @@ CLAQ_INLINE void mul_claq_rows(const int bits, const int n, const struct claq_si
     const float * plain = plain_of(side, packed, t, count, &width);
     const uint32_t nb = side->columns/CLAQ_QK;
     const int most = n == 1 ? PANELS : 1;
-    for (int64_t r = 0; r < rows; r += most*LANES, x += (size_t) most*LANES*4*bits*nb) {
+    for (int64_t r = 0, panels; r < rows; r += panels*LANES, x += (size_t) panels*LANES*4*bits*nb) {
         vec_f sum[16];
-        const int panels = MIN(most, (rows - r + LANES - 1)/LANES);
+        panels = rows - r > (most - 1)*LANES ? most : 1;
         for (int i = 0; i < most*n; ++i) { sum[i] = zero_f(); }
-        if (panels == 2) {
+        if (panels == PANELS) {
             if (bits != 4) {
-                mul_claq_blocks(bits, true, 2, n, side, x, row + r, 0, side->wide, y, sum);
+                mul_claq_blocks(bits, true, most, n, side, x, row + r, 0, side->wide, y, sum);
             }
-            mul_claq_blocks(bits, false, 2, n, side, x, row + r, side->wide, nb, y, sum);
+            mul_claq_blocks(bits, false, most, n, side, x, row + r, side->wide, nb, y, sum);
         } else {
             if (bits != 4) {
                 mul_claq_blocks(bits, true, 1, n, side, x, row + r, 0, side->wide, y, sum);
@@ -158,7 +158,7 @@ CLAQ_INLINE void mul_claq_rows(const int bits, const int n, const struct claq_si
                 }
             }
         }
-        for (int64_t i = r; side->outliers && i < MIN(rows, r + most*LANES); ++i) {
+        for (int64_t i = r; side->outliers && i < MIN(rows, r + panels*LANES); ++i) {
             add_outliers(n, side, row + i, plain, width, out, i);
         }
     }
