@@ -360,7 +360,7 @@ def _code_ram(entry: plan.Entry) -> int:
     """Bytes that coding a tensor of one of CLAQ's types takes: a matrix in floats several times, and the result."""
     if not isinstance(entry.target, claq.Claq):
         return 0
-    return CODER_RAM + 32 * entry.tensor.shape[-2] * entry.tensor.n_cols + 2 * entry.n_bytes
+    return CODER_RAM + 36 * entry.tensor.shape[-2] * entry.tensor.n_cols + 2 * entry.n_bytes
 
 
 def _not_finite(tensor: Tensor, rows: np.ndarray, first: int) -> InputError:

@@ -26,6 +26,7 @@ from .solver import Solution
 PASSES = 5
 FREE_PASSES = 2  # without a Hessian, where there is little to gain
 COLUMNS = 128  # coded again at a time
+PIECE = 1 << 20  # weights that temporary values are kept of
 ROUNDS = 2  # of k-means that starts from a codebook
 OUTLIER = 13  # times the mean |weight|: what the paper's order counts
 
@@ -87,9 +88,8 @@ class _Matrix:
         """Every column clustered alone."""
         self.weight, self.h, self.diagonal, self.kind = weight.T.contiguous(), h, diagonal, kind
         n_cols, n_rows = self.weight.shape
-        square = self.weight.square()
-        self._set_row(row_sizes(square, diagonal))
-        wide = self._most(price * square.mean(1), 32 * kind.wide)
+        self._set_row(torch.cat([row_sizes(self.weight[:, rows].square(), diagonal) for rows in self._pieces()]))
+        wide = self._most(price * torch.linalg.vector_norm(self.weight, dim=1).square(), 32 * kind.wide)
         rest = np.setdiff1d(np.arange(n_cols), wide)
         self.order = np.concatenate([np.sort(wide), rest])
         self.sizes = np.empty(n_cols, np.int64)
@@ -100,35 +100,41 @@ class _Matrix:
         self.value = self._sweep(self.weight, None, self._cluster)
         if kind.outliers:
             self.outlier = np.zeros((n_cols, n_rows), bool)
-            cost = (self.weight - self.value).square_() * price[:, None]
-            chosen = cost.flatten().topk(kind.outliers).indices // n_rows
-            self.kept = np.bincount(chosen.numpy(), minlength=n_cols)
+            self.kept = _counts((self.weight - self.value).square_().mul_(price[:, None]).numpy(), kind.outliers)
             self.value = self._sweep(self.weight, None, self._cluster)
 
     def error(self) -> float:
         """Summed over the rows."""
-        missed = self.weight - self.value
-        return float((self._times(missed) * missed).sum(dtype=torch.float64))
+        total = 0.0
+        for rows in self._pieces():
+            missed = self.weight[:, rows] - self.value[:, rows]
+            total += float((self._times(missed) * missed).sum(dtype=torch.float64))
+        return total
 
     def feedback(self, order: torch.Tensor, push: torch.Tensor) -> None:
         """Code all columns anew in this order. push: as `solver._push` gives it."""
         self.table = [None] * len(self.table)
         weight = self.weight[order]
-        self.value[order] = self._sweep(weight, push, self._cluster, order.tolist())
+        self.value[order] = self._sweep(weight.clone(), push, self._cluster, order.tolist(), weight)
 
     def refit_rows(self) -> None:
         """Least squares for the scale of each row."""
-        pull = self._times(self.weight - self.value)
-        unit = self.value if self.outlier is None else torch.where(torch.from_numpy(self.outlier), 0, self.value)
-        against = (self._times(unit) * unit).sum(0)
-        step = torch.where(against > 0, (pull * unit).sum(0) / against, 0).clamp_(-0.5, 1)
-        old = self.row
-        self._set_row(old * (1 + step))
-        self.value += unit * torch.where(old > 0, self.row / old - 1, 0)
+        new = self.row.clone()
+        for rows in self._pieces():
+            value = self.value[:, rows]
+            unit = value if self.outlier is None else value.masked_fill(torch.from_numpy(self.outlier[:, rows]), 0)
+            pull, against = self._times(self.weight[:, rows] - value), (self._times(unit) * unit).sum(0)
+            step = torch.where(against > 0, (pull * unit).sum(0) / against, 0).clamp_(-0.5, 1)
+            new[rows] = _stored(self.row[rows] * (1 + step))
+            value += unit * torch.where(self.row[rows] > 0, new[rows] / self.row[rows] - 1, 0)
+        self._set_row(new)
 
     def cluster_again(self) -> None:
         """Cluster each column at what is best for it, given all others."""
-        aims = self.value + self._times(self.weight - self.value) / self.diagonal[:, None]
+        aims = torch.empty_like(self.value)
+        for rows in self._pieces():
+            pull = self._times(self.weight[:, rows] - self.value[:, rows])
+            torch.addcdiv(self.value[:, rows], pull, self.diagonal[:, None], out=aims[:, rows])
         push = None if self.h is None else -self.h / self.diagonal
         self.value = self._sweep(aims, push, self._cluster, base=self.value)
 
@@ -142,7 +148,7 @@ class _Matrix:
             if failed:  # positive definite, but not in float32
                 continue
             aims = torch.addmm(base, torch.cholesky_inverse(factor).flip(0, 1).float(), here)
-            found = self._sweep(aims, solver._push(factor), self._nearest, columns.tolist())
+            found = self._sweep(aims.clone(), solver._push(factor), self._nearest, columns.tolist(), aims)
             ratio = h / h.diagonal()
             aims = torch.addmm(found, ratio.T, aims - found)
             change = self._sweep(aims, -ratio, self._nearest, columns.tolist(), found) - base
@@ -174,11 +180,17 @@ class _Matrix:
             side = Side(side.order, side.row, side.scale, levels, start, columns[by_row], rest[by_row])
         return self.kind.pack(codes, side)
 
+    def _pieces(self) -> list[slice]:
+        """Of the rows, so that what is computed on the way stays small."""
+        n_cols, n_rows = self.weight.shape
+        step = max(1, PIECE // n_cols)
+        return [slice(first, first + step) for first in range(0, n_rows, step)]
+
     def _times(self, x: torch.Tensor) -> torch.Tensor:
         return self.diagonal[:, None] * x if self.h is None else self.h @ x
 
     def _set_row(self, row: torch.Tensor) -> None:
-        self.row = torch.from_numpy(_half(row.numpy()).astype(np.float32))
+        self.row = _stored(row)
         self.row_numpy = self.row.numpy()
         self.inverse = np.divide(1, self.row_numpy, out=np.zeros_like(self.row_numpy), where=self.row_numpy > 0)
         self.heavy = self.row_numpy.astype(np.float64) ** 2
@@ -201,14 +213,13 @@ class _Matrix:
     ) -> torch.Tensor:
         """Code column after column at its aim; what it changes from `base` moves the aims of the later ones.
 
-        aims: float32 [n, n_rows], of these columns, by default of all; base: alike, by default the aims. push: as
-        `solver._sweep` has it; None: nothing moves. Returns the values, float32 [n, n_rows].
+        aims: float32 [n, n_rows], of these columns, by default of all; overwritten. push: as `solver._sweep` has it, or
+        None: then nothing moves and `base` [n, n_rows] is not needed. Returns the values, float32 [n, n_rows].
         """
         columns = range(len(aims)) if columns is None else columns
-        base = aims if base is None else base
-        aims = aims.clone()
-        found, changes = torch.empty_like(aims), torch.empty_like(aims)
-        parts = [part.numpy() for part in (aims, base, found, changes)]
+        found = torch.empty_like(aims)
+        changes = found if push is None else torch.empty_like(aims)
+        parts = [part.numpy() for part in (aims, aims if base is None else base, found, changes)]
 
         def run(start: int, end: int) -> None:
             if end - start > solver.LEAF:  # half by half, so that most changes are pushed on in large groups
@@ -221,8 +232,10 @@ class _Matrix:
             for i in range(start, end):
                 aim, old, new, change = (part[i] for part in parts)
                 new[:] = code(columns[i], aim)
+                if push is None:
+                    continue
                 np.subtract(new, old, out=change)
-                if push is not None and i + 1 < end:
+                if i + 1 < end:
                     aims[i + 1 : end].addr_(push[i, i + 1 : end], changes[i])
 
         run(0, len(aims))
@@ -264,6 +277,19 @@ class _Matrix:
 def row_sizes(square: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
     """float32 [n_rows]: the size of each row's weights, of which `square` float32 [n_cols, n_rows] has the squares."""
     return (torch.mv(square.T, diagonal) / diagonal.sum()).sqrt()
+
+
+def _counts(cost: np.ndarray, count: int) -> np.ndarray:
+    """int [n_cols]: how many of the `count` largest of `cost` [n_cols, n_rows] lie in each column."""
+    least = np.partition(cost, -count, None)[-count]
+    counts = (cost > least).sum(1)
+    equal = np.flatnonzero(cost == least)[: count - counts.sum()] // cost.shape[1]
+    return counts + np.bincount(equal, minlength=len(cost))
+
+
+def _stored(row: torch.Tensor) -> torch.Tensor:
+    """The nearest float16 values, as float32."""
+    return torch.from_numpy(_half(row.numpy()).astype(np.float32))
 
 
 def _half(values: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from .solver import WEIGHTS
 
 BASE = 896 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
 SOLVER = 360  # bytes per weight of the rows that are coded at a time; measured, as are the other factors
-CLAQ = 48  # bytes per weight of a matrix coded for CLAQ's types, whose rows are coded together
+CLAQ = 110  # bytes per weight of a matrix coded for CLAQ's types, all rows together; twice that for the first ones
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 
@@ -74,5 +74,9 @@ def _layer(layer: Sequence[Entry], threads: int) -> int:
 def _solving(entry: Entry) -> int:
     """One matrix: its Hessian with factors, in double and single precision; its rows, before and after; its codes."""
     rows, columns = entry.tensor.shape[-2:]
-    coded = CLAQ * columns * rows if isinstance(entry.target, Claq) else SOLVER * min(columns * rows, WEIGHTS)
+    weights = columns * rows
+    if isinstance(entry.target, Claq):
+        coded = CLAQ * (weights + min(weights, WEIGHTS))
+    else:
+        coded = SOLVER * min(weights, WEIGHTS)
     return columns * (40 * columns + 16 * rows) + coded
