@@ -30,11 +30,12 @@ from gguf_splitq.validate import Baseline, check_overlap
 from . import models
 from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
 
-OURS = ["sq4", "sq3", "sq2", "sdr4", "sq4x"]
+CLAQ = ["cq4", "cq3", "cq2", "cq3.5", "cq2.5"]
+OURS = ["sq4", "sq3", "sq2", "sdr4", "sq4x", *CLAQ]
 PEERS = ["Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_XS"]
 NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XS"}  # llama-quantize refuses them without
-USES_NO_DATA = {"sq4x"}
-FED = ["sq4", "sq3", "sq2", "sdr4", "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
+USES_NO_DATA = {"sq4x", *CLAQ}  # or next to none without its covariances
+FED = ["sq4", "sq3", "sq2", "sdr4", *CLAQ, "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
 TUNED = ["sq4", "sq3", "sq2"]  # with --tune
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [3.0, 3.5, 4.0]
@@ -127,7 +128,7 @@ def digest(data: bytes) -> str:
 def source_hash() -> str:
     """Of the code that decides the bytes of a file."""
     folder = Path(gguf_splitq.__file__).parent
-    files = [p for pattern in ("types/*.py", "solve/*.py", "mix.py") for p in sorted(folder.glob(pattern))]
+    files = [p for pattern in ("types/*.py", "solve/*.py", "kmeans.py", "mix.py") for p in sorted(folder.glob(pattern))]
     return digest(b"".join(p.read_bytes() for p in files))
 
 
@@ -255,11 +256,11 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         "stock types, no data": ("none", False, "v", "tab:gray"),
         "stock types, imatrix": ("imatrix", False, "o", "tab:blue"),
         "stock types, feedback": ("feedback", False, "s", "tab:cyan"),
-        "sq types, no data": ("none", True, "v", "tab:olive"),
-        "sq types, imatrix": ("imatrix", True, "o", "tab:orange"),
-        "sq types, feedback": ("feedback", True, "s", "tab:red"),
-        "sq types, feedback on own text": ("self", True, "x", "tab:purple"),
-        "sq types, trained": ("tuned", True, "P", "tab:brown"),
+        "our types, no data": ("none", True, "v", "tab:olive"),
+        "our types, imatrix": ("imatrix", True, "o", "tab:orange"),
+        "our types, feedback": ("feedback", True, "s", "tab:red"),
+        "our types, feedback on own text": ("self", True, "x", "tab:purple"),
+        "our types, trained": ("tuned", True, "P", "tab:brown"),
         "mixed by --bpw": ("bpw", False, "*", "tab:green"),
     }
     figure, axes = pyplot.subplots(figsize=(10, 7))
