@@ -274,8 +274,8 @@ def _padded(size: int) -> int:
 
 _METHOD = "CLAQ, a codebook per column"
 TYPES = [
-    Claq("cq4", 105, 105, 32, 16, _METHOD, "large matrices", code_bits=4),
-    Claq("cq3", 106, 106, 32, 12, _METHOD, "large matrices; cq3.1 to cq3.9 for more", code_bits=3),
-    Claq("cq2", 107, 107, 32, 8, _METHOD, "large matrices; cq2.1 to cq2.9 for more", code_bits=2),
+    Claq("cq4", 105, 105, 32, 16, _METHOD, "models with outlier channels", code_bits=4),
+    Claq("cq3", 106, 106, 32, 12, _METHOD, "the same in 3 bits; cq3.1 to cq3.9 are larger", code_bits=3),
+    Claq("cq2", 107, 107, 32, 8, _METHOD, "the same in 2 bits; cq2.1 to cq2.9 are larger", code_bits=2),
 ]
 IDS = tuple(kind.gguf_id for kind in TYPES)
