@@ -134,7 +134,9 @@ def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide,
     got = multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), threads=threads)
     full = x @ matrix.dense.T
     check(got, matrix.product(x), full, has_products)
-    check(multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), reference=1), full, full, False)
+    if has_products:
+        got = multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), reference=1)
+        check(got, full, full, False)
 
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
@@ -157,8 +159,9 @@ def test_experts(driver, has_products, name, tokens, used, experts, shared, inte
     exact, full = np.stack([m.product(v[None])[0] for m, v in pairs]), np.stack([v @ m.dense.T for m, v in pairs])
     got = multiply(driver, "mul_id", name, *sizes, data=data, side=sides(matrices), last=[shared], threads=(1, 4))
     check(got, exact, full, has_products)
-    got = multiply(driver, "mul_id", name, *sizes, data=data, side=sides(matrices), last=[shared], reference=1)
-    check(got, full, full, False)
+    if has_products:
+        got = multiply(driver, "mul_id", name, *sizes, data=data, side=sides(matrices), last=[shared], reference=1)
+        check(got, full, full, False)
 
 
 def test_scales_too_small_for_a_half_do_not_vanish(driver, has_products):  # noqa: F811
@@ -217,8 +220,8 @@ def model(request, demo_f16):
 
 
 def perplexity(programs: Path, model: Path, *options) -> tuple[int, str]:
-    command = [programs / "llama-perplexity", "-m", model, "-f", crafted.DEMO / "eval.txt", *options]
-    command += ["-c", "128", "--chunks", "2", "-t", "2"]
+    command = [programs / "llama-perplexity", "-m", model, "-f", crafted.DEMO / "eval.txt"]
+    command += ["-c", "128", "--chunks", "2", "-t", "2", *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -227,7 +230,7 @@ def perplexity_of(output: str) -> float:
     return float(re.search(r"Final estimate: PPL = ([\d.]+)", output)[1])
 
 
-@pytest.mark.parametrize("options", [[], ["--no-repack"], ["--load-mode", "none"]], ids=" ".join)
+@pytest.mark.parametrize("options", [[], ["--no-repack"], ["--load-mode", "none"], ["-b", "1", "-t", "1"]], ids=" ".join)
 def test_a_model_with_codebooks_is_the_model_they_stand_for(model, runtime_programs, tmp_path, options):
     kv, coded, plain = model
     found = []
