@@ -85,7 +85,7 @@ void claq_pack(const struct claq_side * side, const float * x, int first, int la
 
 // Blocks [first, last), all wide or none, of `panels` times LANES rows, with n tokens, 1 or even.
 CLAQ_INLINE void mul_claq_blocks(const int bits, const bool wide, const int panels, const int n, const struct claq_side * side,
-                            const uint8_t * x, size_t row, uint32_t first, uint32_t last, const struct claq_block * y, vec_f * sum) {
+                                 const uint8_t * x, size_t row, uint32_t first, uint32_t last, const struct claq_block * y, vec_f * sum) {
     const size_t nb = side->columns/CLAQ_QK, size = 4*bits*LANES;
     for (size_t b = first; b < last; ++b) {
         const int8_t * levels = claq_levels(side, bits, b);
@@ -124,7 +124,7 @@ CLAQ_INLINE void add_outliers(const int n, const struct claq_side * side, size_t
 }
 
 CLAQ_INLINE void mul_claq_rows(const int bits, const int n, const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,
-                          const char * packed, int64_t t, int64_t count, float * const * out) {
+                               const char * packed, int64_t t, int64_t count, float * const * out) {
     const struct claq_block * y = blocks_of(side, packed, t);
     int64_t width;
     const float * plain = plain_of(side, packed, t, count, &width);
@@ -165,15 +165,15 @@ CLAQ_INLINE void mul_claq_rows(const int bits, const int n, const struct claq_si
 }
 
 #define CLAQ_ARGS side, x, row, rows, packed, t, count, out
-#define CLAQ_MUL(bits)                                                                                               \
-    static int mul_claq_##bits(const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,                \
-                          const char * packed, int64_t t, int64_t count, float * const * out) {                      \
-        if (TOKENS >= 16 && count - t >= 16) { mul_claq_rows(bits, 16, CLAQ_ARGS); return 16; }                           \
-        if (TOKENS >=  8 && count - t >=  8) { mul_claq_rows(bits,  8, CLAQ_ARGS); return  8; }                           \
-        if (count - t >= 4)                  { mul_claq_rows(bits,  4, CLAQ_ARGS); return  4; }                           \
-        if (count - t >= 2)                  { mul_claq_rows(bits,  2, CLAQ_ARGS); return  2; }                           \
-        mul_claq_rows(bits, 1, CLAQ_ARGS);                                                                                \
-        return 1;                                                                                                    \
+#define CLAQ_MUL(bits)                                                                                             \
+    static int mul_claq_##bits(const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,         \
+                          const char * packed, int64_t t, int64_t count, float * const * out) {                    \
+        if (TOKENS >= 16 && count - t >= 16) { mul_claq_rows(bits, 16, CLAQ_ARGS); return 16; }                    \
+        if (TOKENS >=  8 && count - t >=  8) { mul_claq_rows(bits,  8, CLAQ_ARGS); return  8; }                    \
+        if (count - t >= 4)                  { mul_claq_rows(bits,  4, CLAQ_ARGS); return  4; }                    \
+        if (count - t >= 2)                  { mul_claq_rows(bits,  2, CLAQ_ARGS); return  2; }                    \
+        mul_claq_rows(bits, 1, CLAQ_ARGS);                                                                         \
+        return 1;                                                                                                  \
     }
 
 CLAQ_MUL(2)
