@@ -46,10 +46,10 @@ def make_plan(tensors: Sequence[Tensor], target: types.TensorType) -> list[plan.
 
     Raises UnsupportedError for a type without a decoder.
     """
-    entries = []
+    entries, sides = [], claq.owners(tensors)
     for tensor in tensors:
         name = gguf_file.type_name(tensor.type_id)
-        if claq.is_side(tensor.name):
+        if tensor.name in sides:
             continue
         if gguf_file.sizes()[tensor.type_id][1] == 1:
             same = types.get(name) if name in plan.FLOATS else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from rich.table import Table
@@ -25,8 +25,8 @@ def inspect(file: str | Path, json: bool = False) -> dict:
     and without weights. Raises InputError and UnsupportedError.
     """
     with gguf_file.read(file) as source:
-        everything = _row(source.tensors)
-        owners = {claq.side_name(t.name): t for t in source.tensors if t.type_id in claq.IDS}
+        owners = claq.owners(source.tensors)
+        everything = _row(source.tensors, owners)
 
         def type_of(tensor: Tensor) -> str:
             return gguf_file.type_name(owners.get(tensor.name, tensor).type_id)
@@ -39,8 +39,8 @@ def inspect(file: str | Path, json: bool = False) -> dict:
             "bpw": everything["bpw"],
             "linear_bpw": _linear_bpw(source),
             "metadata": {key: source.get(key) for key in source.kv if key.startswith(_KEYS) and key != _TOO_LONG},
-            "types": _groups(source.tensors, lambda t: {"type": type_of(t)}),
-            "kinds": _groups(source.tensors, lambda t: {"kind": kind(t.name), "type": type_of(t)}),
+            "types": _groups(source.tensors, owners, lambda t: {"type": type_of(t)}),
+            "kinds": _groups(source.tensors, owners, lambda t: {"kind": kind(t.name), "type": type_of(t)}),
         }
     if json:
         print(json_module.dumps(result, indent=1))
@@ -62,18 +62,20 @@ def kind(name: str) -> str:
 
 def _linear_bpw(source: gguf_file.Gguf) -> float:
     architecture = source.get("general.architecture", "")
-    return _row([t for t in source.tensors if plan.is_linear(t, architecture) or claq.is_side(t.name)])["bpw"]
+    owners = claq.owners(source.tensors)
+    return _row([t for t in source.tensors if plan.is_linear(t, architecture) or t.name in owners], owners)["bpw"]
 
 
-def _groups(tensors: Iterable[Tensor], key) -> list[dict]:
+def _groups(tensors: Iterable[Tensor], sides: Collection[str], key) -> list[dict]:
     groups: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(tuple(key(tensor).items()), []).append(tensor)
-    return [dict(names) | _row(group) for names, group in groups.items()]
+    return [dict(names) | _row(group, sides) for names, group in groups.items()]
 
 
-def _row(tensors: list[Tensor]) -> dict:
-    size, weights = sum(t.n_bytes for t in tensors), sum(t.n_weights for t in tensors if not claq.is_side(t.name))
+def _row(tensors: list[Tensor], sides: Collection[str]) -> dict:
+    """sides: names of the tensors that are no weights."""
+    size, weights = sum(t.n_bytes for t in tensors), sum(t.n_weights for t in tensors if t.name not in sides)
     return {"tensors": len(tensors), "weights": weights, "bytes": size, "bpw": 8 * size / weights if weights else 0.0}
 
 

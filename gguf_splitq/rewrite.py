@@ -256,7 +256,7 @@ def side_of(source: Gguf, tensor: Tensor, row: int) -> claq.Side | None:
         return None
     name = claq.side_name(tensor.name)
     found = next((t for t in source.tensors if t.name == name), None)
-    *stack, n_rows, n_cols = tensor.shape
+    *stack, n_rows, n_cols = tensor.shape if len(tensor.shape) > 1 else (0, 1, 1)  # never of one dimension
     if found is None or found.type_id != claq.SIDE_TYPE or found.shape[:-1] != tuple(stack):
         cause = f"its {name!r} is missing, or of a wrong type or shape"
         raise InputError(f"{tensor.file.name}: tensor {tensor.name!r}: {cause}: the file is damaged, get it again")

@@ -345,6 +345,16 @@ def test_a_file_without_its_side_tensor_is_refused_by_name(llama, tmp_path):
     with pytest.raises(InputError, match="'blk.1.ffn_up.weight'.*codebook' is missing"):
         dequantize(bad, tmp_path / "back.gguf")
     assert not (tmp_path / "back.gguf").exists()
+    flat = tmp_path / "flat.gguf"
+    flat.write_bytes(gguf_file.header({}, [("x.weight", (32,), 106), ("x.codebook", (32,), 24)]) + b"\0" * 64)
+    with pytest.raises(InputError, match="'x.weight'.*'x.codebook' is missing, or of a wrong type or shape"):
+        dequantize(flat, tmp_path / "back.gguf")
+
+
+def test_a_tensor_that_only_has_the_name_of_a_side_tensor_is_kept(tmp_path):
+    path = crafted.write_gguf(tmp_path / "in.gguf", {"a.codebook": crafted.weights(32, 32)})
+    assert inspection.inspect(path)["weights"] == 1024
+    assert "a.codebook" in crafted.read_gguf(dequantize(path, tmp_path / "out.gguf"))[1]
 
 
 def test_calibration_lowers_the_error_and_norms_are_tuned_beside_codebooks(tmp_path):

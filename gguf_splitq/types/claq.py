@@ -34,7 +34,9 @@ from __future__ import annotations
 import bisect
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -226,8 +228,9 @@ def side_name(weight_name: str) -> str:
     return weight_name.removesuffix("weight") + "codebook"
 
 
-def is_side(name: str) -> bool:
-    return name.endswith(".codebook")
+def owners(tensors: Iterable) -> dict[str, Any]:
+    """Name of a side tensor -> the `gguf_file.Tensor` it belongs to, for all of a file."""
+    return {side_name(tensor.name): tensor for tensor in tensors if tensor.type_id in IDS}
 
 
 def unfit(name: str, shape: tuple[int, ...]) -> str | None:
