@@ -79,7 +79,9 @@ def measure(model: Path, folder: Path, args) -> dict[str, dict]:
     """Method -> its row, for one model."""
     folder.mkdir(parents=True, exist_ok=True)
     f16 = convert(model, "f16", folder / "f16.gguf", threads=args.threads)
-    feedback = {"calib": str(args.calib), "calib_tokens": args.calib_tokens, "hessians": folder / "hessians.gguf"}
+    hessians = folder / "hessians.gguf"
+    hessians.unlink(missing_ok=True)  # an earlier run's, whose model is not this file
+    feedback = {"calib": str(args.calib), "calib_tokens": args.calib_tokens, "hessians": hessians}
     rows = {}
     with Baseline(f16, args.text, chunks=args.chunks, threads=args.threads) as base:
 
