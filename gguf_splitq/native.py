@@ -43,13 +43,12 @@ def library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
-    if hasattr(lib, "splitq_widen"):
-        lib.splitq_widen.restype = ctypes.c_float
-        lib.splitq_widen.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        lib.splitq_errors.restype = None
-        lib.splitq_errors.argtypes = [
-            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
-        ]  # fmt: skip
+    lib.splitq_widen.restype = ctypes.c_float
+    lib.splitq_widen.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    lib.splitq_errors.restype = None
+    lib.splitq_errors.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
     return lib
 
 

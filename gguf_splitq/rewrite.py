@@ -197,7 +197,7 @@ def to_float32(raw: np.ndarray, type_id: int) -> np.ndarray:
 def widen(raw: np.ndarray, type_id: int) -> tuple[np.ndarray, float]:
     """`to_float32`, and the largest magnitude, which is not finite when one of the values is not."""
     lib = native.library()
-    if not hasattr(lib, "splitq_widen") or gguf_file.type_name(type_id) not in plan.FLOATS:
+    if lib is None or gguf_file.type_name(type_id) not in plan.FLOATS:
         return (rows := to_float32(raw, type_id)), float(max(rows.max(), -rows.min()))
     rows, largest = native.widen(lib, type_id, raw)
     return (rows if math.isfinite(largest) else to_float32(raw, type_id)), largest
@@ -296,7 +296,7 @@ def _pad(out) -> None:
 def _measure(target: types.TensorType, data: np.ndarray, rows: np.ndarray) -> tuple[float, float, float]:
     """`errors` of encoded rows."""
     lib = native.library()
-    if not hasattr(lib, "splitq_widen") or target.name in plan.FLOATS:
+    if lib is None or target.name in plan.FLOATS:
         return errors(target.decode(data), rows)
     return native.errors(lib, target.gguf_id, data, rows)
 

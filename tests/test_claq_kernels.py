@@ -230,7 +230,9 @@ def perplexity_of(output: str) -> float:
     return float(re.search(r"Final estimate: PPL = ([\d.]+)", output)[1])
 
 
-@pytest.mark.parametrize("options", [[], ["--no-repack"], ["--load-mode", "none"], ["-b", "1", "-t", "1"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [[], ["--no-repack"], ["--load-mode", "none"], ["-b", "1", "-t", "1"]], ids=" ".join
+)
 def test_a_model_with_codebooks_is_the_model_they_stand_for(model, runtime_programs, tmp_path, options):
     kv, coded, plain = model
     found = []
