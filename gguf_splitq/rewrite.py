@@ -67,6 +67,7 @@ class Job:
     importance: np.ndarray | None  # float32 [n_cols]
     solved: np.ndarray | None = None  # uint8 [count, row_bytes]: encoded already
     side: claq.Side | None = None  # of the matrix, where `target` is one of CLAQ's types
+    source_side: claq.Side | None = None  # the same of what is read
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def rewrite(
                 else:
                     side = solved[claq.side_name(entry.name)][:]
                 sides[entry.name] = side
-            yield from _jobs(entry, weights, rows, side)
+            yield from _jobs(source, entry, weights, rows, side)
 
     pool = ThreadPoolExecutor(threads, "encode")
     try:
@@ -127,7 +128,7 @@ def rewrite(
                 if too_large:
                     entry = plan.widen(entry, too_large)
                     out.seek(start)
-                    again = _jobs(entry, importance.get(entry.name))
+                    again = _jobs(source, entry, importance.get(entry.name))
                     stats, _ = _write(out, entry, _in_order(pool, source, again, window))
                 _pad(out)
                 if entry.name in sides:
@@ -226,12 +227,11 @@ def encode(source: Gguf, job: Job) -> Chunk:
     if target is None:
         return Chunk(raw, stats)
     limit = math.inf if target.max_abs is None else target.max_abs
-    side = side_of(source, tensor, job.first)
     copied = job.entry.copied and job.solved is None
     out = raw if copied else np.empty((job.count, target.row_bytes(tensor.n_cols)), np.uint8)
     step = max(1, PIECE // tensor.n_cols)
     for at in range(0, job.count, step):
-        rows, largest = _floats(raw[at : at + step], tensor, side, job.first + at)
+        rows, largest = _floats(raw[at : at + step], tensor, job.source_side, job.first + at)
         if not math.isfinite(largest):
             raise _not_finite(tensor, rows, job.first + at)
         if largest > limit:
@@ -325,6 +325,7 @@ def _in_order(pool: ThreadPoolExecutor, source: Gguf, jobs: Iterator[Job], windo
 
 
 def _jobs(
+    source: Gguf,
     entry: plan.Entry,
     importance: np.ndarray | None,
     solved: np.ndarray | None = None,
@@ -332,13 +333,16 @@ def _jobs(
 ) -> Iterator[Job]:
     per_matrix = entry.tensor.shape[-2] if len(entry.tensor.shape) > 1 else 1
     by_matrix = None if importance is None else importance.reshape(-1, entry.tensor.n_cols)
-    side = None
+    side = source_side = None
     for first, count in _ranges(entry.tensor):
         weights = None if by_matrix is None else by_matrix[first // per_matrix]
-        if sides is not None and first % per_matrix == 0:
-            data = sides[first // per_matrix]
-            side = entry.target.read_side(data, per_matrix, entry.tensor.n_cols, claq.side_name(entry.name))
-        yield Job(entry, first, count, weights, None if solved is None else solved[first : first + count], side)
+        if first % per_matrix == 0:
+            source_side = side_of(source, entry.tensor, first)
+            if sides is not None:
+                data = sides[first // per_matrix]
+                side = entry.target.read_side(data, per_matrix, entry.tensor.n_cols, claq.side_name(entry.name))
+        rows = None if solved is None else solved[first : first + count]
+        yield Job(entry, first, count, weights, rows, side, source_side)
 
 
 def _ranges(tensor: Tensor) -> Iterator[tuple[int, int]]:
