@@ -8,6 +8,7 @@ precision in a temporary folder beside the output, which can be read while it gr
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -27,6 +28,7 @@ from .errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError
 from .gguf_file import Gguf
 
 ADAPTER_RAM = 1 << 30  # bytes: PyTorch, transformers and the tokenizer in the child process
+HEAD, SAMPLE, SAMPLES = 1 << 20, 1 << 14, 1 << 10  # of a file: bytes in front, bytes of a sample, samples of the rest
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]  # of a Hub repository
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _KINDS = {"unsupported": UnsupportedError, "environment": EnvironmentFailed, "input": InputError}
@@ -123,6 +125,23 @@ def check_folder(folder: Path) -> tuple[list[Path], str]:
             raise InputError(f"{index}: tensor {name!r} is not in {shard} as the index says: get the checkpoint again")
     main = max(bytes_of, key=bytes_of.get, default="BF16")
     return shards, {"F32": "f32", "F64": "f32", "F16": "f16"}.get(main, "bf16")
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """16 hexadecimal digits, the same for a copy: of the files' sizes, their first bytes and samples of the rest.
+
+    Other weights or settings give others; a change of a few bytes in a file above 17 MiB may be overlooked.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(b"%d\n" % size)
+        with path.open("rb") as file:
+            digest.update(file.read(HEAD))
+            for at in range(HEAD, size, max(SAMPLE, (size - HEAD) // SAMPLES)):
+                file.seek(at)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--calib-tokens", type=int, default=131_072, metavar="N", help="tokens to use (%(default)s)")
     p.add_argument("--hessians", metavar="FILE", help="measure the float model once for many types: read or write FILE")
     p.add_argument("--tune", action="store_true", help="train block scales and norms too; the model must fit twice")
-    metric = "what gives a column of cq2.x, cq3.x more bits (%(default)s)"
+    metric = "what gives a column of cq2.x, cq3.x, sq2.x, sq3.x more bits (%(default)s)"
     p.add_argument("--claq-metric", choices=("hessian", "outlier"), default="hessian", help=metric)
     p.add_argument("--dry-run", action="store_true", help="print the plan with sizes and write nothing")
     p.add_argument("--report", metavar="FILE", help="write the error of every tensor as JSON")

@@ -15,7 +15,7 @@ from . import __version__, checkpoint, display, gguf_file, mix, overlap, patchin
 from .errors import UsageError
 from .gguf_file import Value
 from .imatrix import load as load_imatrix
-from .types import TensorType, claq
+from .types import TensorType, columns
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
 PROMISED_RAM = 1_500_000_000  # bytes, beside three times the largest tensor
@@ -51,8 +51,8 @@ def convert(
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
-    written. tune: train block scales and norms on the calibration tokens. claq_metric: what gives a column of cq2.x or
-    cq3.x more bits, "hessian" or "outlier". A calibrated conversion that was stopped goes
+    written. tune: train block scales and norms on the calibration tokens. claq_metric: what gives a column of cq2.x,
+    sq2.x and so on more bits, "hessian" or "outlier". A calibrated conversion that was stopped goes
     on where it was when the same call is made again.
     dry_run: print the plan, write nothing.
     report: a JSON file for the per-tensor errors. max_ram: bytes, or text like "2G". The output appears whole or not
@@ -289,9 +289,9 @@ def settings(
     tune: bool,
 ) -> dict:
     """All that decides what a calibration stores, by name: a run goes on only with what the same settings left."""
-    stored = {e.name: str(e.target) if isinstance(e.target, claq.Claq) else e.target_name for e in entries}
+    stored = {e.name: str(e.target) if isinstance(e.target, columns.ColumnType) else e.target_name for e in entries}
     return {
-        "model": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files},
+        "model": checkpoint.fingerprint(source.files),
         "types": hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16],
         "calib": "self" if calib == "self" else hashlib.sha256(Path(calib).read_bytes()).hexdigest()[:16],
         "calib_tokens": calib_tokens,

@@ -9,7 +9,7 @@ from . import display, gguf_file, plan, rewrite, types
 from .convert import check_output, check_threads, metadata, output_folder, output_path
 from .errors import UnsupportedError, UsageError
 from .gguf_file import Tensor
-from .types import claq
+from .types import columns
 
 
 def dequantize(
@@ -46,7 +46,7 @@ def make_plan(tensors: Sequence[Tensor], target: types.TensorType) -> list[plan.
 
     Raises UnsupportedError for a type without a decoder.
     """
-    entries, sides = [], claq.owners(tensors)
+    entries, sides = [], columns.owners(tensors)
     for tensor in tensors:
         name = gguf_file.type_name(tensor.type_id)
         if tensor.name in sides:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import display, gguf_file, plan
 from .gguf_file import Tensor
-from .types import claq
+from .types import columns
 
 _TOO_LONG = "gguf_splitq.calib_lines"
 _KEYS = ("general.architecture", "general.name", "general.size_label", "general.file_type", "gguf_splitq.", "quantize.")
@@ -25,7 +25,7 @@ def inspect(file: str | Path, json: bool = False) -> dict:
     and without weights. Raises InputError and UnsupportedError.
     """
     with gguf_file.read(file) as source:
-        owners = claq.owners(source.tensors)
+        owners = columns.owners(source.tensors)
         everything = _row(source.tensors, owners)
 
         def type_of(tensor: Tensor) -> str:
@@ -62,7 +62,7 @@ def kind(name: str) -> str:
 
 def _linear_bpw(source: gguf_file.Gguf) -> float:
     architecture = source.get("general.architecture", "")
-    owners = claq.owners(source.tensors)
+    owners = columns.owners(source.tensors)
     return _row([t for t in source.tensors if plan.is_linear(t, architecture) or t.name in owners], owners)["bpw"]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from . import types
 from .errors import UnsupportedError, UsageError
 from .gguf_file import Tensor, n_bytes, type_name
-from .types import TensorType, claq
+from .types import TensorType, columns
 
 FLOATS = ("f32", "f16", "bf16")
 
@@ -86,9 +86,10 @@ class Entry:
     def stored(self) -> list[tuple[str, tuple[int, ...], int]]:
         """(name, NumPy shape, type id) of what is written: the tensor, and its side tensor if its type has one."""
         out = [(self.name, self.tensor.shape, self.target_id)]
-        if isinstance(self.target, claq.Claq):
+        if isinstance(self.target, columns.ColumnType):
             *experts, n_rows, n_cols = self.tensor.shape
-            out.append((claq.side_name(self.name), (*experts, self.target.side_bytes(n_rows, n_cols)), claq.SIDE_TYPE))
+            shape = (*experts, self.target.side_bytes(n_rows, n_cols))
+            out.append((columns.side_name(self.name), shape, columns.SIDE_TYPE))
         return out
 
     @property
@@ -130,7 +131,7 @@ def make(
     Embeddings and output get q8_0 unless told otherwise or unless `type` is larger anyway; an explicit embedding or
     output type beats the rules, and a tied embedding takes the output's, as in llama-quantize.
     importance: names of the tensors that the importance matrix covers. chosen: tensor -> type, before `type`.
-    claq_metric: what makes a column of the cq types worth more bits, "hessian" or "outlier".
+    claq_metric: what makes a column of cq2.x, sq2.x and so on worth more bits, "hessian" or "outlier".
     Raises UsageError for bad rules, missing importance and a size that cannot be met, UnsupportedError for a file that
     is quantized already.
     """
@@ -167,7 +168,7 @@ def make(
                 f"tensor {tensor.name!r} is already quantized ({source}): convert from the F32, F16 or BF16 original"
             )
         entry = Entry(tensor, *choose(tensor))
-        if isinstance(entry.target, claq.Claq):
+        if isinstance(entry.target, columns.ColumnType):
             if not is_linear(tensor, architecture):
                 raise UsageError(f"{entry.target.name} is for linear layers only: give {entry.name!r} another type")
             entry = replace(entry, target=replace(entry.target, metric=claq_metric))
@@ -230,13 +231,13 @@ class _Rule:
 
 
 def _filled(entries: Sequence[Entry]) -> list[Entry]:
-    """Entries of cq2.x and cq3.x with the wide columns and outliers that make all of one name as large as it says."""
+    """Entries with a target (cq2.x, sq2.x ...) with what of wide columns and outliers brings all of one name to it."""
     room = {}
-    for name in {e.target.name for e in entries if isinstance(e.target, claq.Claq) and e.target.target}:
+    for name in {e.target.name for e in entries if isinstance(e.target, columns.ColumnType) and e.target.target}:
         chosen = [e for e in entries if e.target and e.target.name == name]
         weights, least = sum(e.tensor.n_weights for e in chosen), bpw(chosen)
         if least > chosen[0].target.target:
-            raise UsageError(f"{name} cannot be met: codes and codebooks take {least:.3f} bits per weight: give more")
+            raise UsageError(f"{name} cannot be met: codes and columns take {least:.3f} bits per weight: give more")
         room[name] = (chosen[0].target.target * weights / 8 - sum(e.n_bytes for e in chosen)) / weights
     left = dict.fromkeys(room, 0.0)  # bytes that the tensors before could not use
 
@@ -257,7 +258,7 @@ def _filled(entries: Sequence[Entry]) -> list[Entry]:
 def _fit(target: TensorType, tensor: Tensor) -> dict:
     """`target` and `fallback` of an entry for this tensor."""
     n_cols = tensor.n_cols
-    if isinstance(target, claq.Claq) and (cause := claq.unfit(tensor.name, tensor.shape)):
+    if isinstance(target, columns.ColumnType) and (cause := target.unfit(tensor.name, tensor.shape)):
         fallback = _fit(types.get(f"sq{target.code_bits}"), tensor)
         return fallback | {"fallback": f"{cause}: {target.name} -> {fallback['target'].name}"}
     if n_cols % target.block_size == 0:

@@ -2,8 +2,8 @@
 
 A tensor is cut into chunks of whole rows, always at the same places, so that neither the bytes nor the statistics
 depend on the number of threads. At most `window` chunks are in memory at a time, whatever the size of a tensor. Inside
-a chunk, everything is done on pieces that stay in a core's cache. CLAQ's types share codebooks among all rows of a
-matrix: they are coded here a matrix at a time, before their chunks.
+a chunk, everything is done on pieces that stay in a core's cache. Types with a side tensor share what is in it among
+all rows of a matrix: they are coded here a matrix at a time, before their chunks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from . import gguf_file, native, plan, types
 from .errors import InputError, UsageError
 from .gguf_file import Gguf, Tensor, Value
-from .types import claq
+from .types import columns
 
 CHUNK = 1 << 18  # weights read, encoded and written as one
 PIECE = 1 << 16  # weights converted and measured at once: 256 KiB as float32
@@ -66,8 +66,8 @@ class Job:
     count: int
     importance: np.ndarray | None  # float32 [n_cols]
     solved: np.ndarray | None = None  # uint8 [count, row_bytes]: encoded already
-    side: claq.Side | None = None  # of the matrix, where `target` is one of CLAQ's types
-    source_side: claq.Side | None = None  # the same of what is read
+    side: columns.Side | None = None  # of the matrix, where `target` has side tensors
+    source_side: columns.Side | None = None  # the same of what is read
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def rewrite(
     def jobs() -> Iterator[Job]:
         for entry in entries:
             weights, rows, side = importance.get(entry.name), solved.get(entry.name), None
-            if isinstance(entry.target, claq.Claq):
+            if isinstance(entry.target, columns.ColumnType):
                 if rows is None:
                     rows, side = _code(source, entry, weights)
                 else:
-                    side = solved[claq.side_name(entry.name)][:]
+                    side = solved[columns.side_name(entry.name)][:]
                 sides[entry.name] = side
             yield from _jobs(source, entry, weights, rows, side)
 
@@ -249,21 +249,21 @@ def encode(source: Gguf, job: Job) -> Chunk:
     return Chunk(out, stats)
 
 
-def side_of(source: Gguf, tensor: Tensor, row: int) -> claq.Side | None:
+def side_of(source: Gguf, tensor: Tensor, row: int) -> columns.Side | None:
     """The side tensor of the matrix that this row lies in; InputError when it is not there or damaged."""
-    kind = types.by_id(tensor.type_id) if tensor.type_id in claq.IDS else None
+    kind = types.by_id(tensor.type_id) if tensor.type_id in columns.IDS else None
     if kind is None:
         return None
-    name = claq.side_name(tensor.name)
+    name = columns.side_name(tensor.name)
     found = next((t for t in source.tensors if t.name == name), None)
     *stack, n_rows, n_cols = tensor.shape if len(tensor.shape) > 1 else (0, 1, 1)  # never of one dimension
-    if found is None or found.type_id != claq.SIDE_TYPE or found.shape[:-1] != tuple(stack):
+    if found is None or found.type_id != columns.SIDE_TYPE or found.shape[:-1] != tuple(stack):
         cause = f"its {name!r} is missing, or of a wrong type or shape"
         raise InputError(f"{tensor.file.name}: tensor {tensor.name!r}: {cause}: the file is damaged, get it again")
     return kind.read_side(source.read_rows(found, row // n_rows, 1)[0], n_rows, n_cols, name)
 
 
-def _floats(raw: np.ndarray, tensor: Tensor, side: claq.Side | None, first: int) -> tuple[np.ndarray, float]:
+def _floats(raw: np.ndarray, tensor: Tensor, side: columns.Side | None, first: int) -> tuple[np.ndarray, float]:
     """`widen` of rows from row `first` of the tensor on."""
     if side is None:
         return widen(raw, tensor.type_id)
@@ -272,10 +272,10 @@ def _floats(raw: np.ndarray, tensor: Tensor, side: claq.Side | None, first: int)
 
 
 def _code(source: Gguf, entry: plan.Entry, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """A tensor of one of CLAQ's types, coded without a Hessian: uint8 [n_rows, row_bytes] and [matrices, size]."""
+    """A tensor of a type with side tensors, coded without a Hessian: uint8 [n_rows, row_bytes] and [matrices, size]."""
     import torch
 
-    from .solve import claq as coder
+    from .solve import columns as coder
 
     packed, sides = [], []
     for number, rows in enumerate(each_matrix(source, entry.tensor)):
@@ -340,7 +340,7 @@ def _jobs(
             source_side = side_of(source, entry.tensor, first)
             if sides is not None:
                 data = sides[first // per_matrix]
-                side = entry.target.read_side(data, per_matrix, entry.tensor.n_cols, claq.side_name(entry.name))
+                side = entry.target.read_side(data, per_matrix, entry.tensor.n_cols, columns.side_name(entry.name))
         rows = None if solved is None else solved[first : first + count]
         yield Job(entry, first, count, weights, rows, side, source_side)
 
@@ -361,8 +361,8 @@ def _chunk_ram(entry: plan.Entry) -> int:
 
 
 def _code_ram(entry: plan.Entry) -> int:
-    """Bytes that coding a tensor of one of CLAQ's types takes: a matrix in floats several times, and the result."""
-    if not isinstance(entry.target, claq.Claq):
+    """Bytes that coding a tensor with a side tensor takes: a matrix in floats several times, and the result."""
+    if not isinstance(entry.target, columns.ColumnType):
         return 0
     return CODER_RAM + 36 * entry.tensor.shape[-2] * entry.tensor.n_cols + 2 * entry.n_bytes
 

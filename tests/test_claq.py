@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_solve import problem
 
-from gguf_splitq import convert, gguf_file, inspection, plan
+from gguf_splitq import convert, gguf_file, inspection, plan, types
 from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import InputError, UsageError
 from gguf_splitq.kmeans import kmeans
 from gguf_splitq.solve import claq as coder
 from gguf_splitq.solve import solver
-from gguf_splitq.types import claq
+from gguf_splitq.types import columns
 
 NAMES = ("cq4", "cq3", "cq2")
 KINDS = [(name, wide, outliers) for name in NAMES for wide in (0, 2) for outliers in (0, 77)]
@@ -25,7 +25,7 @@ ROWS, COLUMNS = 37, 160
 
 
 def kind_of(name, wide=0, outliers=0):
-    return replace(claq.by_name(name), wide=wide, outliers=outliers)
+    return replace(types.get(name), wide=wide, outliers=outliers)
 
 
 def random_side(kind, rng, n_rows=ROWS, n_cols=COLUMNS):
@@ -34,10 +34,10 @@ def random_side(kind, rng, n_rows=ROWS, n_cols=COLUMNS):
     levels[32 * kind.wide :, 1 << kind.code_bits :] = 0
     places = np.sort(rng.choice(n_rows * n_cols, kind.outliers, replace=False))
     start = np.searchsorted(places, n_cols * np.arange(n_rows + 1)) if kind.outliers else []
-    return claq.Side(
+    return columns.Side(
         rng.permutation(n_cols).astype(np.uint16) if kind.wide else np.arange(n_cols),
-        rng.random(n_rows).astype(np.float16),
         rng.random(n_cols).astype(np.float16),
+        rng.random(n_rows).astype(np.float16),
         levels,
         np.asarray(start, np.uint32),
         (places % n_cols).astype(np.uint16),
@@ -60,7 +60,7 @@ def test_what_is_packed_stands_for_the_documented_weights(name, wide, outliers):
             expected[r, side.order[i]] = weight
         for at in range(*(side.start[r : r + 2] if outliers else (0, 0))):
             expected[r, side.order[side.column[at]]] += float(side.value[at])
-    read = claq.by_name(name).read_side(data, ROWS, COLUMNS, "x")  # which knows of no wide columns and outliers
+    read = types.get(name).read_side(data, ROWS, COLUMNS, "x")  # which knows of no wide columns and outliers
     np.testing.assert_allclose(kind.decode_rows(packed, read, 0), expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(kind.decode_rows(packed[17:30], read, 17), kind.decode_rows(packed, read, 0)[17:30])
     for field in ("order", "row", "scale", "levels", "start", "column", "value"):
@@ -107,7 +107,7 @@ def test_c_reads_the_same_weights(runtime_library, name, wide, outliers):
 def test_the_place_of_a_code(name, column, code, bits):
     codes = np.zeros((1, 32), np.uint8)
     codes[0, column] = code
-    packed = claq.by_name(name).pack_codes(codes)[0]
+    packed = types.get(name).pack_codes(codes)[0]
     assert {int(at): int(packed[at]) for at in np.flatnonzero(packed)} == bits
 
 
@@ -143,7 +143,7 @@ def test_the_place_of_a_section_and_of_an_upper_bit():
         (-192 - 160, 1, "do not rise"),  # the first start
         (-1, 0x7C, "not finite"),
         (-160 - 31, 200, "not there"),
-        (None, None, "no codebook"),
+        (None, None, "no side tensor"),
     ],
 )
 def test_a_damaged_side_tensor_is_refused_by_name(at, value, words):
@@ -152,8 +152,8 @@ def test_a_damaged_side_tensor_is_refused_by_name(at, value, words):
     data = data.copy() if at is not None else data[:7]
     if at is not None:
         data[at] = value
-    with pytest.raises(InputError, match=f"blk.0.x.codebook.*{words}"):
-        claq.by_name("cq2").read_side(data, ROWS, COLUMNS, "blk.0.x.codebook")
+    with pytest.raises(InputError, match=f"blk.0.x.columns.*{words}"):
+        types.get("cq2").read_side(data, ROWS, COLUMNS, "blk.0.x.columns")
 
 
 def best_of_all(values, weights, k):
@@ -274,7 +274,7 @@ def test_a_conversion_and_back(llama, tmp_path):
     out = convert.convert(llama, "cq3", tmp_path / "out.gguf", tensor_type=["attn_v=cq4"], report=report, threads=2)
     _, stored = crafted.read_gguf(out)
     assert list(stored)[:4] == ["token_embd.weight", "output_norm.weight", "output.weight", "blk.0.attn_norm.weight"]
-    assert stored["blk.0.attn_v.weight"][0] == "SPLITQ_CQ4" and stored["blk.0.attn_v.codebook"][0] == "I8"
+    assert stored["blk.0.attn_v.weight"][0] == "SPLITQ_CQ4" and stored["blk.0.attn_v.columns"][0] == "I8"
     rows = {row["name"]: row for row in json.loads(report.read_text())["tensors"]}
     _, back = crafted.read_gguf(dequantize(out, tmp_path / "back.gguf", threads=1))
     assert list(back) == list(LLAMA)
@@ -292,7 +292,7 @@ def test_a_conversion_and_back(llama, tmp_path):
 def gguf_bytes(path, name):
     """Of a weight and its side tensor."""
     with gguf_file.read(path) as file:
-        return sum(t.n_bytes for t in file.tensors if t.name in (name, claq.side_name(name)))
+        return sum(t.n_bytes for t in file.tensors if t.name in (name, columns.side_name(name)))
 
 
 def test_experts_have_codebooks_each(tmp_path):
@@ -300,7 +300,7 @@ def test_experts_have_codebooks_each(tmp_path):
     source = crafted.write_gguf(tmp_path / "moe.gguf", tensors)
     out = convert.convert(source, "cq2.9", tmp_path / "out.gguf", threads=1)
     _, stored = crafted.read_gguf(out)
-    assert stored["blk.0.ffn_up_exps.codebook"][1].shape[0] == 3
+    assert stored["blk.0.ffn_up_exps.columns"][1].shape[0] == 3
     _, back = crafted.read_gguf(dequantize(out, tmp_path / "back.gguf", threads=1))
     for name in ("blk.0.ffn_up_exps.weight", "blk.0.ffn_down_exps.weight"):
         error = np.square(back[name][1] - tensors[name]).sum((1, 2)) / np.square(tensors[name]).sum((1, 2))
@@ -341,20 +341,20 @@ def test_a_file_without_its_side_tensor_is_refused_by_name(llama, tmp_path):
     out = convert.convert(llama, "cq3", tmp_path / "out.gguf", threads=1)
     data = out.read_bytes()
     bad = tmp_path / "bad.gguf"
-    bad.write_bytes(data.replace(b"blk.1.ffn_up.codebook", b"blk.1.ffn_up.cadebook"))
-    with pytest.raises(InputError, match="'blk.1.ffn_up.weight'.*codebook' is missing"):
+    bad.write_bytes(data.replace(b"blk.1.ffn_up.columns", b"blk.1.ffn_up.colunns"))
+    with pytest.raises(InputError, match="'blk.1.ffn_up.weight'.*columns' is missing"):
         dequantize(bad, tmp_path / "back.gguf")
     assert not (tmp_path / "back.gguf").exists()
     flat = tmp_path / "flat.gguf"
-    flat.write_bytes(gguf_file.header({}, [("x.weight", (32,), 106), ("x.codebook", (32,), 24)]) + b"\0" * 64)
-    with pytest.raises(InputError, match="'x.weight'.*'x.codebook' is missing, or of a wrong type or shape"):
+    flat.write_bytes(gguf_file.header({}, [("x.weight", (32,), 106), ("x.columns", (32,), 24)]) + b"\0" * 64)
+    with pytest.raises(InputError, match="'x.weight'.*'x.columns' is missing, or of a wrong type or shape"):
         dequantize(flat, tmp_path / "back.gguf")
 
 
 def test_a_tensor_that_only_has_the_name_of_a_side_tensor_is_kept(tmp_path):
-    path = crafted.write_gguf(tmp_path / "in.gguf", {"a.codebook": crafted.weights(32, 32)})
+    path = crafted.write_gguf(tmp_path / "in.gguf", {"a.columns": crafted.weights(32, 32)})
     assert inspection.inspect(path)["weights"] == 1024
-    assert "a.codebook" in crafted.read_gguf(dequantize(path, tmp_path / "out.gguf"))[1]
+    assert "a.columns" in crafted.read_gguf(dequantize(path, tmp_path / "out.gguf"))[1]
 
 
 def test_calibration_lowers_the_error_and_norms_are_tuned_beside_codebooks(tmp_path):

@@ -7,10 +7,9 @@ import torch
 from test_solve import problem
 
 from experiments import paper_claq
-from gguf_splitq import gguf_file
+from gguf_splitq import gguf_file, types
 from gguf_splitq.kmeans import kmeans
 from gguf_splitq.solve import claq as coder
-from gguf_splitq.types import claq
 
 
 def test_a_grid_is_even_between_the_extremes():
@@ -19,7 +18,7 @@ def test_a_grid_is_even_between_the_extremes():
 
 def test_what_is_ours_lowers_the_error_and_clusters_beat_grids():
     weight, hessian = problem(128, 64)
-    kind = claq.by_name("cq3")
+    kind = types.get("cq3")
     with paper_claq.as_published(paper_claq.grid):
         grid = coder.solve(weight, hessian, kind)
     with paper_claq.as_published(kmeans):

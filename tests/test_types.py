@@ -155,7 +155,9 @@ def test_gguf_learns_the_types():
 
 
 def test_unknown_type_is_refused_with_the_names():
-    with pytest.raises(errors.UsageError, match=r"'sq5' is not known.*sq4, sq3, sq2, sq4x, sdr4, cq4, cq3, cq2, f32"):
+    with pytest.raises(
+        errors.UsageError, match=r"'sq5' is not known.*sq4, sq3, sq2, sq4x, sdr4, sq3c, sq2c, cq4, cq3, cq2, f32"
+    ):
         types.get("sq5")
 
 

@@ -16,8 +16,8 @@ from ..errors import InputError
 from ..gguf_file import Gguf, require_space
 from ..plan import Entry
 from ..rewrite import each_matrix
-from ..types.claq import Claq, side_name
-from . import calibrate, claq, fisher, formats, solver
+from ..types.columns import ColumnType, side_name
+from . import calibrate, columns, fisher, formats, solver
 from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
@@ -155,7 +155,7 @@ def _solve_layer(
     rows, errors, left, pooled = {}, {}, [], []
 
     def solve(entry: Entry) -> None:
-        if formats.for_type(entry.target) is None and not isinstance(entry.target, Claq):
+        if formats.for_type(entry.target) is None and not isinstance(entry.target, ColumnType):
             return
         if found := _solve_tensor(file, entry, layers):
             stored, errors[entry.name], poor = found
@@ -187,7 +187,7 @@ def _solve_tensor(
             pooled.append(f"{entry.name}[{len(solutions)}]")
         weight, hessian = torch.from_numpy(rows), layer.hessian.cpu()
         try:
-            solved = solver.solve(weight, hessian, fmt) if fmt else claq.solve(weight, hessian, target)
+            solved = solver.solve(weight, hessian, fmt) if fmt else columns.solve(weight, hessian, target)
         except InputError as error:
             raise InputError(f"tensor {entry.name!r}: {error}") from error
         solutions.append((solved.packed.cpu().numpy(), solved.side, solved.errors))

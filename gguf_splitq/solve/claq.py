@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from ..kmeans import kmeans
-from ..types.claq import Claq, Side
+from ..types.claq import Claq
+from ..types.columns import Side
 from . import solver
 from .solver import Solution
 
@@ -57,8 +58,7 @@ def solve(
         size = weight.double().square().mean(0).sqrt()
         size = size.clamp_min(1e-6 * float(size.max())) if size.any() else 1.0
         h, order, push, damping = solver._prepare(hessian, solver.DAMPING, size)
-        price = 1 / torch.cholesky_inverse(torch.linalg.cholesky(h.double())).diagonal().float()
-        matrix, chance = _Matrix(weight, h, h.diagonal(), price, kind), torch.Generator().manual_seed(0)
+        matrix, chance = _Matrix(weight, h, h.diagonal(), prices(h), kind), torch.Generator().manual_seed(0)
         nearest = matrix.error()
         matrix.feedback(order, push)
         fed = matrix.error()
@@ -89,7 +89,7 @@ class _Matrix:
         self.weight, self.h, self.diagonal, self.kind = weight.T.contiguous(), h, diagonal, kind
         n_cols, n_rows = self.weight.shape
         self._set_row(torch.cat([row_sizes(self.weight[:, rows].square(), diagonal) for rows in self._pieces()]))
-        wide = self._most(price * torch.linalg.vector_norm(self.weight, dim=1).square(), 32 * kind.wide)
+        wide = ranked(self.weight, price, kind.metric)[: 32 * kind.wide].numpy()
         rest = np.setdiff1d(np.arange(n_cols), wide)
         self.order = np.concatenate([np.sort(wide), rest])
         self.sizes = np.empty(n_cols, np.int64)
@@ -172,12 +172,12 @@ class _Matrix:
                 exact[rows] += rest.astype(np.float32)
                 places.append((rows, np.full(len(rows), stored), rest))
             value[c] = exact
-        side = Side(self.order, self.row_numpy, self.scale[self.order], levels)
+        side = Side(self.order, self.scale[self.order], self.row_numpy, levels)
         if places:
             rows, columns, rest = (np.concatenate(part) for part in zip(*places, strict=True))
             by_row = np.lexsort((columns, rows))
             start = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_rows))])
-            side = Side(side.order, side.row, side.scale, levels, start, columns[by_row], rest[by_row])
+            side = Side(side.order, side.scale, side.row, levels, start, columns[by_row], rest[by_row])
         return self.kind.pack(codes, side)
 
     def _pieces(self) -> list[slice]:
@@ -194,14 +194,6 @@ class _Matrix:
         self.row_numpy = self.row.numpy()
         self.inverse = np.divide(1, self.row_numpy, out=np.zeros_like(self.row_numpy), where=self.row_numpy > 0)
         self.heavy = self.row_numpy.astype(np.float64) ** 2
-
-    def _most(self, cost: torch.Tensor, count: int) -> np.ndarray:
-        """The `count` columns that are to be wide."""
-        rank = cost.double() / max(float(cost.max()), 1e-300)
-        if self.kind.metric == "outlier":
-            size = self.weight.abs()
-            rank = (size > OUTLIER * size.mean()).sum(1) + rank / 2  # the cost decides among equal counts
-        return rank.argsort(descending=True, stable=True)[:count].numpy()
 
     def _sweep(
         self,
@@ -272,6 +264,21 @@ class _Matrix:
     def _codes(self, c: int, aim: np.ndarray) -> np.ndarray:
         table = self.table[c]
         return np.searchsorted((table[1:] + table[:-1]) / 2, aim * self.inverse)
+
+
+def prices(h: torch.Tensor) -> torch.Tensor:
+    """float32 [n_cols]: what an error in a column costs when the columns coded later may repair it. h: damped."""
+    return 1 / torch.cholesky_inverse(torch.linalg.cholesky(h.double())).diagonal().float()
+
+
+def ranked(weight: torch.Tensor, price: torch.Tensor, metric: str) -> torch.Tensor:
+    """int64 [n_cols]: the columns, those first that most ought to be wide. weight: float32 [n_cols, n_rows]."""
+    cost = price * torch.linalg.vector_norm(weight, dim=1).square()
+    rank = cost.double() / max(float(cost.max()), 1e-300)
+    if metric == "outlier":
+        size = weight.abs()
+        rank = (size > OUTLIER * size.mean()).sum(1) + rank / 2  # the cost decides among equal counts
+    return rank.argsort(descending=True, stable=True)
 
 
 def row_sizes(square: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..types import TensorType, sdr, splitquant
+from ..types import TensorType, sdr, splitquant, sqc
 from ..types.splitquant import pack_4bit
 
 
@@ -23,6 +23,7 @@ class BlockFormat:
         self.type = tensor_type
         self.super_size = tensor_type.block_size
         self.levels = torch.tensor(levels, dtype=torch.float32, device=device)
+        self.wide, self.wide_levels = 0, self.levels
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         return self._params(self.type.encode(weight.cpu().numpy(), importance.cpu().numpy())).to(weight.device)
@@ -69,6 +70,21 @@ class ScaleByteFormat(BlockFormat):
 
     def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
         return self.type.pack(codes, params[:, 0].numpy())
+
+
+class ColumnFormat(ScaleByteFormat):
+    """sq2c, sq3c: columns scaled and in stored order. Packed are codes, then scale bytes, [n_rows, n_cols 33 / 32]."""
+
+    def __init__(self, tensor_type: sqc.ScaledColumns):
+        super().__init__(tensor_type.plain)
+        self.columns_type, self.wide = tensor_type, 32 * tensor_type.wide
+        self.wide_levels = torch.tensor(splitquant.codebooks()[tensor_type.widened.name].levels, dtype=torch.float32)
+
+    def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.columns_type.nearest(weight.numpy(), importance.numpy())[1])
+
+    def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return torch.cat([codes, params], 1)
 
 
 class RazorFormat(BlockFormat):

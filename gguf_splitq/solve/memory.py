@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ..plan import Entry
 from ..types.claq import Claq
+from ..types.columns import ColumnType
 from .model import BATCH, CONTEXT, SAMPLED
 from .solver import WEIGHTS
 
@@ -75,8 +76,9 @@ def _solving(entry: Entry) -> int:
     """One matrix: its Hessian with factors, in double and single precision; its rows, before and after; its codes."""
     rows, columns = entry.tensor.shape[-2:]
     weights = columns * rows
+    coded = SOLVER * min(weights, WEIGHTS)
     if isinstance(entry.target, Claq):
         coded = CLAQ * (weights + min(weights, WEIGHTS))
-    else:
-        coded = SOLVER * min(weights, WEIGHTS)
+    elif isinstance(entry.target, ColumnType):  # the Hessian and the rows once more, with scaled columns and in order
+        coded += columns * (24 * columns + 20 * rows)
     return columns * (40 * columns + 16 * rows) + coded

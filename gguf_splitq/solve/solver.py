@@ -42,13 +42,16 @@ class Format(Protocol):
     Parameters are one tensor [n_rows, n_cols / block_size, ...], whatever the format keeps for a block.
     block_size: columns that share a scale and an offset. super_size: columns whose scales share a factor, and their
     offsets another one; block_size where there is no such thing. has_offset: whether offsets can differ from 0.
-    levels: float32 [n_levels], whole and rising: what the codes 0, 1, ... stand for at scale 1 and offset 0.
+    levels: float32 [n_levels], whole and rising: what the codes 0, 1, ... stand for at scale 1 and offset 0; of the
+    first `wide` columns wide_levels.
     """
 
     block_size: int
     super_size: int
     has_offset: bool
     levels: torch.Tensor
+    wide: int
+    wide_levels: torch.Tensor
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         """Block parameters for float32 weights [n_rows, n_cols], columns weighted by importance [n_cols]."""
@@ -161,16 +164,25 @@ def _push(factor: torch.Tensor) -> torch.Tensor:
 
 
 def _sweep(
-    aims: torch.Tensor, base: torch.Tensor, push: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, fmt: Format
+    aims: torch.Tensor,
+    base: torch.Tensor,
+    push: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    fmt: Format,
+    numbers: torch.Tensor,
 ) -> torch.Tensor:
     """Round column after column to its aim; what it changes from `base` moves the aims of the later ones.
 
     aims, base, scale, offset: float32 [n_cols, n_rows]; aims is overwritten. push: float32 [n_cols, n_cols], of which
-    the upper triangle counts. Returns the level of each code, float32 [n_cols, n_rows].
+    the upper triangle counts. numbers: int [n_cols], which columns these are. Returns the level of each code, float32
+    [n_cols, n_rows].
     """
     # Levels are whole: the ceiling of twice the weight at scale 1 tells which one is nearest.
-    first, last = 2 * int(fmt.levels[0]), 2 * int(fmt.levels[-1])
-    table = _nearest(torch.arange(first, last + 1, device=aims.device) / 2, fmt.levels)
+    both = fmt.levels, fmt.wide_levels
+    first, last = (2 * int(end(levels[i] for levels in both)) for i, end in ((0, min), (-1, max)))
+    halves = torch.arange(first, last + 1, device=aims.device) / 2
+    tables, wide = [_nearest(halves, levels) for levels in both], (numbers < fmt.wide).tolist()
     double = 2 * _inverse(scale)
     shift = -offset * double - first
     units, changes = torch.empty_like(aims), torch.empty_like(aims)
@@ -189,7 +201,7 @@ def _sweep(
             aim, old, scale, offset, double, shift, unit, change = columns[i]
             torch.addcmul(shift, aim, double, out=position)
             index.copy_(position.ceil_().clamp_(0, last - first))
-            torch.index_select(table, 0, index, out=unit)
+            torch.index_select(tables[wide[i]], 0, index, out=unit)
             torch.addcmul(offset, unit, scale, out=change).sub_(old)
             if i + 1 < end:
                 aims[i + 1 : end].addr_(push[i, i + 1 : end], change)
@@ -219,14 +231,17 @@ class _Rows:
         self.params = fmt.fit(weight, h.diagonal())
         self.block = torch.arange(len(h), device=h.device) // fmt.block_size  # of each column
         scale, offset = self.columns_of(self.params, self.block)
-        self.units = _nearest((self.weight - offset) * _inverse(scale), fmt.levels)
+        units = (self.weight - offset) * _inverse(scale)
+        self.units = torch.cat([_nearest(units[: fmt.wide], fmt.wide_levels), _nearest(units[fmt.wide :], fmt.levels)])
 
     def columns_of(self, params: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and offset of columns that lie in these blocks, float32 [n, n_rows]."""
         return self.fmt.scale(params).T[block], self.fmt.offset(params).T[block]
 
     def codes(self) -> torch.Tensor:
-        return torch.searchsorted(self.fmt.levels, self.units.T.contiguous()).to(torch.uint8)
+        fmt, wide = self.fmt, self.fmt.wide
+        parts = (fmt.wide_levels, self.units[:wide]), (fmt.levels, self.units[wide:])
+        return torch.cat([torch.searchsorted(levels, part.T.contiguous()) for levels, part in parts], 1).to(torch.uint8)
 
     def value(self) -> torch.Tensor:
         """What is stored, float32 [n_cols, n_rows]."""
@@ -240,7 +255,7 @@ class _Rows:
     def feedback(self, order: torch.Tensor, push: torch.Tensor) -> None:
         """Code all columns, in this order."""
         weight = self.weight[order]
-        units = _sweep(weight.clone(), weight, push, *self.columns_of(self.params, self.block[order]), self.fmt)
+        units = _sweep(weight.clone(), weight, push, *self.columns_of(self.params, self.block[order]), self.fmt, order)
         self.units = torch.empty_like(units)
         self.units[order] = units
 
@@ -291,9 +306,9 @@ class _Rows:
             scale, offset = self.columns_of(params, block)
 
             aims, base, here = (part.repeat(1, COPIES) for part in (aims, base, here))
-            units = _sweep(aims.clone(), aims, _push(factor), scale, offset, fmt)
+            units = _sweep(aims.clone(), aims, _push(factor), scale, offset, fmt, columns)
             found, ratio = _value(units, scale, offset), h / h.diagonal()
-            units = _sweep(torch.addmm(found, ratio.T, aims - found), found, -ratio, scale, offset, fmt)
+            units = _sweep(torch.addmm(found, ratio.T, aims - found), found, -ratio, scale, offset, fmt, columns)
             change = _value(units, scale, offset) - base
 
             gain, copy = _gain(h, here, change).view(COPIES, n_rows).max(0)

@@ -3,8 +3,8 @@
 The codes stay. The model is trained as a whole to give the float model's distribution on the calibration tokens (KL
 divergence, Adam, two passes), block scales rounded to what the format can store in each step, the gradient passing
 the rounding unchanged. One sequence in 16 is held out: the state that does best on those is kept, the untrained one
-included. A super-block's integer scales are too coarse for small steps: for such formats, and for CLAQ's, the norms are
-trained alone.
+included. A super-block's integer scales are too coarse for small steps: for such formats, and for those with side
+tensors, the norms are trained alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..gguf_file import Gguf
 from ..plan import Entry
 from ..rewrite import each_matrix, to_float32
-from ..types.claq import Claq, side_name
+from ..types.columns import ColumnType, side_name
 from . import calibrate, formats
 from .model import BATCH, Model
 
@@ -156,7 +156,7 @@ def _pieces(
                         break
                     layer, order = found
                     solved = rows[entry.name][first : first + len(matrix)] if entry.name in rows else None
-                    if isinstance(entry.target, Claq):
+                    if isinstance(entry.target, ColumnType):
                         if solved is None:
                             break
                         number = first // len(matrix)

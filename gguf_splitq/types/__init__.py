@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 
 from ..errors import UsageError
-from . import claq, sdr, splitquant, sq4x
+from . import claq, columns, sdr, splitquant, sq4x, sqc
 from .base import TensorType
 
 __all__ = ["TensorType", "all_types", "by_id", "get", "register_with_gguf"]
 
 CUSTOM: list[TensorType] = [*splitquant.TYPES, *sq4x.TYPES, *sdr.TYPES]
-"""This project's block formats; CLAQ's types, which code whole matrices, are in `claq.TYPES`."""
+"""This project's block formats."""
+COLUMNS: list[columns.ColumnType] = [*sqc.TYPES, *claq.TYPES]
+"""Its types with a side tensor, which code whole matrices."""
 
 
 @functools.cache
@@ -19,12 +21,12 @@ def all_types() -> list[TensorType]:
     """Every type, this project's first."""
     from .stock import stock_types
 
-    return [*CUSTOM, *claq.TYPES, *stock_types()]
+    return [*CUSTOM, *COLUMNS, *stock_types()]
 
 
 def get(name: str) -> TensorType:
     """The type of that name, in any case; UsageError lists the names when there is none."""
-    if found := claq.by_name(name.lower()):
+    if found := columns.by_name(COLUMNS, name.lower()):
         return found
     for tensor_type in all_types():
         if tensor_type.name == name.lower():
@@ -45,7 +47,7 @@ def register_with_gguf() -> None:
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    for tensor_type in (*CUSTOM, *claq.TYPES):
+    for tensor_type in (*CUSTOM, *COLUMNS):
         if tensor_type.gguf_id in GGMLQuantizationType._value2member_map_:
             continue
         member = int.__new__(GGMLQuantizationType, tensor_type.gguf_id)

@@ -131,10 +131,8 @@ class SplitQuant(TensorType):
         return self.pack(codes, best)
 
     def decode_blocks(self, data: np.ndarray) -> np.ndarray:
-        codes = unpack_4bit(data[:, :16]) if self.code_bits == 4 else unpack_2bit(data[:, :8])
-        if self.code_bits == 3:
-            codes |= np.unpackbits(data[:, 8:12], axis=1, bitorder="little") << 2
-        return SCALES[data[:, -1], None] * np.array(codebooks()[self.name].levels, np.float32)[codes]
+        codes, scale = self.unpack(data)
+        return SCALES[scale, None] * np.array(codebooks()[self.name].levels, np.float32)[codes]
 
     def _codes(self, w: np.ndarray, d: np.ndarray, lookup: np.ndarray) -> np.ndarray:
         """uint8 [n, 32]: nearest level's index for weights [n, 32] at scale bytes [n].
@@ -154,6 +152,13 @@ class SplitQuant(TensorType):
         if self.code_bits == 3:
             parts.append(np.packbits(codes >> 2, axis=1, bitorder="little"))
         return np.concatenate([*parts, scale[:, None]], axis=1)
+
+    def unpack(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [n, block_bytes] -> uint8 codes [n, 32] and scale bytes [n]."""
+        codes = unpack_4bit(data[:, :16]) if self.code_bits == 4 else unpack_2bit(data[:, :8])
+        if self.code_bits == 3:
+            codes |= np.unpackbits(data[:, 8:12], axis=1, bitorder="little") << 2
+        return codes, data[:, -1]
 
 
 _METHOD = "SplitQuantV2, one code"

@@ -1,0 +1,68 @@
+"""Coding a matrix for a type with a side tensor: claq.py codes the cq types, here are sq2c and sq3c.
+
+Columns are divided by their scales, sorted if some are to be wide, and then coded as blocks: by solver.py, where an
+input's second moment is multiplied by its column's scale, or each block for itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..types.claq import Claq
+from ..types.columns import ColumnType, Side
+from ..types.splitquant import MAX_ABS
+from . import claq, formats, solver
+from .solver import Solution
+
+SIZE = 8  # a column's scale, in root mean squares of its weights: keeps block scales inside the range of their bytes
+LEAST = 1e-6  # of the mean of a Hessian's diagonal: what columns get that are zero, or never active
+
+
+def solve(
+    weight: torch.Tensor,
+    hessian: torch.Tensor | None,
+    kind: ColumnType,
+    importance: torch.Tensor | None = None,
+    passes: int = solver.PASSES,
+) -> Solution:
+    """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols], or without one.
+
+    importance: float32 [n_cols], not negative, in the place of a Hessian. `errors` is empty without one, for sq2c and
+    sq3c. Raises InputError as `solver.solve` does.
+    """
+    if isinstance(kind, Claq):
+        return claq.solve(weight, hessian, kind, importance)
+    scale = torch.from_numpy(scales(weight.numpy()))
+    size = scale.float()
+    inverse = torch.where(size > 0, 1 / size, 0)
+    order = torch.arange(len(size))
+    if hessian is not None:
+        hessian = hessian.double() * size * size[:, None]
+        hessian.diagonal().clamp_min_(LEAST * hessian.diagonal().mean())
+    if kind.wide:
+        if hessian is not None:
+            price = claq.prices(solver._prepare(hessian, solver.DAMPING)[0]) * inverse**2
+        else:
+            price = torch.ones(len(size)) if importance is None else importance
+        order = claq.ranked(weight.T.contiguous(), price, kind.metric)
+    stored = weight[:, order] * inverse[order]
+    if hessian is None:
+        relevance = (1 if importance is None else importance[order]) * size[order] ** 2
+        codes, d = kind.nearest(stored.numpy(), relevance.numpy())
+        errors, damping = {}, 0.0
+    else:
+        solved = solver.solve(stored, hessian[order][:, order], formats.ColumnFormat(kind), passes=passes)
+        codes, d = np.split(solved.packed.numpy(), [len(size)], 1)
+        errors, damping = solved.errors, solved.damping
+    packed, side = kind.pack(codes, Side(order.numpy(), scale[order].numpy()), d)
+    value = kind.decode_rows(packed, kind.read_side(side, *weight.shape, kind.name), 0)
+    return Solution(torch.from_numpy(packed), torch.from_numpy(value), errors, damping, side)
+
+
+def scales(weight: np.ndarray) -> np.ndarray:
+    """float16 [n_cols]: SIZE times the column's root mean square, or what its largest weight needs; 0 for zeros."""
+    least = np.abs(weight).max(0) / np.float32(MAX_ABS)
+    wanted = np.maximum(SIZE * np.sqrt(np.square(weight).mean(0, dtype=np.float64)), least).clip(max=65504)
+    half = wanted.astype(np.float16)
+    return np.where(half < least, np.nextafter(half, np.float16(65504)), half)
