@@ -5,8 +5,8 @@ its largest weight in the place of k-means; neither they nor those named "CLAQ" 
 that are ours (gguf_splitq/solve/claq.py), which those named cq have. AP spends all that a file has beyond the plain
 type on wide columns, OR all on outliers. Then the same for the model with outlier channels: in about 1 % of the
 channels the norms' gains are multiplied by 20 to 50 and what follows is divided by it, which changes nothing in F16.
-sq2 and sq3 are there to compare with. All but "nearest" have error feedback from one calibration. Embeddings and output
-are F16.
+sq2 and sq3 are there to compare with, and sq2c, sq3c, sq2.x and sq3.x, which spend bits on columns as AP does, in blocks.
+All but "nearest" have error feedback from one calibration. Embeddings and output are F16.
 """
 
 import contextlib
@@ -105,6 +105,8 @@ def measure(model: Path, folder: Path, args) -> dict[str, dict]:
                     row(f"cq{bits} + {method}", target)
             row(f"cq{bits} + AP + OR, Outlier Order", target, feedback | {"claq_metric": "outlier"})
             row(f"sq{bits}", f"sq{bits}")
+            row(f"sq{bits}c", f"sq{bits}c")
+            row(f"sq{bits} + AP", target.replace("cq", "sq"))
     return rows
 
 
@@ -136,6 +138,8 @@ def main() -> None:
             claims += [ratio(name, rows, both, f"cq{bits} + {one}") for one in ("AP", "OR")]
             claims.append(ratio(name, rows, both, f"{both}, Outlier Order"))
             claims.append(ratio(name, rows, f"cq{bits}", f"sq{bits}", **({"at_most": 1} if rows is outliers else {})))
+            claims.append(ratio(name, rows, f"sq{bits}c", f"sq{bits}", **({"at_most": 1} if rows is outliers else {})))
+            claims.append(ratio(name, rows, f"sq{bits} + AP", both, at_most=1))
     same = outliers["F16"]["ppl"] / plain["F16"]["ppl"]
     claims.append({"claim": "F16 with outlier channels: perplexity / plain", "measured": same, "at_most": 1.001})
     rows = {"plain": list(plain.values()), "outliers": list(outliers.values())}

@@ -30,12 +30,12 @@ from gguf_splitq.validate import Baseline, check_overlap
 from . import models
 from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
 
-CLAQ = ["cq4", "cq3", "cq2", "cq3.5", "cq2.5"]
-OURS = ["sq4", "sq3", "sq2", "sdr4", "sq4x", *CLAQ]
+COLUMNS = ["cq4", "cq3", "cq2", "cq3.5", "cq2.5", "sq3c", "sq2c", "sq3.5", "sq2.5"]
+OURS = ["sq4", "sq3", "sq2", "sdr4", "sq4x", *COLUMNS]
 PEERS = ["Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_XS"]
 NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XS"}  # llama-quantize refuses them without
-USES_NO_DATA = {"sq4x", *CLAQ}  # or next to none without its covariances
-FED = ["sq4", "sq3", "sq2", "sdr4", *CLAQ, "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
+USES_NO_DATA = {"sq4x", *COLUMNS}  # or next to none without its covariances
+FED = ["sq4", "sq3", "sq2", "sdr4", *COLUMNS, "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
 TUNED = ["sq4", "sq3", "sq2"]  # with --tune
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [3.0, 3.5, 4.0]
@@ -208,11 +208,13 @@ def claims_of(rows: list[dict]) -> list[dict]:
     ratio(("sq2", "imatrix"), ("Q2_K", "imatrix"))
     ratio(("sq2", "imatrix"), ("IQ2_XS", "imatrix"))
     limits = {("sq4", "IQ4_XS"): 0.65, ("sq4", "Q4_K"): 0.75, ("sq3", "IQ3_S"): 0.8, ("sq2", "IQ2_XS"): 0.85}
-    limits["sdr4", "Q4_0"] = 1.0
+    limits["sdr4", "Q4_0"] = limits["cq3", "IQ3_XXS"] = limits["cq2", "IQ2_XS"] = 1.0
     for (ours, peer), limit in limits.items():
         ratio((ours, "feedback"), (peer, "imatrix"), at_most=limit)
     for type in FED:
         ratio((type, "feedback"), (type, "imatrix"), at_most=0.8 if type in UNPATCHED else 1.0)
+    for bpw in (3.5, 2.5):
+        ratio((f"sq{bpw}", "feedback"), (f"cq{bpw}", "feedback"), at_most=1.0)
     ratio(("sq4", "self"), ("sq4", "feedback"), at_most=1.1)
     for type in TUNED:
         ratio((type, "tuned"), (type, "feedback"), at_most=1.0)
