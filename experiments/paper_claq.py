@@ -5,7 +5,7 @@ its largest weight in the place of k-means; neither they nor those named "CLAQ" 
 that are ours (gguf_splitq/solve/claq.py), which those named cq have. AP spends all that a file has beyond the plain
 type on wide columns, OR all on outliers. Then the same for the model with outlier channels: in about 1 % of the
 channels the norms' gains are multiplied by 20 to 50 and what follows is divided by it, which changes nothing in F16.
-sq2 and sq3 are there to compare with, and sq2c, sq3c, sq2.x and sq3.x, which spend bits on columns as AP does, in blocks.
+sq2 and sq3 are there to compare with, and sq2c, sq3c, sq2.x and sq3.x, blocks that spend bits on columns as AP does.
 All but "nearest" have error feedback from one calibration. Embeddings and output are F16.
 """
 

@@ -68,7 +68,7 @@ def test_every_claim_is_printed_with_its_limit_and_verdict(run):
     code, out, saved = run()
     assert list(saved) == bench.PARTS and code == 0 and "MISSED" not in out
     claims = [claim for part in saved.values() for claim in part["claims"]]
-    assert len(claims) == 6 + 2 * (16 + 2) + 2 * (8 + 2) + 2
+    assert len(claims) == 6 + 2 * (19 + 2) + 2 * (8 + 2) + 2
     for claim in claims:
         assert f"{claim['claim']}: {claim['measured']:.3f}  " in out
     assert "0.6B, 1 thread: decode of sq4 / Q4_K_S: 2.000  at least 1.4  kept" in out
