@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from gguf_splitq import convert, errors
+from gguf_splitq import checkpoint, convert, errors
 from gguf_splitq.solve.journal import Journal
 
 TOKENS = 2048
@@ -98,6 +99,46 @@ def test_one_calibration_serves_two_types(whole, tmp_path, monkeypatch):
         convert.convert(folder, "sq3", outfile=tmp_path / "x.gguf", **(options | {"calib_tokens": 4096}))
     names = {"first.gguf", "again.gguf", "sq3.gguf", "hessians.gguf", "report.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_hessians_serve_a_copy_of_the_checkpoint_and_no_other_one(whole, tmp_path, monkeypatch):
+    folder, text, _ = whole
+    cache, copy = tmp_path / "hessians.gguf", tmp_path / "elsewhere" / folder.name
+    first = run(folder, text, tmp_path / "first.gguf", hessians=cache).read_bytes()
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # with another time of modification
+    monkeypatch.setattr("gguf_splitq.solve.calibrate.run", lambda *_: 1 / 0)
+    assert run(copy, text, tmp_path / "again.gguf", hessians=cache).read_bytes() == first
+    times = os.stat(copy / "model.safetensors")
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x11")
+    os.utime(copy / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(errors.UsageError, match="measured with model [0-9a-f]{16} and this run has [0-9a-f]{16}"):
+        run(copy, text, tmp_path / "other.gguf", hessians=cache)
+
+
+def test_of_a_large_file_the_front_and_samples_are_compared(tmp_path, monkeypatch):
+    for name, value in {"HEAD": 64, "SAMPLE": 16, "SAMPLES": 8}.items():
+        monkeypatch.setattr(checkpoint, name, value)
+    path, data = tmp_path / "large", bytes(range(250)) * 4
+
+    def changed(at):
+        path.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
+        return checkpoint.fingerprint([path]) != before
+
+    path.write_bytes(data)
+    before = checkpoint.fingerprint([path])
+    step = (1000 - 64) // 8
+    assert all(changed(at) for at in (0, 63, 64, 79, 64 + 5 * step, 64 + 7 * step + 15))
+    assert not changed(80) and not changed(64 + 7 * step + 16)  # what lies between is not read
+    for other in (data[:-1], data + b"\0"):
+        path.write_bytes(other)
+        assert checkpoint.fingerprint([path]) != before
+    small = tmp_path / "small"
+    small.write_bytes(data[:190])
+    whole = checkpoint.fingerprint([small])
+    small.write_bytes(data[:189] + b"\0")
+    assert checkpoint.fingerprint([small]) != whole
 
 
 def test_a_damaged_part_is_named(tmp_path):
