@@ -8,6 +8,7 @@ import pytest
 from experiments import bench, common
 
 RATES = {"sq4": 100.0, "sq3": 120.0, "sq2": 140.0, "sdr4": 90.0, "cq3": 110.0, "cq2": 130.0, "Q4_K_S": 50.0}
+RATES |= {"sq3.5": 110.0, "sq2.5": 130.0}
 
 
 @pytest.fixture
