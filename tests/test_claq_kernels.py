@@ -1,4 +1,4 @@
-"""Products of cq4, cq3 and cq2 weights on every instruction set, and codebooks that must not be loaded."""
+"""Products of weights that have a side tensor on every instruction set, and side tensors that must not be loaded."""
 
 import re
 import struct
@@ -11,8 +11,9 @@ import pytest
 from test_kernels import check_products, driver, has_products, run  # noqa: F401
 
 from gguf_splitq import gguf_file
+from gguf_splitq.types.splitquant import SCALES, codebooks
 
-TYPES = {"cq4": (105, 4), "cq3": (106, 3), "cq2": (107, 2)}  # ggml_type, bits
+TYPES = {"cq4": (105, 4), "cq3": (106, 3), "cq2": (107, 2), "sq2c": (108, 2), "sq3c": (109, 3)}  # ggml_type, bits
 
 
 def padded(data: np.ndarray) -> bytes:
@@ -39,39 +40,52 @@ def pack_4bit(codes: np.ndarray) -> np.ndarray:
 
 
 class Matrix:
-    """A random matrix: `weights` and `side` as stored, and what they stand for, float64 [rows, columns], `dense`."""
+    """A random matrix of a type: `weights` and `side` as stored, and `dense`, what they stand for, float64 [rows, columns].
 
-    def __init__(self, bits: int, columns: int, rows: int, wide: int, outliers: int, rng, scale=0.01):
-        wide, outliers = int(wide), int(outliers)
+    As many wide blocks and outliers as asked for, if the type can have them.
+    """
+
+    def __init__(self, name: str, columns: int, rows: int, wide: int, outliers: int, rng, scale=0.01):
+        bits = TYPES[name][1]
+        own = name.startswith("cq")  # codebooks
+        wide, outliers = int(wide) * (bits < 4), int(outliers) * own
+        wide_bits = 4 if own else bits + 1
         blocks = columns // 32
         codes = rng.integers(0, 1 << bits, (rows, blocks, 32), dtype=np.uint8)
-        codes[:, :wide] = rng.integers(0, 16, (rows, wide, 32), dtype=np.uint8)
+        codes[:, :wide] = rng.integers(0, 1 << wide_bits, (rows, wide, 32), dtype=np.uint8)
         low = codes & (1 << bits) - 1
         packed = [pack_4bit(low)] if bits == 4 else [pack_2bit(low & 3)] + ([pack_1bit(low >> 2)] if bits == 3 else [])
+        if not own:
+            d = rng.integers(0, 256, (rows, blocks, 1), dtype=np.uint8) & 0xDF  # no more than a few exponents
+            packed.append(d)
         self.weights = np.concatenate(packed, -1).tobytes()
 
         extra = codes[:, :wide] >> bits
-        extra = pack_2bit(extra).reshape(rows, wide, 2, 4) if bits == 2 else pack_1bit(extra)[:, :, None]
+        extra = pack_2bit(extra).reshape(rows, wide, 2, 4) if wide_bits - bits == 2 else pack_1bit(extra)[:, :, None]
         extra = np.concatenate([extra, np.zeros((-rows % 16, *extra.shape[1:]), np.uint8)])
         extra = extra.reshape(-(-rows // 16), 16, *extra.shape[1:]).transpose(0, 2, 3, 1, 4)
 
         self.order = rng.permutation(columns) if wide else np.arange(columns)
         self.row = rng.uniform(0.5, 2, rows).astype("<f2")
         self.scale = (scale * rng.exponential(1, columns)).astype("<f2")
-        counts = np.where(np.arange(columns) < 32 * wide, 16, 1 << bits)
-        levels = [np.sort(rng.integers(-127, 128, n)).astype(np.int8) for n in counts]
+        counts = np.where(np.arange(columns) < 32 * wide, 1 << wide_bits, 1 << bits)
+        if own:
+            levels = [np.sort(rng.integers(-127, 128, n)).astype(np.int8) for n in counts]
+        else:
+            levels = [codebooks()[f"sq{n.bit_length() - 1}"].levels for n in counts.tolist()]
         start = np.sort(rng.integers(0, outliers + 1, rows + 1))
         start[0], start[-1] = 0, outliers
         self.column = np.concatenate([np.sort(rng.choice(columns, n, False)) for n in np.diff(start)])
         self.value = rng.normal(0, 1, outliers).astype("<f2")
-        sections = [self.order.astype("<u2")] * (wide > 0) + [self.row, self.scale, np.concatenate(levels)]
-        sections += [extra] * (wide > 0)
+        sections = [self.order.astype("<u2")] * (wide > 0) + [self.row] * own + [self.scale]
+        sections += [np.concatenate(levels)] * own + [extra] * (wide > 0)
         sections += [start.astype("<u4"), self.column.astype("<u2"), self.value] * (outliers > 0)
         header = struct.pack("<8I", 0x51414C43, rows, columns, wide, outliers, 0, 0, 0)
         self.side = header + b"".join(map(padded, sections))
 
         table = np.stack([np.resize(column, 16) for column in levels]).astype(np.float64)
-        self.levels = self.row[:, None].astype(np.float64) * table[np.arange(columns), codes.reshape(rows, columns)]
+        factor = self.row[:, None] if own else SCALES[d[..., 0]].repeat(32, 1)
+        self.levels = factor.astype(np.float64) * table[np.arange(columns), codes.reshape(rows, columns)]
         self.added = np.zeros((rows, columns))
         self.added[np.repeat(np.arange(rows), np.diff(start)), self.column.astype(int)] = self.value
         self.dense = np.empty((rows, columns))
@@ -88,7 +102,7 @@ class Matrix:
 
 
 def sides(matrices: list[Matrix]) -> tuple[int, bytes]:
-    """Bytes of codebooks for each matrix, filled up to the longest; all of them."""
+    """Bytes of the side tensor of each matrix, filled up to the longest; all of them."""
     size = max(len(m.side) for m in matrices)
     return size, b"".join(m.side.ljust(size, b"\0") for m in matrices)
 
@@ -123,7 +137,7 @@ def check(got: np.ndarray, exact: np.ndarray, full: np.ndarray, kernels: bool) -
 def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide, outliers, interleaved):  # noqa: F811
     rng = np.random.default_rng(rows)
     rows = -(-rows // 16) * 16 if interleaved else rows
-    matrix = Matrix(TYPES[name][1], 32 * blocks, rows, wide if name != "cq4" else 0, outliers, rng)
+    matrix = Matrix(name, 32 * blocks, rows, wide, outliers, rng)
     x = activations((tokens, 32 * blocks), rng)
     data = matrix.weights + x.tobytes()
     sizes = (32 * blocks, rows, 1, tokens, 1, interleaved)
@@ -144,13 +158,13 @@ def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide,
 @pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (40, 2, 5)])
 @pytest.mark.parametrize("name", TYPES)
 def test_experts(driver, has_products, name, tokens, used, experts, shared, interleaved):  # noqa: F811
-    """Each expert has codebooks of its own, and as many wide blocks and outliers as it likes."""
+    """Each expert has a side tensor of its own, and as many wide blocks and outliers as it likes."""
     if interleaved and not has_products:
         return
     rng = np.random.default_rng(tokens)
     columns, rows = 160, 48 if interleaved else 35
-    wide = rng.integers(0, 4, experts) * (name != "cq4")
-    matrices = [Matrix(TYPES[name][1], columns, rows, w, rng.integers(0, 90), rng) for w in wide]
+    wide = rng.integers(0, 4, experts)
+    matrices = [Matrix(name, columns, rows, w, rng.integers(0, 90), rng) for w in wide]
     x = activations((tokens, 1 if shared else used, columns), rng)
     ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :used].astype(np.int32)
     data = b"".join(m.weights for m in matrices) + x.tobytes() + ids.tobytes()
@@ -164,11 +178,12 @@ def test_experts(driver, has_products, name, tokens, used, experts, shared, inte
         check(got, full, full, False)
 
 
-def test_scales_too_small_for_a_half_do_not_vanish(driver, has_products):  # noqa: F811
+@pytest.mark.parametrize("name", ["cq2", "sq2c"])
+def test_scales_too_small_for_a_half_do_not_vanish(driver, has_products, name):  # noqa: F811
     rng = np.random.default_rng(0)
-    matrix = Matrix(2, 64, 16, 0, 0, rng, scale=1e-6)
+    matrix = Matrix(name, 64, 16, 0, 0, rng, scale=1e-6)
     x = 1e-3 * activations((2, 64), rng)
-    got = multiply(driver, "mul", "cq2", 64, 16, 1, 2, 1, 0, data=matrix.weights + x.tobytes(), side=sides([matrix]))
+    got = multiply(driver, "mul", name, 64, 16, 1, 2, 1, 0, data=matrix.weights + x.tobytes(), side=sides([matrix]))
     check(got, matrix.product(x), x @ matrix.dense.T, has_products)
 
 
@@ -188,7 +203,7 @@ def write_model(path: Path, kv: dict, tensors: dict[str, tuple]) -> Path:
 
 @pytest.fixture(scope="module", params=["dense", "experts"])
 def model(request, demo_f16):
-    """(metadata, tensors with codebooks, the same tensors decoded) of a small Llama with random linear layers."""
+    """(metadata, tensors with side tensors, the same tensors decoded) of a small Llama with random linear layers."""
     rng = np.random.default_rng(0)
     coded, plain = {}, {}
     with gguf_file.read(demo_f16) as file:
@@ -203,14 +218,14 @@ def model(request, demo_f16):
                 coded[tensor.name] = plain[tensor.name] = (tensor.shape, tensor.type_id, raw)
                 continue
             stack = experts if "ffn" in tensor.name else 0
-            gguf_id, bits = TYPES[next(names)]
-            sizes = tensor.n_cols, tensor.n_rows
-            matrices = [Matrix(bits, *sizes, int(bits < 4), i, rng, 0.0005) for i in range(stack or 1)]
+            kind = next(names)
+            scale = 0.0005 if kind.startswith("cq") else 0.01
+            matrices = [Matrix(kind, tensor.n_cols, tensor.n_rows, 1, i, rng, scale) for i in range(stack or 1)]
             name = tensor.name.replace(".weight", "_exps.weight") if stack else tensor.name
             shape = (stack, *tensor.shape) if stack else tensor.shape
             size, side = sides(matrices)
-            coded[name] = (shape, gguf_id, b"".join(m.weights for m in matrices))
-            coded[name.replace("weight", "codebook")] = ((stack, size) if stack else (size,), 24, side)
+            coded[name] = (shape, TYPES[kind][0], b"".join(m.weights for m in matrices))
+            coded[name.replace("weight", "columns")] = ((stack, size) if stack else (size,), 24, side)
             plain[name] = (shape, 1, np.stack([m.dense for m in matrices]).astype("<f2").tobytes())
             if "ffn_up" in name and stack:
                 router = tensor.name.replace("ffn_up", "ffn_gate_inp")
@@ -233,7 +248,7 @@ def perplexity_of(output: str) -> float:
 @pytest.mark.parametrize(
     "options", [[], ["--no-repack"], ["--load-mode", "none"], ["-b", "1", "-t", "1"]], ids=" ".join
 )
-def test_a_model_with_codebooks_is_the_model_they_stand_for(model, runtime_programs, tmp_path, options):
+def test_a_model_with_side_tensors_is_the_model_they_stand_for(model, runtime_programs, tmp_path, options):
     kv, coded, plain = model
     found = []
     for name, tensors in ("coded", coded), ("plain", plain):
@@ -243,10 +258,11 @@ def test_a_model_with_codebooks_is_the_model_they_stand_for(model, runtime_progr
     assert found[0] == pytest.approx(found[1], rel=4e-3)  # the plain one does not round activations
 
 
-WEIGHT, SIDE = "blk.0.attn_q.weight", "blk.0.attn_q.codebook"
+WEIGHT, SIDE = "blk.0.attn_q.weight", "blk.0.attn_q.columns"
 COLUMNS, ROWS, OUTLIERS = 256, 256, 50
 ORDER, ROW, SCALE, START = 32, 544, 1056, 1568 + 32 * 16 + 224 * 4 + 16 * 2 * 64  # where they are, with 1 wide block
 COLUMN, VALUE = START + 1056, START + 1056 + 128
+SQ2C_SCALE = ROW  # there is no row
 
 
 def put(at: int, fmt: str, value: int):
@@ -271,23 +287,40 @@ HOSTILE = {
     "falling rows": (put(START + 4 * 20, "<I", OUTLIERS + 1), "share out"),
     "outlier outside": (put(COLUMN, "<H", COLUMNS), "does not exist"),
 }  # fmt: skip
+HOSTILE_SQ2C = {
+    "another magic": (put(0, "<I", 1), "header"),
+    "rows": (put(4, "<I", ROWS + 1), "shape"),
+    "wide blocks": (put(12, "<I", 9), "wide"),
+    "outliers": (put(16, "<I", 1), "has outliers"),
+    "more wide blocks than bytes": (put(12, "<I", 2), "too small"),
+    "cut off": (lambda side: side[:-32], "too small"),
+    "order twice": (lambda side: side[:ORDER] + side[ORDER + 2 : ORDER + 4] + side[ORDER + 2 :], "permutation"),
+    "scale not a number": (put(SQ2C_SCALE + 2 * COLUMNS - 2, "<H", 0xFFFF), "finite"),
+}  # fmt: skip
+ALL_HOSTILE = [pytest.param("cq2", *case, id=f"cq2 {name}") for name, case in HOSTILE.items()]
+ALL_HOSTILE += [pytest.param("sq2c", *case, id=f"sq2c {name}") for name, case in HOSTILE_SQ2C.items()]
 
 
 @pytest.fixture(scope="module")
-def matrix():
-    return Matrix(2, COLUMNS, ROWS, 1, OUTLIERS, np.random.default_rng(0))
+def matrices():
+    return {name: Matrix(name, COLUMNS, ROWS, 1, OUTLIERS, np.random.default_rng(0)) for name in ("cq2", "sq2c")}
 
 
 @pytest.fixture
-def loads(demo_f16, runtime_programs, tmp_path, matrix):
-    """Function: exit code and output of a program that loads the demo with these bytes and shape for one codebook."""
+def matrix(matrices):
+    return matrices["cq2"]
 
-    def load(side: bytes | None, shape=None, kind=24, weight=((ROWS, COLUMNS), 107), name=SIDE, options=()):
+
+@pytest.fixture
+def loads(demo_f16, runtime_programs, tmp_path, matrices):
+    """Function: exit code and output of a program that loads the demo with these bytes for a side tensor."""
+
+    def load(side: bytes | None, shape=None, kind=24, name=SIDE, of="cq2", options=()):
         tensors = {}
         with gguf_file.read(demo_f16) as file:
             for t in file.tensors:
                 tensors[t.name] = (t.shape, t.type_id, file.read_rows(t, 0, t.n_rows).tobytes())
-            tensors[WEIGHT] = (*weight, matrix.weights)
+            tensors[WEIGHT] = ((ROWS, COLUMNS), TYPES[of][0], matrices[of].weights)
             if side is not None:
                 tensors[name] = (shape or (len(side),), kind, side)
             path = write_model(tmp_path / "hostile.gguf", file.kv, tensors)
@@ -303,12 +336,12 @@ def refused(result: tuple[int, str], *words: str) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--load-mode", "none"]], ids=["mapped", "read"])
-@pytest.mark.parametrize("change, word", HOSTILE.values(), ids=HOSTILE)
-def test_codebooks_that_do_not_fit_are_refused(loads, matrix, change, word, options):
-    refused(loads(change(matrix.side), options=options), SIDE, word)
+@pytest.mark.parametrize("of, change, word", ALL_HOSTILE)
+def test_side_tensors_that_do_not_fit_are_refused(loads, matrices, of, change, word, options):
+    refused(loads(change(matrices[of].side), of=of, options=options), SIDE, word)
 
 
-def test_codebooks_of_the_wrong_type_or_shape_are_refused(loads, matrix):
+def test_side_tensors_of_the_wrong_type_or_shape_are_refused(loads, matrix):
     side = matrix.side
     assert loads(side)[0] == 0
     refused(loads(None), WEIGHT, SIDE, "missing")
@@ -317,11 +350,11 @@ def test_codebooks_of_the_wrong_type_or_shape_are_refused(loads, matrix):
     refused(loads(side + bytes(1)), SIDE, "wrong type or shape")
 
 
-def test_codebooks_without_a_weight_that_has_them_are_refused(loads, matrix):
-    refused(loads(matrix.side, name="blk.0.attn_x.codebook"), WEIGHT, "missing")
+def test_side_tensors_without_a_weight_that_has_them_are_refused(loads, matrix):
+    refused(loads(matrix.side, name="blk.0.attn_x.columns"), WEIGHT, "missing")
 
 
-def test_llama_quantize_copies_codebooks_and_makes_none(loads, matrix, demo_f16, runtime_programs, tmp_path):
+def test_llama_quantize_copies_side_tensors_and_makes_none(loads, matrix, demo_f16, runtime_programs, tmp_path):
     code, output = loads(matrix.side)
     quantize, copy = runtime_programs / "llama-quantize", tmp_path / "copy.gguf"
     subprocess.run([quantize, tmp_path / "hostile.gguf", copy, "COPY"], check=True, capture_output=True)

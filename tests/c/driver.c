@@ -9,8 +9,8 @@
 //                                                                           share its row
 //          stdin: blocks of each matrix, float32 activations, for mul_id int32 experts [TOKENS][USED]; stdout: the result,
 //          or nothing where this instruction set has no kernel
-//          weights with codebooks have two more arguments, bytes of codebooks for each matrix and whether to take the
-//          reference, and the codebooks at the end of stdin
+//          weights with side tensors have two more arguments, bytes of the side tensor for each matrix and whether to take
+//          the reference, and the side tensors at the end of stdin
 //   driver razor_mul, razor_mul_id ...   the same for sdr4 with activations razored to 4 bits
 #define _GNU_SOURCE
 #include "ggml-claq.c"
@@ -43,7 +43,7 @@ const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) { // o
 }
 
 static size_t block_bytes(enum ggml_type type) {
-    return claq_is(type) ? 4*claq_bits(type) :
+    return claq_is(type) ? (size_t) (4*claq_bits(type) + !claq_has_codebooks(type)) :
            type == GGML_TYPE_SPLITQ_SQ4 ? sizeof(splitq_block_sq4) : type == GGML_TYPE_SPLITQ_SQ3 ? sizeof(splitq_block_sq3) :
            type == GGML_TYPE_SPLITQ_SQ2 ? sizeof(splitq_block_sq2) : type == GGML_TYPE_SPLITQ_SDR4 ? sizeof(splitq_block_sdr4) :
            sizeof(splitq_block_sq4x);
@@ -120,7 +120,7 @@ struct thread {
 };
 
 // As splitq-hook.cpp has it.
-static bool multiply_codebooks(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+static bool multiply_claq(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     if (!params->use_ref && splitq_mul_claims(dst)) {
         return splitq_mul_forward(params, dst);
     }
@@ -143,10 +143,10 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
     void * values  = read_all(sizeof(float)*n*n1*n2);
     void * chosen  = experts ? read_all(sizeof(int32_t)*used*tokens) : NULL;
     char ** last   = argv + (experts ? 6 : 5);
-    const bool codebooks   = claq_is(type);
-    const size_t side_size = codebooks ? atoi(last[0]) : 0;
+    const bool claq = claq_is(type);
+    const size_t side_size = claq ? atoi(last[0]) : 0;
     struct ggml_tensor side = tensor(GGML_TYPE_I8, 1, read_all(side_size*matrices), side_size, matrices, 1);
-    for (int64_t i = 0; codebooks && i < matrices; ++i) {
+    for (int64_t i = 0; claq && i < matrices; ++i) {
         const char * wrong = claq_check(type, n, rows, (char *) side.data + i*side_size, side_size);
         if (wrong) {
             fprintf(stdout, "%s", wrong);
@@ -163,7 +163,7 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
     dst.src[0] = &x;
     dst.src[1] = &y;
     dst.src[2] = experts ? &ids : NULL;
-    dst.src[3] = codebooks ? &side : NULL;
+    dst.src[3] = claq ? &side : NULL;
     if (atoi(argv[3])) {
         if (!splitq_mul_can_interleave(&x)) {
             return 0;
@@ -171,18 +171,18 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
         x.data = guarded(ggml_row_size(type, n)*rows*matrices);
         splitq_mul_interleave(&x, weights);
     }
-    if (!(razored ? sdr_a4_claims : codebooks ? claq_claims : splitq_mul_claims)(&dst)) {
+    if (!(razored ? sdr_a4_claims : claq ? claq_claims : splitq_mul_claims)(&dst)) {
         return 0;
     }
 
-    const size_t size = razored ? sdr_a4_work_size(&dst) : MAX(codebooks ? claq_work_size(threads, &dst) : 0, splitq_mul_work_size(threads, &dst));
+    const size_t size = razored ? sdr_a4_work_size(&dst) : MAX(claq ? claq_work_size(threads, &dst) : 0, splitq_mul_work_size(threads, &dst));
     char * work = guarded(size);
     struct thread team[16];
     pthread_barrier_init(&barrier, NULL, threads);
     for (int i = 0; i < threads; ++i) {
         team[i] = (struct thread) { .params = { .ith = i, .nth = threads, .wsize = size, .wdata = work,
-                                                 .use_ref = codebooks && atoi(last[1]) }, .dst = &dst,
-                                     .forward = razored ? sdr_a4_forward : codebooks ? multiply_codebooks : splitq_mul_forward };
+                                                 .use_ref = claq && atoi(last[1]) }, .dst = &dst,
+                                     .forward = razored ? sdr_a4_forward : claq ? multiply_claq : splitq_mul_forward };
         pthread_create(&team[i].id, NULL, run, &team[i]);
     }
     for (int i = 0; i < threads; ++i) { pthread_join(team[i].id, NULL); }

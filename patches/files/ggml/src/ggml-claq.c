@@ -1,15 +1,29 @@
 #include "ggml-claq.h"
 
 #include "ggml-impl.h"
+#include "ggml-splitq.h"
 
 #include <string.h>
 
 _Static_assert(sizeof(claq_block_cq4) == 16, "cq4 block size");
 _Static_assert(sizeof(claq_block_cq3) == 12, "cq3 block size");
 _Static_assert(sizeof(claq_block_cq2) ==  8, "cq2 block size");
+_Static_assert(sizeof(claq_block_sq3c) == 13, "sq3c block size");
+_Static_assert(sizeof(claq_block_sq2c) ==  9, "sq2c block size");
 
 int claq_bits(enum ggml_type type) {
-    return type == GGML_TYPE_CLAQ_CQ4 ? 4 : type == GGML_TYPE_CLAQ_CQ3 ? 3 : type == GGML_TYPE_CLAQ_CQ2 ? 2 : 0;
+    switch (type) {
+        case GGML_TYPE_CLAQ_CQ4:  return 4;
+        case GGML_TYPE_CLAQ_SQ3C:
+        case GGML_TYPE_CLAQ_CQ3:  return 3;
+        case GGML_TYPE_CLAQ_SQ2C:
+        case GGML_TYPE_CLAQ_CQ2:  return 2;
+        default:                  return 0;
+    }
+}
+
+bool claq_has_codebooks(enum ggml_type type) {
+    return type == GGML_TYPE_CLAQ_CQ4 || type == GGML_TYPE_CLAQ_CQ3 || type == GGML_TYPE_CLAQ_CQ2;
 }
 
 bool claq_is(enum ggml_type type) {
@@ -28,12 +42,13 @@ struct claq_side claq_side_at(enum ggml_type type, const void * data) {
     memcpy(header, data, sizeof(header));
     struct claq_side s = { .rows = header[1], .columns = header[2], .wide = header[3], .outliers = header[4], .size = sizeof(header) };
     const int bits = claq_bits(type);
+    const bool codebooks = claq_has_codebooks(type);
     const size_t rows = s.rows, columns = s.columns, wide = s.wide;
     s.order  = section(data, &s.size, wide > 0, 2*columns);
-    s.row    = section(data, &s.size, true, 2*rows);
+    s.row    = section(data, &s.size, codebooks, 2*rows);
     s.scale  = section(data, &s.size, true, 2*columns);
-    s.levels = section(data, &s.size, true, CLAQ_QK*wide*16 + ((columns - CLAQ_QK*wide) << bits));
-    s.extra  = section(data, &s.size, wide > 0, (rows + 15)/16*wide*claq_extra_words(bits)*64);
+    s.levels = section(data, &s.size, codebooks, CLAQ_QK*wide*16 + ((columns - CLAQ_QK*wide) << bits));
+    s.extra  = section(data, &s.size, wide > 0, (rows + 15)/16*wide*claq_more_bits(bits, codebooks)*64);
     s.start  = section(data, &s.size, s.outliers > 0, 4*(rows + 1));
     s.column = section(data, &s.size, s.outliers > 0, 2*(size_t) s.outliers);
     s.value  = section(data, &s.size, s.outliers > 0, 2*(size_t) s.outliers);
@@ -66,13 +81,16 @@ const char * claq_check(enum ggml_type type, int64_t columns, int64_t rows, cons
     }
     memcpy(header, data, sizeof(header));
     if (header[0] != CLAQ_MAGIC || header[5] || header[6] || header[7]) {
-        return "does not begin with the header of a codebook";
+        return "does not begin with the header of a side tensor";
     }
     if (header[1] != rows || header[2] != columns) {
         return "has a header that is not of the weight's shape";
     }
-    if (header[3] > columns/CLAQ_QK || (header[3] && type == GGML_TYPE_CLAQ_CQ4)) {
+    if (header[3] > columns/CLAQ_QK || (header[3] && claq_bits(type) == 4)) {
         return "has more wide blocks than the weight can have";
+    }
+    if (header[4] && !claq_has_codebooks(type)) {
+        return "has outliers, which the weight's type has not";
     }
     if ((header[3] || header[4]) && columns > 65536) {
         return "numbers columns by 16 bits, which the weight has too many for";
@@ -84,7 +102,7 @@ const char * claq_check(enum ggml_type type, int64_t columns, int64_t rows, cons
     if (s.order && !is_permutation(s.order, s.columns)) {
         return "has an order of columns that is not a permutation";
     }
-    if (!all_finite(s.row, s.rows) || !all_finite(s.scale, s.columns) || !all_finite(s.value, s.outliers)) {
+    if ((s.row && !all_finite(s.row, s.rows)) || !all_finite(s.scale, s.columns) || !all_finite(s.value, s.outliers)) {
         return "has a scale or an outlier that is not a finite number";
     }
     if (s.outliers) {
@@ -101,16 +119,17 @@ const char * claq_check(enum ggml_type type, int64_t columns, int64_t rows, cons
     return NULL;
 }
 
-void claq_decode_row(enum ggml_type type, const struct claq_side * side, const void * words, size_t stride, uint32_t r, float * y) {
-    const int bits = claq_bits(type), size = bits*4;
-    const float row = GGML_FP16_TO_FP32(side->row[r]);
-    const char * word = words;
-    for (uint32_t b = 0; b < side->columns/CLAQ_QK; ++b) {
-        uint8_t q[16], x[8] = { 0 };
-        for (int w = 0; w < size/4; ++w, word += stride) { memcpy(q + 4*w, word, 4); }
-        const bool wide = b < side->wide;
-        for (int w = 0; wide && w < claq_extra_words(bits); ++w) { memcpy(x + 4*w, claq_extra(side, bits, r, b) + 64*w, 4); }
-        const int8_t * levels = claq_levels(side, bits, b);
+void claq_decode_row(enum ggml_type type, const struct claq_side * side, const void * x, int lanes, uint32_t r, float * y) {
+    static const int8_t * const fixed[] = { splitq_levels_sq2, splitq_levels_sq3, splitq_levels_sq4 };
+    const int  bits = claq_bits(type), size = (int) ggml_row_size(type, CLAQ_QK), lane = r % lanes;
+    const bool codebooks = claq_has_codebooks(type);
+    const uint8_t * block = x;
+    for (uint32_t b = 0; b < side->columns/CLAQ_QK; ++b, block += lanes*size) {
+        const int more = b < side->wide ? claq_more_bits(bits, codebooks) : 0, all = bits + more;
+        uint8_t q[16], e[16] = { 0 };
+        for (int w = 0; w < bits; ++w) { memcpy(q + 4*w, block + 4*(lanes*w + lane), 4); }
+        for (int w = 0; w < more; ++w) { memcpy(e + 4*w, claq_extra(side, more, r, b) + 64*w, 4); }
+        const float factor = codebooks ? GGML_FP16_TO_FP32(side->row[r]) : splitq_scale[block[lanes*(size - 1) + lane]];
         for (int c = 0; c < CLAQ_QK; ++c) {
             const int k = c % 4, w = c/16, i = c/4 % 4;
             int code;
@@ -119,11 +138,12 @@ void claq_decode_row(enum ggml_type type, const struct claq_side * side, const v
             } else {
                 code = q[4*w + k] >> 2*i & 3;
                 if (bits == 3) { code |= (q[8 + k] >> (4*w + i) & 1) << 2; }
-                if (wide)      { code |= bits == 3 ? (x[k] >> (4*w + i) & 1) << 3 : (x[4*w + k] >> 2*i & 3) << 2; }
+                if (more == 1) { code |= (e[k] >> (4*w + i) & 1) << bits; }
+                if (more == 2) { code |= (e[4*w + k] >> 2*i & 3) << 2; }
             }
+            const int8_t * levels = codebooks ? claq_levels(side, bits, b) + ((size_t) c << all) : fixed[all - 2];
             const uint32_t column = CLAQ_QK*b + c;
-            y[side->order ? side->order[column] : column] =
-                row*GGML_FP16_TO_FP32(side->scale[column])*levels[((size_t) c << (wide ? 4 : bits)) + code];
+            y[side->order ? side->order[column] : column] = factor*GGML_FP16_TO_FP32(side->scale[column])*levels[code];
         }
     }
     for (uint32_t i = side->outliers ? side->start[r] : 0; side->outliers && i < side->start[r + 1]; ++i) {

@@ -1,5 +1,6 @@
-// Tensor types after CLAQ (arXiv 2405.17233): every column, an input feature, has a codebook of its own. Codes are in the
-// weight tensor, all else in a side tensor of bytes, X.codebook beside X.weight, that the model loader attaches.
+// Tensor types after CLAQ (arXiv 2405.17233): every column, an input feature, has something of its own; cq4, cq3 and cq2 a
+// codebook, sq3c and sq2c, which are sq3 and sq2 otherwise, a scale. Codes are in the weight tensor, and sq3c's and sq2c's
+// scale bytes; all else is in a side tensor of bytes, X.columns beside X.weight, that the model loader attaches.
 // docs/format.md of gguf-splitq draws the same bytes.
 #pragma once
 
@@ -28,16 +29,27 @@ typedef struct {
     uint8_t qs[8];   // bits 2*i .. 2*i + 1 of byte 4*w + k: the code of column 16*w + 4*i + k
 } claq_block_cq2;
 
+typedef struct {
+    claq_block_cq3 codes;
+    uint8_t d;       // scale, see ggml-splitq.h
+} claq_block_sq3c;
+
+typedef struct {
+    claq_block_cq2 codes;
+    uint8_t d;
+} claq_block_sq2c;
+
 // The side tensor of one matrix. Stored column i is input feature order[i];
-// weight[r, order[i]] = row[r] * scale[i] * level(i)[code], an outlier's value added.
+// weight[r, order[i]] = row[r] * scale[i] * level(i)[code], an outlier's value added; of sq3c and sq2c, with d and the levels
+// of the sq type of as many bits, d * scale[i] * level[code].
 struct claq_side {
     uint32_t rows, columns;
-    uint32_t wide;               // how many leading blocks have codes of 4 bits, their upper bits in extra
+    uint32_t wide;               // how many leading blocks have longer codes, their upper bits in extra
     uint32_t outliers;
     const uint16_t  * order;     // NULL: columns are stored in order
-    const ggml_half * row;       // filled up with zeros to a multiple of 16
+    const ggml_half * row;       // filled up with zeros to a multiple of 16; NULL without codebooks
     const ggml_half * scale;
-    const int8_t    * levels;    // 16 for each column of a wide block, 2^bits for the others, rising
+    const int8_t    * levels;    // 16 for each column of a wide block, 2^bits for the others, rising; NULL without codebooks
     const uint8_t   * extra;     // [ceil(rows/16)][wide][words][16 rows][4 bytes], words as qs of cq2 or qh of cq3
     const uint32_t  * start;     // outliers of row r: start[r] .. start[r + 1] - 1
     const uint16_t  * column;    // stored column
@@ -45,7 +57,8 @@ struct claq_side {
     size_t size;                 // bytes of all this
 };
 
-GGML_API int claq_bits(enum ggml_type type); // 0 for other types
+GGML_API int  claq_bits(enum ggml_type type); // 0 for other types
+GGML_API bool claq_has_codebooks(enum ggml_type type);
 
 // Where things are in the side tensor `data` of one matrix, which claq_check (ggml.h) has accepted.
 GGML_API struct claq_side claq_side_at(enum ggml_type type, const void * data);
@@ -56,17 +69,19 @@ static inline const int8_t * claq_levels(const struct claq_side * side, int bits
     return side->levels + (size_t) CLAQ_QK*(16*wide + ((size_t) (block - wide) << bits));
 }
 
-// Words of extra bits of a row's wide block, and where they are: word w at 64*w.
-static inline int claq_extra_words(int bits) {
-    return bits == 2 ? 2 : 1;
+// Bits that a wide block's codes are longer by, which is also the words of them that a row has, and where they are: word w
+// at 64*w.
+static inline int claq_more_bits(int bits, bool codebooks) {
+    return codebooks ? 4 - bits : 1;
 }
 
-static inline const uint8_t * claq_extra(const struct claq_side * side, int bits, uint32_t row, uint32_t block) {
-    return side->extra + ((size_t) row/16*side->wide + block)*claq_extra_words(bits)*64 + row % 16*4;
+static inline const uint8_t * claq_extra(const struct claq_side * side, int more, uint32_t row, uint32_t block) {
+    return side->extra + ((size_t) row/16*side->wide + block)*more*64 + row % 16*4;
 }
 
-// Decodes row r, whose word w is at words + w*stride, into all its columns in the order of the activations.
-GGML_API void claq_decode_row(enum ggml_type type, const struct claq_side * side, const void * words, size_t stride, uint32_t r, float * y);
+// Decodes row r into all its columns in the order of the activations. x: the rows r/lanes*lanes and following, of which
+// `lanes` stand side by side, see splitq-mul.h.
+GGML_API void claq_decode_row(enum ggml_type type, const struct claq_side * side, const void * x, int lanes, uint32_t r, float * y);
 
 #ifdef __cplusplus
 }

@@ -7,7 +7,7 @@
 
 #include "claq-vec.h"
 
-// Panels that are multiplied with one token at once: they share its activations and the levels, if there are registers.
+// Panels that are multiplied with one token at once: they share its activations and their levels, if there are registers.
 #if defined(SPLITQ_AVX512)
 #define PANELS 4
 #else
@@ -83,21 +83,33 @@ void claq_pack(const struct claq_side * side, const float * x, int first, int la
     }
 }
 
-// Blocks [first, last), all wide or none, of `panels` times LANES rows, with n tokens, 1 or even.
-CLAQ_INLINE void mul_claq_blocks(const int bits, const bool wide, const int panels, const int n, const struct claq_side * side,
+// The sum and a block's products, scaled by the activations' d and, without codebooks, the weights'.
+CLAQ_INLINE vec_f add_dots(const bool codebooks, vec_i dots, float y_d, vec_f d, vec_f sum) {
+    return codebooks ? fma_f(to_f(dots), set_f(y_d), sum) : fma_f(mul_f(to_f(dots), set_f(y_d)), d, sum);
+}
+
+// Blocks [first, last) of `panels` times LANES rows, with n tokens, 1 or even. more: by how many bits all their codes are longer.
+CLAQ_INLINE void mul_claq_blocks(const int bits, const int more, const bool codebooks, const int panels, const int n, const struct claq_side * side,
                                  const uint8_t * x, size_t row, uint32_t first, uint32_t last, const struct claq_block * y, vec_f * sum) {
-    const size_t nb = side->columns/CLAQ_QK, size = 4*bits*LANES;
+    static const int8_t * const fixed[] = { table_sq2, table_sq3, table_sq4 };
+    const vec_t table = load_tables(fixed[bits + more - 2], 1 << (bits + more));
+    const size_t nb = side->columns/CLAQ_QK, size = (4*bits + !codebooks)*LANES;
     for (size_t b = first; b < last; ++b) {
-        const int8_t * levels = claq_levels(side, bits, b);
+        const int8_t * levels = codebooks ? claq_levels(side, bits, b) : NULL;
         if (panels > 1) { // the processor prefetches one stream: the next panels are brought nearer in that order
             CLAQ_PREFETCH(x + panels*(nb + b)*size, panels*size)
         }
         CLAQ_UNROLL
         for (int p = 0; p < panels; ++p) {
+            const uint8_t * block = x + (nb*p + b)*size, * extra = more ? claq_extra(side, more, row + LANES*p, b) : NULL;
             vec_b w[8];
-            unpack_claq(bits, wide, x + (nb*p + b)*size, levels, wide ? claq_extra(side, bits, row + LANES*p, b) : NULL, w);
+            CLAQ_UNROLL
+            for (int j = 0; j < 8; ++j) {
+                w[j] = codebooks ? unpack_own(bits, more, block, extra, j, levels) : unpack_fixed(bits, more, block, extra, j, table);
+            }
+            const vec_f d = codebooks ? zero_f() : scale_f(load_d(block + 4*bits*LANES));
             if (n == 1) {
-                sum[p] = fma_f(to_f(dot_token(set_i(y[b].bias), w, y[b].q)), set_f(y[b].d), sum[p]);
+                sum[p] = add_dots(codebooks, dot_token(set_i(y[b].bias), w, y[b].q), y[b].d, d, sum[p]);
                 continue;
             }
             arrange(w);
@@ -106,8 +118,8 @@ CLAQ_INLINE void mul_claq_blocks(const int bits, const bool wide, const int pane
                 const struct claq_block * y0 = y + nb*t + b, * y1 = y0 + nb;
                 vec_i dots[2] = { set_i(y0->bias), set_i(y1->bias) };
                 dot_pair(dots, w, y0->q, y1->q);
-                sum[t]     = fma_f(to_f(dots[0]), set_f(y0->d), sum[t]);
-                sum[t + 1] = fma_f(to_f(dots[1]), set_f(y1->d), sum[t + 1]);
+                sum[t]     = add_dots(codebooks, dots[0], y0->d, d, sum[t]);
+                sum[t + 1] = add_dots(codebooks, dots[1], y1->d, d, sum[t + 1]);
             }
         }
     }
@@ -123,32 +135,34 @@ CLAQ_INLINE void add_outliers(const int n, const struct claq_side * side, size_t
     for (int t = 0; t < n; ++t) { out[t][r] += sum[t]; }
 }
 
-CLAQ_INLINE void mul_claq_rows(const int bits, const int n, const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,
+CLAQ_INLINE void mul_claq_rows(const int bits, const bool codebooks, const int n, const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,
                                const char * packed, int64_t t, int64_t count, float * const * out) {
     const struct claq_block * y = blocks_of(side, packed, t);
     int64_t width;
     const float * plain = plain_of(side, packed, t, count, &width);
     const uint32_t nb = side->columns/CLAQ_QK;
-    const int most = n == 1 ? PANELS : 1;
-    for (int64_t r = 0, panels; r < rows; r += panels*LANES, x += (size_t) panels*LANES*4*bits*nb) {
+    const size_t panel = (size_t) nb*(4*bits + !codebooks)*LANES;
+    const int most = n == 1 ? PANELS : 1, more = claq_more_bits(bits, codebooks);
+    for (int64_t r = 0, panels; r < rows; r += panels*LANES, x += panels*panel) {
         vec_f sum[16];
         panels = rows - r > (most - 1)*LANES ? most : 1;
         for (int i = 0; i < most*n; ++i) { sum[i] = zero_f(); }
         if (panels == PANELS) {
             if (bits != 4) {
-                mul_claq_blocks(bits, true, most, n, side, x, row + r, 0, side->wide, y, sum);
+                mul_claq_blocks(bits, more, codebooks, most, n, side, x, row + r, 0, side->wide, y, sum);
             }
-            mul_claq_blocks(bits, false, most, n, side, x, row + r, side->wide, nb, y, sum);
+            mul_claq_blocks(bits, 0, codebooks, most, n, side, x, row + r, side->wide, nb, y, sum);
         } else {
             if (bits != 4) {
-                mul_claq_blocks(bits, true, 1, n, side, x, row + r, 0, side->wide, y, sum);
+                mul_claq_blocks(bits, more, codebooks, 1, n, side, x, row + r, 0, side->wide, y, sum);
             }
-            mul_claq_blocks(bits, false, 1, n, side, x, row + r, side->wide, nb, y, sum);
+            mul_claq_blocks(bits, 0, codebooks, 1, n, side, x, row + r, side->wide, nb, y, sum);
         }
         for (int p = 0; p < panels; ++p) {
             const int64_t at = r + LANES*p;
             for (int i = 0; i < n; ++i) {
-                const vec_f result = mul_f(sum[n == 1 ? p : i], load_half(side->row + row + at));
+                const vec_f scale = codebooks ? load_half(side->row + row + at) : set_f(0x1p-4f); // see scale_f
+                const vec_f result = mul_f(sum[n == 1 ? p : i], scale);
                 if (rows - at >= LANES) {
                     store_f(out[i] + at, result);
                 } else {
@@ -158,31 +172,40 @@ CLAQ_INLINE void mul_claq_rows(const int bits, const int n, const struct claq_si
                 }
             }
         }
-        for (int64_t i = r; side->outliers && i < MIN(rows, r + panels*LANES); ++i) {
+        for (int64_t i = r; codebooks && side->outliers && i < MIN(rows, r + panels*LANES); ++i) {
             add_outliers(n, side, row + i, plain, width, out, i);
         }
     }
 }
 
 #define CLAQ_ARGS side, x, row, rows, packed, t, count, out
-#define CLAQ_MUL(bits)                                                                                             \
-    static int mul_claq_##bits(const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,         \
+#define CLAQ_MUL(name, bits, codebooks)                                                                            \
+    static int mul_##name(const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,              \
                           const char * packed, int64_t t, int64_t count, float * const * out) {                    \
-        if (TOKENS >= 16 && count - t >= 16) { mul_claq_rows(bits, 16, CLAQ_ARGS); return 16; }                    \
-        if (TOKENS >=  8 && count - t >=  8) { mul_claq_rows(bits,  8, CLAQ_ARGS); return  8; }                    \
-        if (count - t >= 4)                  { mul_claq_rows(bits,  4, CLAQ_ARGS); return  4; }                    \
-        if (count - t >= 2)                  { mul_claq_rows(bits,  2, CLAQ_ARGS); return  2; }                    \
-        mul_claq_rows(bits, 1, CLAQ_ARGS);                                                                         \
+        if (TOKENS >= 16 && count - t >= 16) { mul_claq_rows(bits, codebooks, 16, CLAQ_ARGS); return 16; }         \
+        if (TOKENS >=  8 && count - t >=  8) { mul_claq_rows(bits, codebooks,  8, CLAQ_ARGS); return  8; }         \
+        if (count - t >= 4)                  { mul_claq_rows(bits, codebooks,  4, CLAQ_ARGS); return  4; }         \
+        if (count - t >= 2)                  { mul_claq_rows(bits, codebooks,  2, CLAQ_ARGS); return  2; }         \
+        mul_claq_rows(bits, codebooks, 1, CLAQ_ARGS);                                                              \
         return 1;                                                                                                  \
     }
 
-CLAQ_MUL(2)
-CLAQ_MUL(3)
-CLAQ_MUL(4)
+CLAQ_MUL(cq4,  4, true)
+CLAQ_MUL(cq3,  3, true)
+CLAQ_MUL(cq2,  2, true)
+CLAQ_MUL(sq3c, 3, false)
+CLAQ_MUL(sq2c, 2, false)
 
 int claq_mul(enum ggml_type type, const struct claq_side * side, const uint8_t * x, int64_t row, int64_t rows,
              const char * packed, int64_t t, int64_t count, float * const * out) {
-    return (type == GGML_TYPE_CLAQ_CQ4 ? mul_claq_4 : type == GGML_TYPE_CLAQ_CQ3 ? mul_claq_3 : mul_claq_2)(CLAQ_ARGS);
+    switch (type) {
+        case GGML_TYPE_CLAQ_CQ4:  return mul_cq4(CLAQ_ARGS);
+        case GGML_TYPE_CLAQ_CQ3:  return mul_cq3(CLAQ_ARGS);
+        case GGML_TYPE_CLAQ_CQ2:  return mul_cq2(CLAQ_ARGS);
+        case GGML_TYPE_CLAQ_SQ3C: return mul_sq3c(CLAQ_ARGS);
+        case GGML_TYPE_CLAQ_SQ2C: return mul_sq2c(CLAQ_ARGS);
+        default: GGML_ABORT("type without a side tensor");
+    }
 }
 
 #endif

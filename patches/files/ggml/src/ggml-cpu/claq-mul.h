@@ -1,4 +1,4 @@
-// Kernels of cq4, cq3 and cq2, for splitq-mul.c, which spreads the work; only where there are vectors for them.
+// Kernels of the types that have a side tensor, for splitq-mul.c, which spreads the work; only where there are vectors for them.
 #pragma once
 
 #include "ggml-claq.h"

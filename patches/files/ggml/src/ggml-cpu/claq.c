@@ -32,8 +32,8 @@ void claq_forward(const struct ggml_compute_params * params, struct ggml_tensor 
     for (int64_t i = all*params->ith/params->nth; i < all*(params->ith + 1)/params->nth; ++i) {
         const int64_t matrix = i/rows, r = i % rows;
         const struct claq_side side = claq_side_at(x->type, (const char *) dst->src[3]->data + matrix*dst->src[3]->nb[1]);
-        const char * words = (const char *) x->data + matrix*x->nb[2] + r/lanes*lanes*row_size + r % lanes*4;
-        claq_decode_row(x->type, &side, words, 4*lanes, (uint32_t) r, row);
+        const char * at = (const char *) x->data + matrix*x->nb[2] + r/lanes*lanes*row_size;
+        claq_decode_row(x->type, &side, at, lanes, (uint32_t) r, row);
         char * to = (char *) dst->data + r*sizeof(float);
         if (dst->op == GGML_OP_MUL_MAT_ID) {
             for (int64_t t = 0; t < ids->ne[1]; ++t) {

@@ -1,5 +1,5 @@
-// Matrix products of cq4, cq3 and cq2 weights, whose codebooks are the operation's src[3]: what they are by definition, on
-// every processor. Kernels are in claq-mul.c.
+// Matrix products of weights that have a side tensor, see ggml-claq.h, which is the operation's src[3]: what they are by
+// definition, on every processor. Kernels are in claq-mul.c.
 #pragma once
 
 #include "ggml-cpu-impl.h"

@@ -78,13 +78,13 @@ class hook : public ggml::cpu::extra_buffer_type {
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         static traits instance;
-        static claq_traits codebooks;
+        static claq_traits columns;
         static razored_traits razored;
         if (w4a4() && sdr_a4_claims(op)) {
             return &razored;
         }
         if (claq_claims(op)) {
-            return &codebooks;
+            return &columns;
         }
         return splitq_mul_claims(op) ? &instance : nullptr;
     }

@@ -478,7 +478,7 @@ int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct g
     }
     const struct share share = share_of(params, a, &l);
     mul_share(a, &l, share);
-    mul_share(b, &l, l.claq ? share_of(params, b, &l) : share); // codebooks scale activations, each in its way
+    mul_share(b, &l, l.claq ? share_of(params, b, &l) : share); // columns' scales are in the activations
     const float * gate = a->data, * up = b->data;
     ggml_vec_swiglu_f32((int) (share.last - share.first), (float *) nodes[2]->data + share.first, gate + share.first, up + share.first);
     return 2;
