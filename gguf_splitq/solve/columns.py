@@ -38,7 +38,7 @@ def solve(
     inverse = torch.where(size > 0, 1 / size, 0)
     order = torch.arange(len(size))
     if hessian is not None:
-        hessian = hessian.double() * size * size[:, None]
+        hessian = hessian.float().double() * size * size[:, None]  # float32 as in a file of Hessians: the same bytes
         hessian.diagonal().clamp_min_(LEAST * hessian.diagonal().mean())
     if kind.wide:
         if hessian is not None:
@@ -48,8 +48,9 @@ def solve(
         order = claq.ranked(weight.T.contiguous(), price, kind.metric)
     stored = weight[:, order] * inverse[order]
     if hessian is None:
-        relevance = (1 if importance is None else importance[order]) * size[order] ** 2
-        codes, d = kind.nearest(stored.numpy(), relevance.numpy())
+        # An input that nothing is known of is taken to be the larger, the smaller its column.
+        relevance = None if importance is None else (importance * size**2)[order].numpy()
+        codes, d = kind.nearest(stored.numpy(), relevance)
         errors, damping = {}, 0.0
     else:
         solved = solver.solve(stored, hessian[order][:, order], formats.ColumnFormat(kind), passes=passes)
