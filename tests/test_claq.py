@@ -77,9 +77,13 @@ class CSide(ctypes.Structure):
 
 @pytest.mark.parametrize(("name", "wide", "outliers"), KINDS)
 def test_c_reads_the_same_weights(runtime_library, name, wide, outliers):
-    lib, kind, rng = runtime_library, kind_of(name, wide, outliers), np.random.default_rng(4)
+    kind, rng = kind_of(name, wide, outliers), np.random.default_rng(4)
     codes = (rng.integers(0, 16, (ROWS, COLUMNS)) % (1 << kind.bits(COLUMNS))).astype(np.uint8)
-    packed, data = kind.pack(codes, random_side(kind, rng))
+    check_that_c_agrees(runtime_library, kind, *kind.pack(codes, random_side(kind, rng)))
+
+
+def check_that_c_agrees(lib, kind, packed, data):
+    """On the weights of a matrix of ROWS x COLUMNS."""
     lib.claq_check.restype, lib.claq_side_at.restype = ctypes.c_char_p, CSide
     lib.claq_check.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t]
     assert lib.claq_check(kind.gguf_id, COLUMNS, ROWS, data.ctypes.data, len(data)) is None
@@ -88,7 +92,7 @@ def test_c_reads_the_same_weights(runtime_library, name, wide, outliers):
     found = np.empty((ROWS, COLUMNS), np.float32)
     for r in range(ROWS):
         row, out = ctypes.c_void_p(packed[r].ctypes.data), ctypes.c_void_p(found[r].ctypes.data)
-        lib.claq_decode_row(kind.gguf_id, ctypes.byref(side), row, ctypes.c_size_t(4), ctypes.c_uint32(r), out)
+        lib.claq_decode_row(kind.gguf_id, ctypes.byref(side), row, 1, ctypes.c_uint32(r), out)
     expected = kind.decode_rows(packed, kind.read_side(data, ROWS, COLUMNS, "x"), 0)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 

@@ -13,6 +13,7 @@ import crafted
 import numpy as np
 import pytest
 import torch
+from test_claq import check_that_c_agrees
 from test_solve import problem
 
 from gguf_splitq import convert, gguf_file, inspection, plan, types
@@ -55,6 +56,13 @@ def test_what_is_packed_stands_for_the_documented_weights(name, wide):
     np.testing.assert_array_equal(kind.decode_rows(packed[17:30], read, 17), kind.decode_rows(packed, read, 0)[17:30])
     np.testing.assert_array_equal(read.order, side.order)
     np.testing.assert_array_equal(read.scale, side.scale)
+
+
+@pytest.mark.parametrize(("name", "wide"), KINDS)
+def test_c_reads_the_same_weights(runtime_library, name, wide):
+    kind = kind_of(name, wide)
+    codes, d, side = random_matrix(kind, np.random.default_rng(4))
+    check_that_c_agrees(runtime_library, kind, *kind.pack(codes, side, d))
 
 
 @pytest.mark.parametrize(("name", "codes", "extra"), [("sq2c", {4 + 2: 2 << 6}, 4), ("sq3c", {4 + 2: 2 << 6}, 8)])
