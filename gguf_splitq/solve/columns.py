@@ -1,6 +1,6 @@
 """Coding a matrix for a type with a side tensor: claq.py codes the cq types, here are sq2c and sq3c.
 
-Columns are divided by their scales, sorted if some are to be wide, and then coded as blocks: by solver.py, where an
+Columns are divided by their scales, those that are to be wide come first, and then coded as blocks: by solver.py, where an
 input's second moment is multiplied by its column's scale, or each block for itself.
 """
 
@@ -45,7 +45,10 @@ def solve(
             price = claq.prices(solver._prepare(hessian, solver.DAMPING)[0]) * inverse**2
         else:
             price = torch.ones(len(size)) if importance is None else importance
-        order = claq.ranked(weight.T.contiguous(), price, kind.metric)
+        parts = claq.ranked(weight.T.contiguous(), price, kind.metric).tensor_split([32 * kind.wide])
+        order = torch.cat(
+            [part.sort().values for part in parts]
+        )  # neighbours stay together: heads have their own sizes
     stored = weight[:, order] * inverse[order]
     if hessian is None:
         # An input that nothing is known of is taken to be the larger, the smaller its column.
