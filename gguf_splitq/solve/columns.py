@@ -1,6 +1,6 @@
 """Coding a matrix for a type with a side tensor: claq.py codes the cq types, here are sq2c and sq3c.
 
-Columns are divided by their scales, those that are to be wide come first, and then coded as blocks: by solver.py, where an
+Columns are divided by their scales, wide ones come first, and all are then coded as blocks: by solver.py, where an
 input's second moment is multiplied by its column's scale, or each block for itself.
 """
 
