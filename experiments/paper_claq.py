@@ -21,6 +21,7 @@ from gguf_splitq import gguf_file
 from gguf_splitq.gguf_file import Gguf
 from gguf_splitq.kmeans import kmeans
 from gguf_splitq.solve import claq as coder
+from gguf_splitq.solve import free
 from gguf_splitq.types import claq
 from gguf_splitq.validate import Baseline
 
@@ -47,7 +48,7 @@ def as_published(cluster):
         return torch.full_like(square[0], float(square.mean().sqrt()))
 
     plain = functools.partial(coder.solve, passes=0)
-    with mock.patch.multiple(coder, kmeans=cluster, row_sizes=same, solve=plain):
+    with mock.patch.multiple(coder, kmeans=cluster, row_sizes=same, solve=plain), mock.patch.object(free, "PASSES", 0):
         yield
 
 

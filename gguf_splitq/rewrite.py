@@ -275,17 +275,21 @@ def _code(source: Gguf, entry: plan.Entry, importance: np.ndarray | None) -> tup
     """A tensor of a type with side tensors, coded without a Hessian: uint8 [n_rows, row_bytes] and [matrices, size]."""
     import torch
 
-    from .solve import columns as coder
+    from .solve import free
 
-    packed, sides = [], []
-    for number, rows in enumerate(each_matrix(source, entry.tensor)):
-        if not np.isfinite(rows).all():
-            raise _not_finite(entry.tensor, rows, number * len(rows))
-        by_matrix = None if importance is None else importance.reshape(-1, entry.tensor.n_cols)
-        weights = None if by_matrix is None else torch.from_numpy(by_matrix[number].copy())
-        solution = coder.solve(torch.from_numpy(rows), None, entry.target, weights)
-        packed.append(solution.packed.numpy())
-        sides.append(solution.side)
+    tensor, packed, sides = entry.tensor, [], []
+    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[entry.source_name]
+    by_matrix = None if importance is None else torch.from_numpy(importance.reshape(-1, tensor.n_cols))
+    for number, first in enumerate(range(0, tensor.n_rows, tensor.shape[-2])):
+        raw = source.read_rows(tensor, first, tensor.shape[-2])
+        for at in range(0, len(raw), step := max(1, PIECE // tensor.n_cols)):
+            rows, largest = widen(raw[at : at + step], tensor.type_id)
+            if not math.isfinite(largest):
+                raise _not_finite(tensor, rows, first + at)
+        weights = None if by_matrix is None else by_matrix[number]
+        found = free.code(torch.from_numpy(raw).view(dtype), entry.target, weights)
+        packed.append(found[0])
+        sides.append(found[1])
     return np.concatenate(packed), np.stack(sides)
 
 
@@ -361,10 +365,10 @@ def _chunk_ram(entry: plan.Entry) -> int:
 
 
 def _code_ram(entry: plan.Entry) -> int:
-    """Bytes that coding a tensor with a side tensor takes: a matrix in floats several times, and the result."""
+    """Bytes that coding a tensor with a side tensor takes: a matrix, its codes while they are packed, the result."""
     if not isinstance(entry.target, columns.ColumnType):
         return 0
-    return CODER_RAM + 36 * entry.tensor.shape[-2] * entry.tensor.n_cols + 2 * entry.n_bytes
+    return CODER_RAM + entry.tensor.shape[-2] * (entry.tensor.row_bytes + 3 * entry.tensor.n_cols) + 2 * entry.n_bytes
 
 
 def _not_finite(tensor: Tensor, rows: np.ndarray, first: int) -> InputError:

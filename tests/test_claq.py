@@ -15,7 +15,7 @@ from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import InputError, UsageError
 from gguf_splitq.kmeans import kmeans
 from gguf_splitq.solve import claq as coder
-from gguf_splitq.solve import solver
+from gguf_splitq.solve import free, solver
 from gguf_splitq.types import columns
 
 NAMES = ("cq4", "cq3", "cq2")
@@ -240,16 +240,56 @@ def test_columns_of_very_different_sizes_cost_nothing():
     assert scaled == pytest.approx(plain, rel=0.05)
 
 
-def test_without_a_hessian_importance_only_orders_the_columns():
+def without_data(weight, kind, importance=None):
+    """What the type makes of a matrix, and its side tensor."""
+    packed, data = free.code(weight, kind, importance)
+    side = kind.read_side(data, *weight.shape, "x")
+    return torch.from_numpy(kind.decode_rows(packed, side, 0)), side
+
+
+def test_without_a_hessian_importance_only_orders_the_columns(monkeypatch):
     weight, _ = problem(128, 128)
-    plain = coder.solve(weight, None, kind_of("cq3"))
-    assert plain.errors["polish"] < plain.errors["nearest"]
+    plain, _ = without_data(weight, kind_of("cq3"))
     importance = torch.ones(128)
     importance[96:] = 100
-    wide = coder.solve(weight, None, kind_of("cq3", 1), importance)
-    side = kind_of("cq3").read_side(wide.side, 128, 128, "x")
+    _, side = without_data(weight, kind_of("cq3", 1), importance)
     assert side.order.tolist() == [*range(96, 128), *range(96)]
-    assert not torch.isnan(coder.solve(0 * weight, None, kind_of("cq2", 1, 5)).weight).any()
+    assert not without_data(0 * weight, kind_of("cq2", 1, 5))[0].any()
+    monkeypatch.setattr(free, "PASSES", 0)
+    once, _ = without_data(weight, kind_of("cq3"))
+    assert (weight - plain).square().sum() < 0.99 * (weight - once).square().sum()
+
+
+@pytest.mark.parametrize("metric", ["hessian", "outlier"])
+@pytest.mark.parametrize(("name", "wide", "outliers"), [("cq3", 0, 0), ("cq2", 1, 90), ("cq4", 0, 900)])
+def test_slices_change_nothing(monkeypatch, name, wide, outliers, metric):
+    weight, _ = problem(150, 128)
+    weight[5] = 0
+    weight[:, 9] *= 30
+    weight, kind = weight.half(), replace(kind_of(name, wide, outliers), metric=metric)
+    packed, side = free.code(weight.float(), kind, torch.arange(128).float())
+    monkeypatch.setattr(free, "PIECE", 1700)
+    for again in (
+        free.code(weight, kind, torch.arange(128).float()),
+        free.code(weight.float(), kind, torch.arange(128)),
+    ):
+        np.testing.assert_array_equal(again[0], packed)
+        np.testing.assert_array_equal(again[1], side)
+    decoded = kind.decode_rows(packed, kind.read_side(side, 150, 128, "x"), 0)
+    assert not decoded[5].any() and decoded[:, 9] == pytest.approx(weight[:, 9].float().numpy(), rel=0.5, abs=0.5)
+
+
+def test_outliers_are_the_weights_of_the_largest_cost():
+    rng = np.random.default_rng(0)
+    cost = rng.integers(0, 60, (7, 90)).astype(np.float32)
+    cost[4:] = 3
+    for count in (1, 50, 300, 600):
+        least = np.sort(cost, None)[-count]
+        expected = (cost > least).sum(1)
+        for column, _ in np.argwhere(cost == least)[: count - expected.sum()]:
+            expected[column] += 1
+        for parts in ([cost], [cost[:3], cost[3:4], cost[4:]]):
+            assert coder.counts(parts, count).tolist() == expected.tolist()
 
 
 LLAMA = crafted.llama_tensors(256, 512, blocks=2)

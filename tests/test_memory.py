@@ -19,6 +19,7 @@ from gguf_splitq.gguf_file import Tensor
 
 HIDDEN, FFN, BLOCKS, VOCAB = 2048, 5632, 11, 4096
 GIB = 1 << 30
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: memory of freed arrays, at once
 
 # Prints the peaks of the converter process and of the encoding one. The latter's is VmHWM, because its ru_maxrss would
 # begin at that of the process that started it: pytest, with PyTorch loaded by other tests.
@@ -98,3 +99,54 @@ def test_the_encoder_needs_no_more_for_a_larger_model(tmp_path):
         entries = [plan.Entry(t, types.get("sq4"), "") for t in tensors]
         peaks.append(rewrite.peak_ram(entries, 2, rewrite.window_size(entries, 2, None)))
     assert peaks[0] == peaks[1] == peaks[2] < 0.5 * GIB
+
+
+@pytest.mark.parametrize("name", ["cq4", "cq2.9", "sq3c", "sq2.9"])
+def test_the_promise_holds_for_a_matrix_that_is_coded_as_a_whole(tmp_path, name):
+    """Such as the largest of dense models; of experts one matrix at a time is."""
+    for shape in ((28672, 8192), (53248, 16384), (512, 7168, 2048)):
+        tensor = Tensor("blk.0.ffn_up_exps.weight", shape, 30, 0, 2 * int(np.prod(shape)), tmp_path)
+        entries = plan.make([tensor], name)
+        stated = rewrite.peak_ram(entries, 2, rewrite.window_size(entries, 2, None))
+        assert stated < PROMISED_RAM + 3 * tensor.n_bytes
+
+
+# Codes a matrix, once it has coded a small one, and prints by how much the peak was above what was there before.
+CODER = """
+import re, sys
+from dataclasses import replace
+import numpy as np, torch
+from gguf_splitq import types
+from gguf_splitq.solve import claq, free
+free.PIECE = 1 << 16
+free.PASSES = 1
+claq.kmeans = lambda values, weights, k, *_: np.linspace(values.min(), values.max(), k)
+name, (rows, columns, wide, outliers) = sys.argv[1], map(int, sys.argv[2:])
+kind = replace(types.get(name), wide=wide, outliers=outliers)
+weight = torch.randn(rows, columns, dtype=torch.bfloat16)
+def status(key):
+    return int(re.search(key + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+for part in (weight[:128], weight):
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    free.code(part, kind if part is weight else types.get(name))
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+@pytest.mark.parametrize("name", ["cq2.9", "sq2.9"])
+def test_coding_a_matrix_takes_what_is_stated(tmp_path, name):
+    """But for what does not grow with it, which is made small; even levels instead of k-means save time."""
+    tensor = Tensor("blk.0.ffn_up.weight", (1024, 8192), 30, 0, 1 << 24, tmp_path)
+    entry = plan.make([tensor], name)[0]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # freed is given back
+    command = [sys.executable, "-c", CODER, name, *map(str, (*tensor.shape, entry.target.wide, entry.target.outliers))]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    taken, stated = int(done.stdout), rewrite.peak_ram([entry], 1, 0) - rewrite.BASE_RAM - rewrite.CODER_RAM
+    print(f"{taken / tensor.n_weights:.2f} bytes per weight, {stated / tensor.n_weights:.2f} stated")
+    assert taken < stated - tensor.n_bytes + (8 << 20)  # the matrix itself was there before

@@ -13,7 +13,7 @@ import crafted
 import numpy as np
 import pytest
 import torch
-from test_claq import check_that_c_agrees
+from test_claq import check_that_c_agrees, without_data
 from test_solve import problem
 
 from gguf_splitq import convert, gguf_file, inspection, plan, types
@@ -128,7 +128,9 @@ def test_scales_of_columns_make_all_weights_fit():
     usual[4] = False
     np.testing.assert_allclose(scale[usual], 8 * np.sqrt(np.square(weight[:, usual]).mean(0)), rtol=1e-3)
     for hessian in (None, torch.from_numpy(1 / np.maximum(scale, 1e-6) ** 2).diag()):
-        found = coder.solve(torch.from_numpy(weight), hessian, kind_of("sq3c", 1)).weight.numpy()
+        given, kind = torch.from_numpy(weight), kind_of("sq3c", 1)
+        found = without_data(given, kind)[0] if hessian is None else coder.solve(given, hessian, kind).weight
+        found = found.numpy()
         assert not found[:, 3].any() and abs(found[7, 4] - 500) < 60
         error = np.square(found - weight)[:, usual].sum(0) / np.square(weight[:, usual]).sum(0)
         assert (error < 0.2).all()
@@ -181,15 +183,14 @@ def test_columns_of_very_different_sizes_cost_nothing():
 
 def test_without_a_hessian_importance_decides():
     weight, _ = problem(128, 128)
-    plain = coder.solve(weight, None, kind_of("sq2c"))
+    plain, _ = without_data(weight, kind_of("sq2c"))
     importance = torch.ones(128)
     importance[96:] = 100
-    result = coder.solve(weight, None, kind_of("sq2c", 1), importance)
-    side = types.get("sq2c").read_side(result.side, 128, 128, "x")
+    result, side = without_data(weight, kind_of("sq2c", 1), importance)
     assert set(side.order[:32]) == set(range(96, 128))
-    errors = [(weight - found.weight).square().mean(0) for found in (plain, result)]
+    errors = [(weight - found).square().mean(0) for found in (plain, result)]
     assert errors[1][96:].mean() < 0.4 * errors[0][96:].mean()
-    assert not coder.solve(0 * weight, None, kind_of("sq2c", 1)).weight.any()
+    assert not without_data(0 * weight, kind_of("sq2c", 1))[0].any()
     assert not coder.solve(0 * weight, 0 * problem(128, 128)[1], kind_of("sq2c", 1)).weight.any()
 
 

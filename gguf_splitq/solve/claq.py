@@ -6,26 +6,25 @@
    codebook, at what is best given all others (coordinate descent over codes and codebooks); and a few random columns
    at a time coded again with their codebooks as they are, where a row keeps what lowers its error.
 
-Without a Hessian columns do not see each other, and importance only tells which of them get more bits.
 Which columns are wide and which weights are kept apart is chosen beforehand, by what an error costs when the columns
 coded later may repair it: 1 / (H^-1)_cc; or, for the wide ones, by the paper's Outlier Order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from ..kmeans import kmeans
 from ..types.claq import Claq
-from ..types.columns import Side
+from ..types.columns import ColumnType, Side
 from . import solver
 from .solver import Solution
 
 PASSES = 5
-FREE_PASSES = 2  # without a Hessian, where there is little to gain
 COLUMNS = 128  # coded again at a time
 PIECE = 1 << 20  # weights that temporary values are kept of
 ROUNDS = 2  # of k-means that starts from a codebook
@@ -34,38 +33,24 @@ OUTLIER = 13  # times the mean |weight|: what the paper's order counts
 Code = Callable[[int, np.ndarray], np.ndarray]
 
 
-def solve(
-    weight: torch.Tensor,
-    hessian: torch.Tensor | None,
-    kind: Claq,
-    importance: torch.Tensor | None = None,
-    passes: int | None = None,
-) -> Solution:
-    """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols], or each column for itself.
+def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: Claq, passes: int = PASSES) -> Solution:
+    """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols].
 
-    importance: float32 [n_cols], not negative, in the place of a Hessian. passes: of step 2, by default PASSES or,
-    without a Hessian, FREE_PASSES. `errors` has the stages "nearest" (k-means of every column alone), "feedback" and
-    "polish". Raises InputError as `solver.solve` does.
+    passes: of step 2. `errors` has the stages "nearest" (k-means of every column alone), "feedback" and "polish".
+    Raises InputError as `solver.solve` does.
     """
-    passes = passes if passes is not None else PASSES if hessian is not None else FREE_PASSES
-    if hessian is None:
-        importance = torch.ones(weight.shape[1]) if importance is None else importance
-        importance = importance.clamp_min(1e-6 * float(importance.max())) if importance.any() else importance + 1
-        matrix, damping = _Matrix(weight, None, importance, importance, kind), 0.0
-        nearest = fed = matrix.error()
-    else:
-        # Codebooks take any size of a column; damping that is relative to it makes the result the same for all sizes.
-        size = weight.double().square().mean(0).sqrt()
-        size = size.clamp_min(1e-6 * float(size.max())) if size.any() else 1.0
-        h, order, push, damping = solver._prepare(hessian, solver.DAMPING, size)
-        matrix, chance = _Matrix(weight, h, h.diagonal(), prices(h), kind), torch.Generator().manual_seed(0)
-        nearest = matrix.error()
-        matrix.feedback(order, push)
-        fed = matrix.error()
+    # Codebooks take any size of a column; damping that is relative to it makes the result the same for all sizes.
+    size = weight.double().square().mean(0).sqrt()
+    size = size.clamp_min(1e-6 * float(size.max())) if size.any() else 1.0
+    h, order, push, damping = solver._prepare(hessian, solver.DAMPING, size)
+    matrix, chance = _Matrix(weight, h, kind), torch.Generator().manual_seed(0)
+    nearest = matrix.error()
+    matrix.feedback(order, push)
+    fed = matrix.error()
     for left in reversed(range(passes)):
         matrix.refit_rows()
         matrix.cluster_again()
-        if hessian is not None and left:
+        if left:
             matrix.search(chance)
     packed, side = matrix.pack()
     errors = {"nearest": nearest, "feedback": fed, "polish": matrix.error()}
@@ -73,34 +58,100 @@ def solve(
     return Solution(torch.from_numpy(packed), matrix.value.T.contiguous(), errors, damping, side)
 
 
+class Codebooks:
+    """What the columns and rows of a matrix have in common while it is coded.
+
+    order: int [n_cols], as they are stored, the wide columns first. row: float32 [n_rows]. Of each column: table, the
+    values of its codebook, None at first, and what it is stored as, scale and levels; kept, how many of its weights are
+    outliers.
+    """
+
+    def __init__(self, kind: Claq, order: np.ndarray, row: torch.Tensor):
+        n_cols = len(order)
+        self.kind, self.order = kind, order
+        self.sizes = np.empty(n_cols, np.int64)
+        self.sizes[order] = 1 << kind.bits(n_cols)
+        self.scale, self.levels = np.zeros(n_cols, np.float32), np.zeros((n_cols, 16), np.int8)
+        self.table: list[np.ndarray | None] = [None] * n_cols
+        self.kept = np.zeros(n_cols, np.int64)
+        self.set_row(row)
+
+    def set_row(self, row: torch.Tensor) -> None:
+        """Scales of rows; what is nearest to them in float16 is taken."""
+        self.row = torch.from_numpy(half(row.numpy()).astype(np.float32))
+        self.row_numpy = self.row.numpy()
+        self.inverse = np.divide(1, self.row_numpy, out=np.zeros_like(self.row_numpy), where=self.row_numpy > 0)
+        self.heavy = self.row_numpy.astype(np.float64) ** 2
+
+    def cluster(self, c: int, aim: np.ndarray) -> np.ndarray:
+        """Give the column a new codebook, for values near `aim` float32 [n_rows]; int [kept], its new outliers."""
+        unit, heavy, table, outliers = aim * self.inverse, self.heavy, self.table[c], np.zeros(0, np.int64)
+        if kept := self.kept[c]:
+            far = np.abs(aim if table is None else aim - self.nearest(c, aim))
+            outliers = np.argpartition(far, -kept)[-kept:]
+            inside = np.ones(len(unit), bool)
+            inside[outliers] = False
+            unit, heavy = unit[inside], heavy[inside]
+        if len(unit):
+            centres = kmeans(unit, heavy, self.sizes[c], table, 16 if table is None else ROUNDS)
+        else:
+            centres = np.zeros(self.sizes[c])
+        scale = np.float32(half(np.abs(centres).max() / 127))
+        self.scale[c] = scale
+        levels = np.rint(centres / scale).clip(-127, 127) if scale else np.zeros(len(centres))
+        self.levels[c, : len(levels)] = levels
+        self.table[c] = scale * levels.astype(np.float32)
+        return outliers
+
+    def codes(self, c: int, aim: np.ndarray) -> np.ndarray:
+        """int [n_rows]: of the column's values nearest to `aim`."""
+        table = self.table[c]
+        return np.searchsorted((table[1:] + table[:-1]) / 2, aim * self.inverse)
+
+    def nearest(self, c: int, aim: np.ndarray) -> np.ndarray:
+        """float32 [n_rows]: the column's values nearest to `aim`."""
+        return self.table[c][self.codes(c, aim)] * self.row_numpy
+
+    def refit(self, rows: slice, pull: torch.Tensor, unit: torch.Tensor, against: torch.Tensor) -> torch.Tensor:
+        """float32 [n]: least-squares scales of some rows, as they are stored.
+
+        unit: float32 [n_cols, n], their values without outliers. pull: what is missed, times the Hessian. against:
+        `unit`, the same.
+        """
+        against = (against * unit).sum(0)
+        step = torch.where(against > 0, (pull * unit).sum(0) / against, 0).clamp_(-0.5, 1)
+        return torch.from_numpy(half((self.row[rows] * (1 + step)).numpy()).astype(np.float32))
+
+    def pack(
+        self, codes: np.ndarray, rows: np.ndarray, columns: np.ndarray, missed: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(uint8 [n_rows, row_bytes], uint8 [size]) of codes uint8 [n_rows, n_cols] in stored order.
+
+        rows, columns, missed: of each outlier, rows rising, stored columns rising in a row, and what its code misses.
+        """
+        start = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(codes)))])
+        side = Side(self.order, self.scale[self.order], self.row_numpy, self.levels[self.order])
+        return self.kind.pack(codes, replace(side, start=start, column=columns, value=half(missed)))
+
+
 class _Matrix:
     """A matrix being coded, transposed, so that a column of the weight is contiguous.
 
-    weight, value: float32 [n_cols, n_rows], what is wanted and what is stored. h: float32 [n_cols, n_cols], or None
-    and then `diagonal` float32 [n_cols] is all there is. price: float32 [n_cols], of an error in a column. row: float32
-    [n_rows]; scale, levels: of each column. kept: int [n_cols], how many weights of a column are outliers, and
-    outlier: bool [n_cols, n_rows], which.
+    weight, value: float32 [n_cols, n_rows], what is wanted and what is stored. h: float32 [n_cols, n_cols]. outlier:
+    bool [n_cols, n_rows], None where the type has none.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, h: torch.Tensor | None, diagonal: torch.Tensor, price: torch.Tensor, kind: Claq
-    ):
+    def __init__(self, weight: torch.Tensor, h: torch.Tensor, kind: Claq):
         """Every column clustered alone."""
-        self.weight, self.h, self.diagonal, self.kind = weight.T.contiguous(), h, diagonal, kind
-        n_cols, n_rows = self.weight.shape
-        self._set_row(torch.cat([row_sizes(self.weight[:, rows].square(), diagonal) for rows in self._pieces()]))
-        wide = ranked(self.weight, price, kind.metric)[: 32 * kind.wide].numpy()
-        rest = np.setdiff1d(np.arange(n_cols), wide)
-        self.order = np.concatenate([np.sort(wide), rest])
-        self.sizes = np.empty(n_cols, np.int64)
-        self.sizes[self.order] = 1 << kind.bits(n_cols)
-        self.scale, self.levels = np.zeros(n_cols, np.float32), [np.zeros(0, np.int8)] * n_cols
-        self.table: list[np.ndarray | None] = [None] * n_cols
-        self.kept, self.outlier = np.zeros(n_cols, np.int64), None
+        self.weight, self.h, self.diagonal = weight.T.contiguous(), h, h.diagonal()
+        row = torch.cat([row_sizes(self.weight[:, rows].square(), self.diagonal) for rows in self._pieces()])
+        price = prices(h)
+        self.books, self.outlier = Codebooks(kind, order(kind, [self.weight], price), row), None
         self.value = self._sweep(self.weight, None, self._cluster)
         if kind.outliers:
-            self.outlier = np.zeros((n_cols, n_rows), bool)
-            self.kept = _counts((self.weight - self.value).square_().mul_(price[:, None]).numpy(), kind.outliers)
+            self.outlier = np.zeros(self.weight.shape, bool)
+            cost = (self.weight - self.value).square_().mul_(price[:, None])
+            self.books.kept = counts([cost.numpy()], kind.outliers)
             self.value = self._sweep(self.weight, None, self._cluster)
 
     def error(self) -> float:
@@ -108,39 +159,36 @@ class _Matrix:
         total = 0.0
         for rows in self._pieces():
             missed = self.weight[:, rows] - self.value[:, rows]
-            total += float((self._times(missed) * missed).sum(dtype=torch.float64))
+            total += float((self.h @ missed * missed).sum(dtype=torch.float64))
         return total
 
     def feedback(self, order: torch.Tensor, push: torch.Tensor) -> None:
         """Code all columns anew in this order. push: as `solver._push` gives it."""
-        self.table = [None] * len(self.table)
+        self.books.table = [None] * len(order)
         weight = self.weight[order]
         self.value[order] = self._sweep(weight.clone(), push, self._cluster, order.tolist(), weight)
 
     def refit_rows(self) -> None:
         """Least squares for the scale of each row."""
-        new = self.row.clone()
+        new = self.books.row.clone()
         for rows in self._pieces():
-            value = self.value[:, rows]
+            value, old = self.value[:, rows], self.books.row[rows]
             unit = value if self.outlier is None else value.masked_fill(torch.from_numpy(self.outlier[:, rows]), 0)
-            pull, against = self._times(self.weight[:, rows] - value), (self._times(unit) * unit).sum(0)
-            step = torch.where(against > 0, (pull * unit).sum(0) / against, 0).clamp_(-0.5, 1)
-            new[rows] = _stored(self.row[rows] * (1 + step))
-            value += unit * torch.where(self.row[rows] > 0, new[rows] / self.row[rows] - 1, 0)
-        self._set_row(new)
+            new[rows] = self.books.refit(rows, self.h @ (self.weight[:, rows] - value), unit, self.h @ unit)
+            value += unit * torch.where(old > 0, new[rows] / old - 1, 0)
+        self.books.set_row(new)
 
     def cluster_again(self) -> None:
         """Cluster each column at what is best for it, given all others."""
         aims = torch.empty_like(self.value)
         for rows in self._pieces():
-            pull = self._times(self.weight[:, rows] - self.value[:, rows])
+            pull = self.h @ (self.weight[:, rows] - self.value[:, rows])
             torch.addcdiv(self.value[:, rows], pull, self.diagonal[:, None], out=aims[:, rows])
-        push = None if self.h is None else -self.h / self.diagonal
-        self.value = self._sweep(aims, push, self._cluster, base=self.value)
+        self.value = self._sweep(aims, -self.h / self.diagonal, self._cluster, base=self.value)
 
     def search(self, chance: torch.Generator) -> None:
         """Code the columns again, a few random ones at a time, with their codebooks as they are."""
-        pull = self._times(self.weight - self.value)
+        pull = self.h @ (self.weight - self.value)
         for columns in torch.randperm(len(self.value), generator=chance).split(COLUMNS):
             columns = columns[self.diagonal[columns].argsort(descending=True, stable=True)]
             h, base, here = self.h[columns][:, columns], self.value[columns], pull[columns]
@@ -158,42 +206,26 @@ class _Matrix:
 
     def pack(self) -> tuple[np.ndarray, np.ndarray]:
         """(uint8 [n_rows, row_bytes], uint8 [size]); `value` becomes exactly what they stand for."""
-        n_cols, n_rows = self.weight.shape
-        codes, levels = np.empty((n_rows, n_cols), np.uint8), np.zeros((n_cols, 16), np.int8)
-        value = self.value.numpy()
-        places = []
-        for stored, c in enumerate(self.order):
-            codes[:, stored] = code = self._codes(c, value[c])
-            levels[stored, : len(self.levels[c])] = self.levels[c]
-            exact = self.table[c][code] * self.row_numpy
-            if self.kept[c]:
+        books, value, codes = self.books, self.value.numpy(), np.empty(self.weight.shape[::-1], np.uint8)
+        outliers = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float16))]
+        for stored, c in enumerate(books.order):
+            codes[:, stored] = code = books.codes(c, value[c])
+            exact = books.table[c][code] * books.row_numpy
+            if books.kept[c]:
                 rows = np.flatnonzero(self.outlier[c])
-                rest = _half(value[c][rows] - exact[rows])
+                rest = half(value[c][rows] - exact[rows])
                 exact[rows] += rest.astype(np.float32)
-                places.append((rows, np.full(len(rows), stored), rest))
+                outliers.append((rows, np.full(len(rows), stored), rest))
             value[c] = exact
-        side = Side(self.order, self.scale[self.order], self.row_numpy, levels)
-        if places:
-            rows, columns, rest = (np.concatenate(part) for part in zip(*places, strict=True))
-            by_row = np.lexsort((columns, rows))
-            start = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_rows))])
-            side = Side(side.order, side.scale, side.row, levels, start, columns[by_row], rest[by_row])
-        return self.kind.pack(codes, side)
+        rows, columns, rest = (np.concatenate(part) for part in zip(*outliers, strict=True))
+        by_row = np.lexsort((columns, rows))
+        return books.pack(codes, rows[by_row], columns[by_row], rest[by_row])
 
     def _pieces(self) -> list[slice]:
         """Of the rows, so that what is computed on the way stays small."""
         n_cols, n_rows = self.weight.shape
         step = max(1, PIECE // n_cols)
         return [slice(first, first + step) for first in range(0, n_rows, step)]
-
-    def _times(self, x: torch.Tensor) -> torch.Tensor:
-        return self.diagonal[:, None] * x if self.h is None else self.h @ x
-
-    def _set_row(self, row: torch.Tensor) -> None:
-        self.row = _stored(row)
-        self.row_numpy = self.row.numpy()
-        self.inverse = np.divide(1, self.row_numpy, out=np.zeros_like(self.row_numpy), where=self.row_numpy > 0)
-        self.heavy = self.row_numpy.astype(np.float64) ** 2
 
     def _sweep(
         self,
@@ -235,35 +267,18 @@ class _Matrix:
 
     def _cluster(self, c: int, aim: np.ndarray) -> np.ndarray:
         """The column's values near float32 `aim` [n_rows], with a new codebook, and new outliers if it has some."""
-        unit, heavy, table, kept = aim * self.inverse, self.heavy, self.table[c], self.kept[c]
-        if kept:
-            far = np.abs(aim) if table is None else np.abs(aim - self._nearest(c, aim, plain=True))
-            outlier = np.argpartition(far, -kept)[-kept:]
+        outliers = self.books.cluster(c, aim)
+        if self.outlier is not None:
             self.outlier[c] = False
-            self.outlier[c, outlier] = True
-            inside = ~self.outlier[c]
-            unit, heavy = unit[inside], heavy[inside]
-        if len(unit):
-            centres = kmeans(unit, heavy, self.sizes[c], table, 16 if table is None else ROUNDS)
-        else:
-            centres = np.zeros(self.sizes[c])
-        scale = np.float32(_half(np.abs(centres).max() / 127))
-        self.scale[c] = scale
-        levels = np.rint(centres / scale).clip(-127, 127) if scale else np.zeros(len(centres))
-        self.levels[c] = levels.astype(np.int8)
-        self.table[c] = scale * levels.astype(np.float32)
+            self.outlier[c, outliers] = True
         return self._nearest(c, aim)
 
-    def _nearest(self, c: int, aim: np.ndarray, plain: bool = False) -> np.ndarray:
-        """The column's values nearest to `aim`, its outliers at it unless `plain`."""
-        found = self.table[c][self._codes(c, aim)] * self.row_numpy
-        if self.kept[c] and not plain:
+    def _nearest(self, c: int, aim: np.ndarray) -> np.ndarray:
+        """The column's values nearest to `aim`, its outliers at it."""
+        found = self.books.nearest(c, aim)
+        if self.outlier is not None:
             np.copyto(found, aim, where=self.outlier[c])
         return found
-
-    def _codes(self, c: int, aim: np.ndarray) -> np.ndarray:
-        table = self.table[c]
-        return np.searchsorted((table[1:] + table[:-1]) / 2, aim * self.inverse)
 
 
 def prices(h: torch.Tensor) -> torch.Tensor:
@@ -271,14 +286,24 @@ def prices(h: torch.Tensor) -> torch.Tensor:
     return 1 / torch.cholesky_inverse(torch.linalg.cholesky(h.double())).diagonal().float()
 
 
-def ranked(weight: torch.Tensor, price: torch.Tensor, metric: str) -> torch.Tensor:
-    """int64 [n_cols]: the columns, those first that most ought to be wide. weight: float32 [n_cols, n_rows]."""
-    cost = price * torch.linalg.vector_norm(weight, dim=1).square()
+def order(kind: ColumnType, parts: Iterable[torch.Tensor], price: torch.Tensor) -> np.ndarray:
+    """int [n_cols]: the columns, the wide ones first, neighbours together: heads have their own sizes.
+
+    parts: float32 [some columns, n_rows], which together are the weight, each time they are iterated over. price:
+    float32 [n_cols], of an error.
+    """
+    columns = torch.arange(len(price))
+    if not kind.wide:
+        return columns.numpy()
+    cost = price * torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts]).square()
     rank = cost.double() / max(float(cost.max()), 1e-300)
-    if metric == "outlier":
-        size = weight.abs()
-        rank = (size > OUTLIER * size.mean()).sum(1) + rank / 2  # the cost decides among equal counts
-    return rank.argsort(descending=True, stable=True)
+    if kind.metric == "outlier":
+        sums, sizes = zip(*((float(part.abs().sum(dtype=torch.float64)), part.numel()) for part in parts), strict=True)
+        least = OUTLIER * sum(sums) / sum(sizes)
+        rank = torch.cat([(part.abs() > least).sum(1) for part in parts]) + rank / 2  # which decides among equal counts
+    wide = torch.zeros(len(price), dtype=torch.bool)
+    wide[rank.argsort(descending=True, stable=True)[: 32 * kind.wide]] = True
+    return torch.cat([columns[wide], columns[~wide]]).numpy()
 
 
 def row_sizes(square: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
@@ -286,19 +311,21 @@ def row_sizes(square: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
     return (torch.mv(square.T, diagonal) / diagonal.sum()).sqrt()
 
 
-def _counts(cost: np.ndarray, count: int) -> np.ndarray:
-    """int [n_cols]: how many of the `count` largest of `cost` [n_cols, n_rows] lie in each column."""
-    least = np.partition(cost, -count, None)[-count]
-    counts = (cost > least).sum(1)
-    equal = np.flatnonzero(cost == least)[: count - counts.sum()] // cost.shape[1]
-    return counts + np.bincount(equal, minlength=len(cost))
+def counts(costs: Iterable[np.ndarray], count: int) -> np.ndarray:
+    """int [n_cols]: how many of the `count` largest of float32 [n_cols, n_rows], given in parts, lie in each column."""
+    largest, column, n_cols = np.zeros(0, np.float32), np.zeros(0, np.int64), 0
+    for cost in costs:
+        largest = np.concatenate([largest, cost.ravel()])
+        column = np.concatenate([column, np.repeat(np.arange(n_cols, n_cols + len(cost)), cost.shape[1])])
+        n_cols += len(cost)
+        if len(largest) > count:
+            least = np.partition(largest, -count)[-count]
+            kept = largest > least
+            kept[np.flatnonzero(largest == least)[: count - kept.sum()]] = True
+            largest, column = largest[kept], column[kept]
+    return np.bincount(column, minlength=n_cols)
 
 
-def _stored(row: torch.Tensor) -> torch.Tensor:
-    """The nearest float16 values, as float32."""
-    return torch.from_numpy(_half(row.numpy()).astype(np.float32))
-
-
-def _half(values: np.ndarray) -> np.ndarray:
+def half(values: np.ndarray) -> np.ndarray:
     """float16, never infinite."""
     return np.clip(values, -65504, 65504).astype(np.float16)

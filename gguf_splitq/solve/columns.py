@@ -1,7 +1,7 @@
 """Coding a matrix for a type with a side tensor: claq.py codes the cq types, here are sq2c and sq3c.
 
-Columns are divided by their scales, wide ones come first, and all are then coded as blocks: by solver.py, where an
-input's second moment is multiplied by its column's scale, or each block for itself.
+Columns are divided by their scales, wide ones come first, and all are then coded as blocks by solver.py, where an
+input's second moment is multiplied by its column's scale. Without a Hessian: free.py.
 """
 
 from __future__ import annotations
@@ -19,49 +19,29 @@ SIZE = 8  # a column's scale, in root mean squares of its weights: keeps block s
 LEAST = 1e-6  # of the mean of a Hessian's diagonal: what columns get that are zero, or never active
 
 
-def solve(
-    weight: torch.Tensor,
-    hessian: torch.Tensor | None,
-    kind: ColumnType,
-    importance: torch.Tensor | None = None,
-    passes: int = solver.PASSES,
-) -> Solution:
-    """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols], or without one.
+def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: ColumnType, passes: int = solver.PASSES) -> Solution:
+    """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols].
 
-    importance: float32 [n_cols], not negative, in the place of a Hessian. `errors` is empty without one, for sq2c and
-    sq3c. Raises InputError as `solver.solve` does.
+    Raises InputError as `solver.solve` does.
     """
     if isinstance(kind, Claq):
-        return claq.solve(weight, hessian, kind, importance)
+        return claq.solve(weight, hessian, kind)
     scale = torch.from_numpy(scales(weight.numpy()))
     size = scale.float()
-    inverse = torch.where(size > 0, 1 / size, 0)
+    hessian = hessian.float().double() * size * size[:, None]  # float32 as in a file of Hessians: the same bytes
+    hessian.diagonal().clamp_min_(LEAST * hessian.diagonal().mean())
     order = torch.arange(len(size))
-    if hessian is not None:
-        hessian = hessian.float().double() * size * size[:, None]  # float32 as in a file of Hessians: the same bytes
-        hessian.diagonal().clamp_min_(LEAST * hessian.diagonal().mean())
+    inverse = torch.where(size > 0, 1 / size, 0)
     if kind.wide:
-        if hessian is not None:
-            price = claq.prices(solver._prepare(hessian, solver.DAMPING)[0]) * inverse**2
-        else:
-            price = torch.ones(len(size)) if importance is None else importance
-        parts = claq.ranked(weight.T.contiguous(), price, kind.metric).tensor_split([32 * kind.wide])
-        order = torch.cat(
-            [part.sort().values for part in parts]
-        )  # neighbours stay together: heads have their own sizes
-    stored = weight[:, order] * inverse[order]
-    if hessian is None:
-        # An input that nothing is known of is taken to be the larger, the smaller its column.
-        relevance = None if importance is None else (importance * size**2)[order].numpy()
-        codes, d = kind.nearest(stored.numpy(), relevance)
-        errors, damping = {}, 0.0
-    else:
-        solved = solver.solve(stored, hessian[order][:, order], formats.ColumnFormat(kind), passes=passes)
-        codes, d = np.split(solved.packed.numpy(), [len(size)], 1)
-        errors, damping = solved.errors, solved.damping
+        price = claq.prices(solver._prepare(hessian, solver.DAMPING)[0]) * inverse**2
+        order = torch.from_numpy(claq.order(kind, [weight.T.contiguous()], price))
+    solved = solver.solve(
+        weight[:, order] * inverse[order], hessian[order][:, order], formats.ColumnFormat(kind), passes=passes
+    )
+    codes, d = np.split(solved.packed.numpy(), [len(size)], 1)
     packed, side = kind.pack(codes, Side(order.numpy(), scale[order].numpy()), d)
     value = kind.decode_rows(packed, kind.read_side(side, *weight.shape, kind.name), 0)
-    return Solution(torch.from_numpy(packed), torch.from_numpy(value), errors, damping, side)
+    return Solution(torch.from_numpy(packed), torch.from_numpy(value), solved.errors, solved.damping, side)
 
 
 def scales(weight: np.ndarray) -> np.ndarray:

@@ -1,0 +1,121 @@
+"""Coding a matrix for a type with a side tensor without a Hessian.
+
+Columns do not see each other then, nor do the blocks of sq2c and sq3c: only the scales of rows, or those of columns,
+take in all of the matrix. So a slice of it at a time is in floats, and the rest as the file has it. Importance tells
+which columns are wide, and weighs in the scales of rows and blocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..types.claq import Claq
+from ..types.columns import ColumnType, Side
+from ..types.sqc import ScaledColumns
+from . import claq
+from .claq import PIECE, Codebooks
+from .columns import scales
+
+PASSES = 2  # of scales of rows and new codebooks: there is little to gain
+_CODE, _OUTLIER = 0x7F, 0x80  # of the bytes that codes are kept in
+
+
+def code(
+    weight: torch.Tensor, kind: ColumnType, importance: torch.Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [n_rows, row_bytes], uint8 [size]): the rows and the side tensor that stand for a matrix.
+
+    weight: float32, float16 or bfloat16 [n_rows, n_cols], finite. importance: float32 [n_cols], not negative.
+    """
+    matrix = _Slices(weight)
+    if isinstance(kind, Claq):
+        return _codebooks(matrix, kind, torch.ones(weight.shape[1]) if importance is None else importance)
+    return _blocks(matrix, kind, importance)
+
+
+class _Slices:
+    """A matrix in slices of columns, float32 [some columns, n_rows], each time it is iterated over."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight, (self.n_rows, self.n_cols) = weight, weight.shape
+        self.columns, self.rows = _slices(self.n_cols, self.n_rows), _slices(self.n_rows, self.n_cols)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self.of(slice(None), columns) for columns in self.columns)
+
+    def of(self, rows: slice, columns: slice = slice(None)) -> torch.Tensor:
+        return self.weight[rows, columns].T.float().contiguous()
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    """0 to `count`, cut so that slices of this size have about PIECE weights."""
+    step = max(1, PIECE // size)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def _codebooks(matrix: _Slices, kind: Claq, importance: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    price = importance.clamp_min(1e-6 * float(importance.max())) if importance.any() else importance + 1
+    row = torch.cat([claq.row_sizes(matrix.of(rows).square(), price) for rows in matrix.rows])
+    books = Codebooks(kind, claq.order(kind, matrix, price), row)
+    codes = np.empty((matrix.n_rows, matrix.n_cols), np.uint8)
+
+    def values(part: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+        """float32 [some columns, some rows]: what codes stand for."""
+        tables = books.scale[columns, None] * books.levels[columns]
+        return np.take_along_axis(tables, part & _CODE, 1) * books.row_numpy[rows]
+
+    def cluster() -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """All columns, in slices: which, float32 weights and uint8 codes [some columns, n_rows]."""
+        for columns, part in zip(matrix.columns, matrix, strict=True):
+            aims, found = part.numpy(), np.empty(part.shape, np.uint8)
+            for c, aim, out in zip(range(columns.start, columns.stop), aims, found, strict=True):
+                outliers = books.cluster(c, aim)
+                out[:] = books.codes(c, aim)
+                out[outliers] |= _OUTLIER
+            codes[:, columns] = found.T
+            yield columns, aims, found
+
+    def refit() -> None:
+        new = books.row.clone()
+        for rows in matrix.rows:
+            found = np.ascontiguousarray(codes[rows].T)
+            unit = torch.from_numpy(values(found, rows, slice(None)))
+            pull = price[:, None] * (matrix.of(rows) - unit)
+            unit.masked_fill_(torch.from_numpy(found >= _OUTLIER), 0)
+            new[rows] = books.refit(rows, pull, unit, price[:, None] * unit)
+        books.set_row(new)
+
+    if kind.outliers:
+        costs = (np.square(a - values(f, slice(None), c)) * price[c, None].numpy() for c, a, f in cluster())
+        books.kept = claq.counts(costs, kind.outliers)
+    deque(cluster(), 0)
+    for _ in range(PASSES):
+        refit()
+        deque(cluster(), 0)
+    codes = codes[:, books.order]
+    rows, columns = np.nonzero(codes & _OUTLIER) if kind.outliers else np.zeros((2, 0), np.int64)
+    codes &= _CODE
+    c = books.order[columns]
+    exact = books.scale[c] * books.levels[c, codes[rows, columns]] * books.row_numpy[rows]
+    rest = matrix.weight[torch.from_numpy(rows), torch.from_numpy(c)].float().numpy() - exact
+    return books.pack(codes, rows, columns, claq.half(rest))
+
+
+def _blocks(matrix: _Slices, kind: ScaledColumns, importance: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    scale = np.concatenate([scales(part.T.numpy()) for part in matrix])
+    size = scale.astype(np.float32)
+    inverse = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
+    price = torch.ones(len(size)) if importance is None else importance
+    order = claq.order(kind, matrix, price)
+    # An input that nothing is known of is taken to be the larger, the smaller its column.
+    relevance = None if importance is None else (importance.numpy() * size**2)[order]
+    codes = np.empty((matrix.n_rows, matrix.n_cols), np.uint8)
+    d = np.empty((matrix.n_rows, matrix.n_cols // 32), np.uint8)
+    for rows in matrix.rows:
+        stored = matrix.weight[rows].float().numpy()[:, order] * inverse[order]
+        codes[rows], d[rows] = kind.nearest(stored, relevance)
+    return kind.pack(codes, Side(order, scale[order]), d)
