@@ -3,6 +3,7 @@
 import re
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import crafted
@@ -10,84 +11,46 @@ import numpy as np
 import pytest
 from test_kernels import check_products, driver, has_products, run  # noqa: F401
 
-from gguf_splitq import gguf_file
+from gguf_splitq import gguf_file, types
+from gguf_splitq.types.columns import Side
 from gguf_splitq.types.splitquant import SCALES, codebooks
 
-TYPES = {"cq4": (105, 4), "cq3": (106, 3), "cq2": (107, 2), "sq2c": (108, 2), "sq3c": (109, 3)}  # ggml_type, bits
-
-
-def padded(data: np.ndarray) -> bytes:
-    raw = np.ascontiguousarray(data).tobytes()
-    return raw.ljust(-(-len(raw) // 32) * 32, b"\0")
-
-
-def pack_2bit(codes: np.ndarray) -> np.ndarray:
-    """uint8 [..., 32] -> uint8 [..., 8]: bits 2i of byte 4w + k belong to column 16w + 4i + k."""
-    parts = codes.reshape(*codes.shape[:-1], 2, 4, 4) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return np.bitwise_or.reduce(parts, -2).reshape(*codes.shape[:-1], 8)
-
-
-def pack_1bit(codes: np.ndarray) -> np.ndarray:
-    """uint8 [..., 32] -> uint8 [..., 4]: bit 4w + i of byte k belongs to column 16w + 4i + k."""
-    parts = codes.reshape(*codes.shape[:-1], 8, 4) << np.arange(8, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(parts, -2)
-
-
-def pack_4bit(codes: np.ndarray) -> np.ndarray:
-    """uint8 [..., 32] -> uint8 [..., 16]: the nibbles of byte 4w + k belong to columns 8w + k and 8w + 4 + k."""
-    parts = codes.reshape(*codes.shape[:-1], 4, 2, 4)
-    return (parts[..., 0, :] | parts[..., 1, :] << 4).reshape(*codes.shape[:-1], 16)
+TYPES = {"cq4": 105, "cq3": 106, "cq2": 107, "sq2c": 108, "sq3c": 109}  # ggml_type
 
 
 class Matrix:
-    """A random matrix of a type: `weights` and `side` as stored, and `dense`, what they stand for, float64 [rows, columns].
+    """A random matrix: `weights` and `side` as stored, and `dense`, what they stand for, float64 [rows, columns].
 
     As many wide blocks and outliers as asked for, if the type can have them.
     """
 
     def __init__(self, name: str, columns: int, rows: int, wide: int, outliers: int, rng, scale=0.01):
-        bits = TYPES[name][1]
         own = name.startswith("cq")  # codebooks
-        wide, outliers = int(wide) * (bits < 4), int(outliers) * own
-        wide_bits = 4 if own else bits + 1
-        blocks = columns // 32
-        codes = rng.integers(0, 1 << bits, (rows, blocks, 32), dtype=np.uint8)
-        codes[:, :wide] = rng.integers(0, 1 << wide_bits, (rows, wide, 32), dtype=np.uint8)
-        low = codes & (1 << bits) - 1
-        packed = [pack_4bit(low)] if bits == 4 else [pack_2bit(low & 3)] + ([pack_1bit(low >> 2)] if bits == 3 else [])
-        if not own:
-            d = rng.integers(0, 256, (rows, blocks, 1), dtype=np.uint8) & 0xDF  # no more than a few exponents
-            packed.append(d)
-        self.weights = np.concatenate(packed, -1).tobytes()
-
-        extra = codes[:, :wide] >> bits
-        extra = pack_2bit(extra).reshape(rows, wide, 2, 4) if wide_bits - bits == 2 else pack_1bit(extra)[:, :, None]
-        extra = np.concatenate([extra, np.zeros((-rows % 16, *extra.shape[1:]), np.uint8)])
-        extra = extra.reshape(-(-rows // 16), 16, *extra.shape[1:]).transpose(0, 2, 3, 1, 4)
-
-        self.order = rng.permutation(columns) if wide else np.arange(columns)
-        self.row = rng.uniform(0.5, 2, rows).astype("<f2")
+        kind = replace(types.get(name), wide=int(wide) * (name != "cq4"), outliers=int(outliers) * own)
+        bits = kind.bits(columns)
+        codes = (rng.integers(0, 16, (rows, columns)) % (1 << bits)).astype(np.uint8)
+        self.order = rng.permutation(columns) if kind.wide else np.arange(columns)
         self.scale = (scale * rng.exponential(1, columns)).astype("<f2")
-        counts = np.where(np.arange(columns) < 32 * wide, 1 << wide_bits, 1 << bits)
+        start = np.sort(rng.integers(0, kind.outliers + 1, rows + 1)).astype("<u4")
+        start[0], start[-1] = 0, kind.outliers
+        column = np.concatenate([np.sort(rng.choice(columns, n, False)) for n in np.diff(start)])
+        value = rng.normal(0, 1, kind.outliers).astype("<f2")
+        side = Side(self.order, self.scale)
+        d = None
         if own:
-            levels = [np.sort(rng.integers(-127, 128, n)).astype(np.int8) for n in counts]
+            row = rng.uniform(0.5, 2, rows).astype("<f2")
+            levels = np.stack([np.resize(np.sort(rng.integers(-127, 128, 1 << n)), 16) for n in bits])
+            side = replace(side, row=row, levels=levels, start=start, column=column, value=value)
+            factor = row[:, None]
         else:
-            levels = [codebooks()[f"sq{n.bit_length() - 1}"].levels for n in counts.tolist()]
-        start = np.sort(rng.integers(0, outliers + 1, rows + 1))
-        start[0], start[-1] = 0, outliers
-        self.column = np.concatenate([np.sort(rng.choice(columns, n, False)) for n in np.diff(start)])
-        self.value = rng.normal(0, 1, outliers).astype("<f2")
-        sections = [self.order.astype("<u2")] * (wide > 0) + [self.row] * own + [self.scale]
-        sections += [np.concatenate(levels)] * own + [extra] * (wide > 0)
-        sections += [start.astype("<u4"), self.column.astype("<u2"), self.value] * (outliers > 0)
-        header = struct.pack("<8I", 0x51414C43, rows, columns, wide, outliers, 0, 0, 0)
-        self.side = header + b"".join(map(padded, sections))
+            levels = np.stack([np.resize(codebooks()[f"sq{n}"].levels, 16) for n in bits])
+            d = rng.integers(0, 256, (rows, columns // 32), dtype=np.uint8) & 0xDF  # no more than a few exponents
+            factor = SCALES[d].repeat(32, 1)
+        self.weights, self.side = (part.tobytes() for part in kind.pack(codes, side, d))
 
-        table = np.stack([np.resize(column, 16) for column in levels]).astype(np.float64)
-        factor = self.row[:, None] if own else SCALES[d[..., 0]].repeat(32, 1)
-        self.levels = factor.astype(np.float64) * table[np.arange(columns), codes.reshape(rows, columns)]
+        self.levels = factor.astype(np.float64) * levels[np.arange(columns), codes]
         self.added = np.zeros((rows, columns))
-        self.added[np.repeat(np.arange(rows), np.diff(start)), self.column.astype(int)] = self.value
+        self.added[np.repeat(np.arange(rows), np.diff(start)), column.astype(int)] = value
         self.dense = np.empty((rows, columns))
         self.dense[:, self.order] = self.levels * self.scale.astype(np.float64) + self.added
 
@@ -116,7 +79,7 @@ def activations(shape: tuple, rng) -> np.ndarray:
 def multiply(driver, command, name, columns, rows, *sizes, data, side, last=(), threads=(3,), reference=0):  # noqa: F811
     """The driver's products, which must not depend on the number of threads."""
     results = [
-        run(driver, command, TYPES[name][0], columns, rows, *sizes, n, *last, side[0], reference, data=data + side[1])
+        run(driver, command, TYPES[name], columns, rows, *sizes, n, *last, side[0], reference, data=data + side[1])
         for n in threads
     ]
     assert all(result == results[0] for result in results)
@@ -132,10 +95,11 @@ def check(got: np.ndarray, exact: np.ndarray, full: np.ndarray, kernels: bool) -
 @pytest.mark.parametrize("blocks, rows, tokens, wide, outliers", [
     (1, 1, 1, 0, 0), (18, 150, 1, 3, 300), (33, 70, 2, 5, 0), (16, 33, 4, 16, 500), (18, 37, 17, 7, 200),
     (40, 130, 33, 3, 900), (7, 19, 600, 2, 60),
+    (20, 33, 3, 1, 3500),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", TYPES)
 def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide, outliers, interleaved):  # noqa: F811
-    rng = np.random.default_rng(rows)
+    rng = np.random.default_rng(rows + tokens)
     rows = -(-rows // 16) * 16 if interleaved else rows
     matrix = Matrix(name, 32 * blocks, rows, wide, outliers, rng)
     x = activations((tokens, 32 * blocks), rng)
@@ -224,7 +188,7 @@ def model(request, demo_f16):
             name = tensor.name.replace(".weight", "_exps.weight") if stack else tensor.name
             shape = (stack, *tensor.shape) if stack else tensor.shape
             size, side = sides(matrices)
-            coded[name] = (shape, TYPES[kind][0], b"".join(m.weights for m in matrices))
+            coded[name] = (shape, TYPES[kind], b"".join(m.weights for m in matrices))
             coded[name.replace("weight", "columns")] = ((stack, size) if stack else (size,), 24, side)
             plain[name] = (shape, 1, np.stack([m.dense for m in matrices]).astype("<f2").tobytes())
             if "ffn_up" in name and stack:
@@ -320,7 +284,7 @@ def loads(demo_f16, runtime_programs, tmp_path, matrices):
         with gguf_file.read(demo_f16) as file:
             for t in file.tensors:
                 tensors[t.name] = (t.shape, t.type_id, file.read_rows(t, 0, t.n_rows).tobytes())
-            tensors[WEIGHT] = ((ROWS, COLUMNS), TYPES[of][0], matrices[of].weights)
+            tensors[WEIGHT] = ((ROWS, COLUMNS), TYPES[of], matrices[of].weights)
             if side is not None:
                 tensors[name] = (shape or (len(side),), kind, side)
             path = write_model(tmp_path / "hostile.gguf", file.kv, tensors)

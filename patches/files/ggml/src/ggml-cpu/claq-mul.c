@@ -135,6 +135,26 @@ CLAQ_INLINE void add_outliers(const int n, const struct claq_side * side, size_t
     for (int t = 0; t < n; ++t) { out[t][r] += sum[t]; }
 }
 
+// The same for up to LANES rows and one token: first all products, then the sums, most of which take one step. Loops over a
+// few outliers each would end where the processor does not expect it.
+static bool add_outliers_of_panel(const struct claq_side * side, size_t row, int64_t rows, const float * plain, int64_t width, float * out) {
+    enum { most = 1024 };
+    const uint32_t * start = side->start + row;
+    const uint32_t first = start[0]/LANES*LANES, count = start[rows] - first;
+    if (count > most) {
+        return false;
+    }
+    float product[most + 2*LANES];
+    for (uint32_t i = start[0] - first; i < count; ++i) { product[i] = plain[width*side->column[first + i]]; }
+    for (uint32_t i = 0; i < count; i += LANES) { store_f(product + i, mul_f(load_f(product + i), load_half(side->value + first + i))); }
+    for (int64_t r = 0; r < rows; ++r) {
+        vec_f sum = zero_f();
+        for (uint32_t i = start[r]; i < start[r + 1]; i += LANES) { sum = add_first(load_f(product + i - first), start[r + 1] - i, sum); }
+        out[r] += sum_f(sum);
+    }
+    return true;
+}
+
 CLAQ_INLINE void mul_claq_rows(const int bits, const bool codebooks, const int n, const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,
                                const char * packed, int64_t t, int64_t count, float * const * out) {
     const struct claq_block * y = blocks_of(side, packed, t);
@@ -172,8 +192,12 @@ CLAQ_INLINE void mul_claq_rows(const int bits, const bool codebooks, const int n
                 }
             }
         }
-        for (int64_t i = r; codebooks && side->outliers && i < MIN(rows, r + panels*LANES); ++i) {
-            add_outliers(n, side, row + i, plain, width, out, i);
+        for (int64_t i = r; codebooks && side->outliers && i < MIN(rows, r + panels*LANES); i += LANES) {
+            const int64_t end = MIN(rows, i + LANES);
+            if (n == 1 && add_outliers_of_panel(side, row + i, end - i, plain, width, out[0] + i)) {
+                continue;
+            }
+            for (int64_t k = i; k < end; ++k) { add_outliers(n, side, row + k, plain, width, out, k); }
         }
     }
 }

@@ -3,6 +3,7 @@
 // functions are inlined.
 //
 //   load_half    LANES halves as floats
+//   add_first    the first n floats of a, and b
 //   shift_by     32-bit words, to the right by n, n < 0: to the left
 //   place        bits of a where mask has them, and b, which has none there
 //   look_up_own  levels of codebooks of n levels, the first that of a block's first column; index: codes, and beside(n, j)
@@ -14,6 +15,7 @@
 #if LANES == 16
 
 static inline vec_f load_half(const ggml_half * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+static inline vec_f add_first(vec_f a, uint32_t n, vec_f b) { return _mm512_mask_add_ps(b, (__mmask16) (n < 16 ? (1u << n) - 1 : 0xffff), a, b); }
 static inline vec_b set_b(int32_t v)               { return _mm512_set1_epi32(v); }
 static inline vec_b shift_by(vec_b a, const int n)  { return n < 0 ? _mm512_slli_epi32(a, -n) : _mm512_srli_epi32(a, n); }
 static inline vec_b choose(vec_b mask, vec_b a, vec_b b) { return _mm512_ternarylogic_epi32(a, mask, b, 0xe2); }
@@ -46,6 +48,11 @@ static inline vec_b unpack_fixed(const int bits, const int more, const uint8_t *
 #elif LANES == 8
 
 static inline vec_f load_half(const ggml_half * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+static inline vec_f add_first(vec_f a, uint32_t n, vec_f b) {
+    const __m256i counted = _mm256_cmpgt_epi32(set_i((int32_t) n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_add_ps(b, _mm256_and_ps(a, _mm256_castsi256_ps(counted)));
+}
+
 static inline vec_b set_b(int32_t v)               { return _mm256_set1_epi32(v); }
 static inline vec_b shift_by(vec_b a, const int n)  { return n < 0 ? _mm256_slli_epi32(a, -n) : _mm256_srli_epi32(a, n); }
 static inline vec_b place(vec_b mask, vec_b a, vec_b b) { return _mm256_or_si256(_mm256_and_si256(mask, a), b); }
@@ -85,6 +92,12 @@ static inline vec_b look_up_own(const int n, const int8_t * levels, int j, vec_b
 #else // NEON
 
 static inline vec_f load_half(const ggml_half * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline vec_f add_first(vec_f a, uint32_t n, vec_f b) {
+    static const uint32_t lane[4] = { 0, 1, 2, 3 };
+    const uint32x4_t counted = vcgtq_u32(vdupq_n_u32(n), vld1q_u32(lane));
+    return vaddq_f32(b, vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), counted)));
+}
+
 static inline vec_b set_b(int32_t v)               { return vreinterpretq_s8_s32(vdupq_n_s32(v)); }
 static inline vec_b place(vec_b mask, vec_b a, vec_b b) { return vbslq_s8(vreinterpretq_u8_s8(mask), a, b); }
 
