@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from gguf_splitq import types
+from gguf_splitq import plan, types
+from gguf_splitq.gguf_file import Tensor
 
 
 def run(runtime_programs, *command: str) -> str:
@@ -35,6 +36,17 @@ def test_backend_ops(runtime_programs, operation):
 def test_the_cache_type(runtime_programs, operation):
     output = run(runtime_programs, "test-backend-ops", "test", "-b", "CPU", "-o", operation, "-p", "sdr4")
     assert re.search(r"[1-9]\d*/\d+ tests passed", output)
+
+
+def test_only_matrices_that_are_multiplied_with_can_have_side_tensors(patched_tree):
+    source = (patched_tree / "src" / "llama-arch.cpp").read_text()
+    names = dict(re.findall(r'\{ *(LLM_TENSOR_\w+), *"([^"]+)" *\}', source))
+    looked_up = re.findall(r"\{ *(LLM_TENSOR_\w+), *\{ *LLM_TENSOR_LAYER_\w+, *GGML_OP_GET_ROWS *\} *\}", source)
+    found = {f"{names[key].replace('%d', '0')}.weight" for key in looked_up} - {"d2t.weight"}  # integers
+    assert {"token_embd.weight", "markov_w1.weight"} < found
+    for name in found:
+        tensor = Tensor(name, (4096, 4096), 1, 0, 2 << 24, None)
+        assert not plan.is_linear(tensor) or types.get("cq3").unfit(name, tensor.shape), name
 
 
 def test_gguf(runtime_programs):
