@@ -363,6 +363,7 @@ def test_tensors_that_cannot_have_the_type_get_another():
     assert odd.target_name == "f16" and "not a multiple of 32: cq3 -> f16" in odd.fallback
     assert entry("blk.0.attn_k_b.weight", 8, 128, 64).target_name == "sq3"
     assert entry("blk.0.ffn_up_exps.weight", 8, 128, 64).target_name == "cq3"
+    assert entry("blk.0.attn_output_a.weight", 128, 64).target_name == "sq3"
     looked_up = entry("blk.0.attn_compressor_ape.weight", 128, 512)
     assert looked_up.target_name == "sq3" and "looks rows up in it: cq3 -> sq3" in looked_up.fallback
     assert entry("token_embd.weight", 128, 64).target_name == "q8_0"

@@ -42,9 +42,11 @@ def test_only_matrices_that_are_multiplied_with_can_have_side_tensors(patched_tr
     source = (patched_tree / "src" / "llama-arch.cpp").read_text()
     names = dict(re.findall(r'\{ *(LLM_TENSOR_\w+), *"([^"]+)" *\}', source))
     looked_up = re.findall(r"\{ *(LLM_TENSOR_\w+), *\{ *LLM_TENSOR_LAYER_\w+, *GGML_OP_GET_ROWS *\} *\}", source)
-    found = {f"{names[key].replace('%d', '0')}.weight" for key in looked_up} - {"d2t.weight"}  # integers
-    assert {"token_embd.weight", "markov_w1.weight"} < found
-    for name in found:
+    models = "".join(path.read_text() for path in (patched_tree / "src" / "models").glob("*.cpp"))
+    reshaped = re.findall(r"tn\((LLM_TENSOR_\w+)[^;]*TENSOR_ALLOW_RESHAPE", models)
+    found = {names[key].replace("%d", "0") for key in (*looked_up, *reshaped)} - {"d2t"}  # integers
+    assert {"token_embd", "markov_w1", "blk.0.attn_output_a"} < found
+    for name in (f"{stem}.weight" for stem in found if "_norm" not in stem):
         tensor = Tensor(name, (4096, 4096), 1, 0, 2 << 24, None)
         assert not plan.is_linear(tensor) or types.get("cq3").unfit(name, tensor.shape), name
 

@@ -38,9 +38,15 @@ MAGIC = 0x51414C43
 SIDE_TYPE = 24  # GGML_TYPE_I8
 IDS = range(105, 110)
 MOST_COLUMNS = 1 << 16  # what u16 can number
-# Matrices that are not multiplied with: those with GET_ROWS in LLM_TENSOR_INFOS of src/llama-arch.cpp that are large
-# enough. No graph at the pin takes a view of any other matrix, and no loader merges or splits one.
-LOOKED_UP = ("compressor_ape", "nextn.embed_tokens", "markov_w1", "selector_predecessor", "selector_successor")
+# What llama.cpp does with a matrix instead of multiplying with it as it is stored, and parts of the names of those that
+# are large enough: GET_ROWS in LLM_TENSOR_INFOS of src/llama-arch.cpp, TENSOR_ALLOW_RESHAPE in src/models at the pin,
+# where no graph takes a view of any other such matrix, and no loader merges or splits one.
+_OTHER_USES = {
+    "llama.cpp looks rows up in it": (
+        "compressor_ape", "nextn.embed_tokens", "markov_w1", "selector_predecessor", "selector_successor",
+    ),
+    "llama.cpp makes a stack of it": ("attn_output_a.weight",),
+}  # fmt: skip
 PANEL = 16  # rows side by side in `extra`
 _ALIGNMENT = 32
 
@@ -98,8 +104,9 @@ class ColumnType(TensorType):
             return f"{n_rows} rows are too few to share a side tensor"
         if n_cols > MOST_COLUMNS:
             return f"rows of {n_cols} are longer than {MOST_COLUMNS}"
-        if any(part in name for part in LOOKED_UP):
-            return "llama.cpp looks rows up in it"
+        for use, parts in _OTHER_USES.items():
+            if any(part in name for part in parts):
+                return use
         return "of stacks only experts can have side tensors" if stack and "_exps." not in name else None
 
     def sections(self, n_rows: int, n_cols: int) -> dict[str, tuple[str, tuple[int, ...]]]:
