@@ -7,7 +7,8 @@
 
 #include "claq-vec.h"
 
-// Panels that are multiplied with one token at once: they share its activations and their levels, if there are registers.
+// Panels with codebooks that are multiplied with one token at once: they share its activations and the levels, if there are
+// registers.
 #if defined(SPLITQ_AVX512)
 #define PANELS 4
 #else
@@ -99,6 +100,9 @@ CLAQ_INLINE void mul_claq_blocks(const int bits, const int more, const bool code
         if (panels > 1) { // the processor prefetches one stream: the next panels are brought nearer in that order
             CLAQ_PREFETCH(x + panels*(nb + b)*size, panels*size)
         }
+        if (n == 1 && !codebooks) {
+            SPLITQ_PANEL_PREFETCH(x + b*size, size)
+        }
         CLAQ_UNROLL
         for (int p = 0; p < panels; ++p) {
             const uint8_t * block = x + (nb*p + b)*size, * extra = more ? claq_extra(side, more, row + LANES*p, b) : NULL;
@@ -162,12 +166,12 @@ CLAQ_INLINE void mul_claq_rows(const int bits, const bool codebooks, const int n
     const float * plain = plain_of(side, packed, t, count, &width);
     const uint32_t nb = side->columns/CLAQ_QK;
     const size_t panel = (size_t) nb*(4*bits + !codebooks)*LANES;
-    const int most = n == 1 ? PANELS : 1, more = claq_more_bits(bits, codebooks);
+    const int most = n == 1 && codebooks ? PANELS : 1, more = claq_more_bits(bits, codebooks);
     for (int64_t r = 0, panels; r < rows; r += panels*LANES, x += panels*panel) {
         vec_f sum[16];
         panels = rows - r > (most - 1)*LANES ? most : 1;
         for (int i = 0; i < most*n; ++i) { sum[i] = zero_f(); }
-        if (panels == PANELS) {
+        if (panels == most) {
             if (bits != 4) {
                 mul_claq_blocks(bits, more, codebooks, most, n, side, x, row + r, 0, side->wide, y, sum);
             }

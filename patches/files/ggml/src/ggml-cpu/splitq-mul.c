@@ -19,20 +19,6 @@
 
 #if defined(LANES)
 
-// The processor's own prefetching ends with each page of 4 KB, also inside of larger pages.
-#if defined(__GNUC__)
-#define SPLITQ_PREFETCH(at, distance, bytes) for (size_t byte = (distance); byte + 32 < (distance) + (bytes); byte += 64) { __builtin_prefetch((const void *) ((uintptr_t) (at) + byte)); }
-#else
-#define SPLITQ_PREFETCH(at, distance, bytes)
-#endif
-
-// One stream of panels: on an Intel Xeon fetching them decodes half as fast again, Zen loses 5 % by it.
-#if defined(__znver3__) || defined(__znver4__)
-#define SPLITQ_PANEL_PREFETCH(at, bytes)
-#else
-#define SPLITQ_PANEL_PREFETCH(at, bytes) SPLITQ_PREFETCH(at, 8192, bytes)
-#endif
-
 #if defined(__GNUC__)
 #define SPLITQ_ALWAYS_INLINE   static inline __attribute__((always_inline))
 #define SPLITQ_UNROLL_8 _Pragma("GCC unroll 8")
