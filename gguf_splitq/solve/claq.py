@@ -12,7 +12,7 @@ coded later may repair it: 1 / (H^-1)_cc; or, for the wide ones, by the paper's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -147,12 +147,12 @@ class _Matrix:
         row = torch.cat([row_sizes(self.weight[:, rows].square(), self.diagonal) for rows in self._pieces()])
         price = prices(h)
         self.books, self.outlier = Codebooks(kind, order(kind, [self.weight], price), row), None
-        self.value = self._sweep(self.weight, None, self._cluster)
+        self.value = self._alone()
         if kind.outliers:
             self.outlier = np.zeros(self.weight.shape, bool)
             cost = (self.weight - self.value).square_().mul_(price[:, None])
             self.books.kept = counts([cost.numpy()], kind.outliers)
-            self.value = self._sweep(self.weight, None, self._cluster)
+            self.value = self._alone()
 
     def error(self) -> float:
         """Summed over the rows."""
@@ -166,7 +166,7 @@ class _Matrix:
         """Code all columns anew in this order. push: as `solver._push` gives it."""
         self.books.table = [None] * len(order)
         weight = self.weight[order]
-        self.value[order] = self._sweep(weight.clone(), push, self._cluster, order.tolist(), weight)
+        self.value[order] = self._sweep(weight.clone(), weight, push, self._cluster, order.tolist())
 
     def refit_rows(self) -> None:
         """Least squares for the scale of each row."""
@@ -184,7 +184,7 @@ class _Matrix:
         for rows in self._pieces():
             pull = self.h @ (self.weight[:, rows] - self.value[:, rows])
             torch.addcdiv(self.value[:, rows], pull, self.diagonal[:, None], out=aims[:, rows])
-        self.value = self._sweep(aims, -self.h / self.diagonal, self._cluster, base=self.value)
+        self.value = self._sweep(aims, self.value, -self.h / self.diagonal, self._cluster, range(len(aims)))
 
     def search(self, chance: torch.Generator) -> None:
         """Code the columns again, a few random ones at a time, with their codebooks as they are."""
@@ -196,10 +196,10 @@ class _Matrix:
             if failed:  # positive definite, but not in float32
                 continue
             aims = torch.addmm(base, torch.cholesky_inverse(factor).flip(0, 1).float(), here)
-            found = self._sweep(aims.clone(), solver._push(factor), self._nearest, columns.tolist(), aims)
+            found = self._sweep(aims.clone(), aims, solver._push(factor), self._nearest, columns.tolist())
             ratio = h / h.diagonal()
             aims = torch.addmm(found, ratio.T, aims - found)
-            change = self._sweep(aims, -ratio, self._nearest, columns.tolist(), found) - base
+            change = self._sweep(aims, found, -ratio, self._nearest, columns.tolist()) - base
             change *= solver._gain(h, here, change) > 0
             self.value[columns] += change
             pull.addmm_(self.h[columns].T, change, alpha=-1)
@@ -227,37 +227,31 @@ class _Matrix:
         step = max(1, PIECE // n_cols)
         return [slice(first, first + step) for first in range(0, n_rows, step)]
 
+    def _alone(self) -> torch.Tensor:
+        """float32 [n_cols, n_rows]: every column clustered at what is wanted."""
+        return torch.from_numpy(np.stack([self._cluster(c, aim) for c, aim in enumerate(self.weight.numpy())]))
+
     def _sweep(
-        self,
-        aims: torch.Tensor,
-        push: torch.Tensor | None,
-        code: Code,
-        columns: list[int] | None = None,
-        base: torch.Tensor | None = None,
+        self, aims: torch.Tensor, base: torch.Tensor, push: torch.Tensor, code: Code, columns: Sequence[int]
     ) -> torch.Tensor:
         """Code column after column at its aim; what it changes from `base` moves the aims of the later ones.
 
-        aims: float32 [n, n_rows], of these columns, by default of all; overwritten. push: as `solver._sweep` has it, or
-        None: then nothing moves and `base` [n, n_rows] is not needed. Returns the values, float32 [n, n_rows].
+        aims, base: float32 [n, n_rows], of these columns; aims is overwritten. push: as `solver._sweep` has it. Returns
+        the values, float32 [n, n_rows].
         """
-        columns = range(len(aims)) if columns is None else columns
-        found = torch.empty_like(aims)
-        changes = found if push is None else torch.empty_like(aims)
-        parts = [part.numpy() for part in (aims, aims if base is None else base, found, changes)]
+        found, changes = torch.empty_like(aims), torch.empty_like(aims)
+        parts = [part.numpy() for part in (aims, base, found, changes)]
 
         def run(start: int, end: int) -> None:
             if end - start > solver.LEAF:  # half by half, so that most changes are pushed on in large groups
                 half = (start + end) // 2
                 run(start, half)
-                if push is not None:
-                    aims[half:end].addmm_(push[start:half, half:end].T, changes[start:half])
+                aims[half:end].addmm_(push[start:half, half:end].T, changes[start:half])
                 run(half, end)
                 return
             for i in range(start, end):
                 aim, old, new, change = (part[i] for part in parts)
                 new[:] = code(columns[i], aim)
-                if push is None:
-                    continue
                 np.subtract(new, old, out=change)
                 if i + 1 < end:
                     aims[i + 1 : end].addr_(push[i, i + 1 : end], changes[i])
