@@ -10,6 +10,7 @@ from experiments import paper_claq
 from gguf_splitq import gguf_file, types
 from gguf_splitq.kmeans import kmeans
 from gguf_splitq.solve import claq as coder
+from gguf_splitq.solve import free
 
 
 def test_a_grid_is_even_between_the_extremes():
@@ -26,8 +27,11 @@ def test_what_is_ours_lowers_the_error_and_clusters_beat_grids():
     ours = coder.solve(weight, hessian, kind)
     assert ours.errors["polish"] < published.errors["polish"] < grid.errors["polish"]
     assert published.errors["polish"] == pytest.approx(published.errors["feedback"], rel=1e-3)
-    row = kind.read_side(published.side, 128, 64, "x").row
-    assert (row == row[0]).all()
+    with paper_claq.as_published(paper_claq.grid):
+        _, nearest = free.code(weight, kind)
+    for side in (published.side, nearest):
+        row = kind.read_side(side, 128, 64, "x").row
+        assert (row == row[0]).all()
 
 
 def test_outlier_channels_change_nothing_that_is_computed(tmp_path):
