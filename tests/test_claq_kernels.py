@@ -183,6 +183,8 @@ def model(request, demo_f16):
                 continue
             stack = experts if "ffn" in tensor.name else 0
             kind = next(names)
+            if re.search("ffn_(gate|up)", tensor.name):  # one type for both, as they are computed in one pass
+                kind = list(TYPES)[-1 - int(tensor.name.split(".")[1])]
             scale = 0.0005 if kind.startswith("cq") else 0.01
             matrices = [Matrix(kind, tensor.n_cols, tensor.n_rows, 1, i, rng, scale) for i in range(stack or 1)]
             name = tensor.name.replace(".weight", "_exps.weight") if stack else tensor.name
