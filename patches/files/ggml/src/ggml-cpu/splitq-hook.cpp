@@ -1,5 +1,5 @@
-// Hands MUL_MAT and MUL_MAT_ID with weights of the SplitQuantV2 family, and sdr4's, to splitq-mul.c, wherever on the CPU the
-// weights are.
+// Hands MUL_MAT and MUL_MAT_ID with weights of this project's types to splitq-mul.c, claq.c and sdr-a4.c, wherever on the
+// CPU the weights are.
 // In this buffer type, which llama.cpp prefers unless told --no-repack, they are interleaved at load; with --no-repack they
 // stay in the memory-mapped file.
 #include "splitq-hook.h"
@@ -59,11 +59,11 @@ class razored_traits : public ggml::cpu::tensor_traits {
     }
 };
 
-// Whether sdr4 weights meet activations of 4 bits: sdr-a4.c reads them as they are in the file.
-bool w4a4() {
+// Whether sdr4 weights meet activations of 4 bits here: sdr-a4.c reads them as they are in the file.
+bool razored(const ggml_tensor * op) {
     static const char * wanted = getenv("SPLITQ_W4A4");
     static const bool   is_one = wanted && std::string(wanted) == "1";
-    return is_one;
+    return is_one && sdr_a4_claims(op);
 }
 
 class hook : public ggml::cpu::extra_buffer_type {
@@ -71,7 +71,7 @@ class hook : public ggml::cpu::extra_buffer_type {
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
         const ggml_tensor * x = op->src[0];
         const ggml_tensor * y = op->src[1];
-        return !(w4a4() && sdr_a4_claims(op)) && splitq_mul_claims(op) && ggml_n_dims(x) == (op->op == GGML_OP_MUL_MAT ? 2 : 3) && splitq_mul_can_interleave(x) &&
+        return !razored(op) && splitq_mul_claims(op) && ggml_n_dims(x) == (op->op == GGML_OP_MUL_MAT ? 2 : 3) && splitq_mul_can_interleave(x) &&
                x->buffer && x->buffer->buft == splitq_hook_buffer_type() &&
                (!y->buffer || ggml_backend_buft_is_host(y->buffer->buft));
     }
@@ -79,9 +79,9 @@ class hook : public ggml::cpu::extra_buffer_type {
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         static traits instance;
         static claq_traits columns;
-        static razored_traits razored;
-        if (w4a4() && sdr_a4_claims(op)) {
-            return &razored;
+        static razored_traits four_bits;
+        if (razored(op)) {
+            return &four_bits;
         }
         if (claq_claims(op)) {
             return &columns;
@@ -126,7 +126,7 @@ size_t get_alignment(ggml_backend_buffer_type_t) {
 }  // namespace
 
 int splitq_hook_forward_fused(const ggml_compute_params * params, ggml_tensor * const * nodes, int n) {
-    const auto ours = [](const ggml_tensor * op) { return splitq_mul_claims(op) && !(w4a4() && sdr_a4_claims(op)); };
+    const auto ours = [](const ggml_tensor * op) { return splitq_mul_claims(op) && !razored(op); };
     if (n < 3 || !ours(nodes[0]) || !ours(nodes[1]) || nodes[2]->op != GGML_OP_GLU) {
         return 0;
     }
