@@ -327,13 +327,14 @@ def extract_sdist(archive: Path, folder: Path) -> None:
         for member in tar:
             inside = member.name.partition("/")[2]
             if inside.startswith(pin["sdist_folder"] + "/"):
-                tar.extract(member.replace(name=inside.removeprefix(pin["sdist_folder"] + "/"), deep=False), folder)
+                member.name = inside.removeprefix(pin["sdist_folder"] + "/")
+                tar.extract(member, folder)
     (folder / ".git").unlink(missing_ok=True)  # a submodule's pointer to nowhere
 
 
 def _open_tar(archive: Path) -> tarfile.TarFile:
     tar = tarfile.open(archive)
-    # Python 3.11.0 to 3.11.3 has no filters; what is extracted is pinned by its hash all the same.
+    # Python before 3.11.4 has no filters; what is extracted is pinned by its hash all the same.
     tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
     return tar
 
