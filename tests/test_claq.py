@@ -1,6 +1,7 @@
 """CLAQ's types in Python: their bytes, the encoder, sizes that are asked for, whole conversions."""
 
 import ctypes
+import functools
 import json
 from dataclasses import replace
 
@@ -345,17 +346,24 @@ def test_experts_have_codebooks_each(tmp_path):
     out = convert.convert(source, "cq2.9", tmp_path / "out.gguf", threads=1)
     _, stored = crafted.read_gguf(out)
     assert stored["blk.0.ffn_up_exps.columns"][1].shape[0] == 3
-    _, back = crafted.read_gguf(dequantize(out, tmp_path / "back.gguf", threads=1))
+    check_experts(out, tensors, tmp_path)
+
+
+def check_experts(out, tensors, folder):
+    """That each expert of a file comes back nearly as it was."""
+    _, back = crafted.read_gguf(dequantize(out, folder / "back.gguf", threads=1))
     for name in ("blk.0.ffn_up_exps.weight", "blk.0.ffn_down_exps.weight"):
         error = np.square(back[name][1] - tensors[name]).sum((1, 2)) / np.square(tensors[name]).sum((1, 2))
         assert (error < 0.1).all()
 
 
-def test_tensors_that_cannot_have_the_type_get_another():
-    def entry(name, *shape):
-        tensor = gguf_file.Tensor(name, shape, 1, 0, 2 * int(np.prod(shape)), None)
-        return plan.make([tensor], "cq3")[0]
+def entry_of(type, name, *shape):
+    """The plan's entry for one tensor."""
+    return plan.make([gguf_file.Tensor(name, shape, 1, 0, 2 * int(np.prod(shape)), None)], type)[0]
 
+
+def test_tensors_that_cannot_have_the_type_get_another():
+    entry = functools.partial(entry_of, "cq3")
     assert entry("blk.0.attn_q.weight", 128, 64).target_name == "cq3"
     few = entry("blk.0.attn_q.weight", 127, 64)
     assert few.target_name == "sq3" and "127 rows are too few" in few.fallback
@@ -414,15 +422,15 @@ def test_calibration_lowers_the_error_and_norms_are_tuned_beside_codebooks(tmp_p
     assert all(e["polish"] < e["feedback"] < e["nearest"] for e in calibration["errors"].values())
 
 
-def wide_llama(folder):
-    """A random one-layer Llama whose matrices have rows enough, with the demo's vocabulary."""
+def wide_llama(folder, layers=1):
+    """A random Llama whose matrices have rows enough, with the demo's vocabulary."""
     import shutil
 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=128, intermediate_size=160, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=4096, hidden_size=128, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")

@@ -1,8 +1,8 @@
 """sq2c and sq3c in Python: their bytes, scales of columns, the encoder with and without data, whole conversions."""
 
+import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +13,7 @@ import crafted
 import numpy as np
 import pytest
 import torch
-from test_claq import check_that_c_agrees, without_data
+from test_claq import check_experts, check_that_c_agrees, entry_of, wide_llama, without_data
 from test_solve import problem
 
 from gguf_splitq import convert, gguf_file, inspection, plan, types
@@ -248,17 +248,11 @@ def test_experts_have_side_tensors_each_and_their_own_importance(tmp_path):
         side = types.get("sq2c").read_side(data.view(np.uint8), 128, 128, "x")
         assert set(side.order[: side.wide]) >= set(range(32 * expert, 32 * expert + 32))
         assert 32 <= side.wide <= 96
-    _, back = crafted.read_gguf(dequantize(out, tmp_path / "back.gguf", threads=1))
-    for name in ("blk.0.ffn_up_exps.weight", "blk.0.ffn_down_exps.weight"):
-        error = np.square(back[name][1] - tensors[name]).sum((1, 2)) / np.square(tensors[name]).sum((1, 2))
-        assert (error < 0.1).all()
+    check_experts(out, tensors, tmp_path)
 
 
 def test_tensors_that_cannot_have_the_type_get_another():
-    def entry(name, *shape):
-        tensor = gguf_file.Tensor(name, shape, 1, 0, 2 * int(np.prod(shape)), None)
-        return plan.make([tensor], "sq3c")[0]
-
+    entry = functools.partial(entry_of, "sq3c")
     assert entry("blk.0.attn_q.weight", 32, 64).target_name == "sq3c"
     few = entry("blk.0.attn_q.weight", 31, 64)
     assert few.target_name == "sq3" and "31 rows are too few to share a side tensor: sq3c -> sq3" in few.fallback
@@ -293,19 +287,7 @@ TOKENS = 2048
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A random two-layer Llama whose matrices have rows enough for codebooks, with the demo's vocabulary."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=128, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("sqc") / "model"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in crafted.TOKENIZER:
-        shutil.copy(crafted.DEMO / name, folder)
-    return folder
+    return wide_llama(tmp_path_factory.mktemp("sqc"), layers=2)
 
 
 def calibrated(folder, name, outfile, threads=1, **options):
