@@ -140,10 +140,7 @@ def test_coding_a_matrix_takes_what_is_stated(tmp_path, name):
     """But for what does not grow with it, which is made small; even levels instead of k-means save time."""
     tensor = Tensor("blk.0.ffn_up.weight", (1024, 8192), 30, 0, 1 << 24, tmp_path)
     entry = plan.make([tensor], name)[0]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }  # freed is given back
+    env = os.environ | GIVEN_BACK | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", CODER, name, *map(str, (*tensor.shape, entry.target.wide, entry.target.outliers))]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
