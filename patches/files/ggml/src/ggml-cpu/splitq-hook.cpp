@@ -123,6 +123,22 @@ size_t get_alignment(ggml_backend_buffer_type_t) {
     return ggml_backend_buft_get_alignment(ggml_backend_cpu_buffer_type());
 }
 
+// Whether two tensors share no byte of memory.
+bool apart(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * p = (const char *) a->data, * q = (const char *) b->data;
+    return p + ggml_nbytes(a) <= q || q + ggml_nbytes(b) <= p;
+}
+
+// Whether the three operations may run without barriers between them, one thread ahead of another. Memory was assigned for
+// the order with barriers, in which the activations are free once `up` is done and may become the result's: then a fast
+// thread would overwrite what a slow one still reads. The result may take the place of gate or up, since a thread reads there
+// only rows that it writes itself, but only the very same place.
+bool may_run_ahead(const ggml_tensor * gate, const ggml_tensor * up, const ggml_tensor * glu) {
+    const ggml_tensor * x = gate->src[1];
+    const auto in_place = [&](const ggml_tensor * a) { return glu->data == a->data || apart(glu, a); };
+    return apart(x, gate) && apart(x, up) && apart(x, glu) && apart(gate, up) && in_place(gate) && in_place(up);
+}
+
 }  // namespace
 
 int splitq_hook_forward_fused(const ggml_compute_params * params, ggml_tensor * const * nodes, int n) {
@@ -134,7 +150,8 @@ int splitq_hook_forward_fused(const ggml_compute_params * params, ggml_tensor * 
     const bool swiglu = ggml_get_glu_op(glu) == GGML_GLU_OP_SWIGLU && glu->src[0] == gate && glu->src[1] == up;
     const bool wanted = up->flags & glu->flags & GGML_TENSOR_FLAG_COMPUTE;
     return swiglu && wanted && gate->src[1] == up->src[1] && ggml_are_same_shape(gate->src[0], up->src[0]) &&
-                   gate->op == GGML_OP_MUL_MAT && up->op == GGML_OP_MUL_MAT ? splitq_mul_forward_fused(params, nodes) : 0;
+                   gate->op == GGML_OP_MUL_MAT && up->op == GGML_OP_MUL_MAT && may_run_ahead(gate, up, glu) ?
+                   splitq_mul_forward_fused(params, nodes) : 0;
 }
 
 ggml_backend_buffer_type_t splitq_hook_buffer_type(void) {
