@@ -1,10 +1,10 @@
 // What the reference encoders share: vector code, the order of sums, importance. Included by ggml-splitq.c, ggml-sdr.c.
 #pragma once
 
-#include <stddef.h>
+#include <stdlib.h> // defines __GLIBC__
 
-// Wider vectors give the same bytes, only sooner.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// Wider vectors give the same bytes, only sooner. A clone is chosen by the loader, which glibc's can and musl's cannot.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define SPLITQ_X86
 #define SPLITQ_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else

@@ -26,6 +26,7 @@
 #else
 #define SPLITQ_ALWAYS_INLINE   static inline
 #define SPLITQ_UNROLL_8
+#define SPLITQ_UNROLL_16
 #endif
 
 #define SPLITQ_FEW 3 // tokens up to which rows are multiplied as stored
