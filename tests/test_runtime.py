@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -155,6 +156,29 @@ def test_source_package_with_another_hash_is_refused(tmp_path, sdist, patches):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_source_package_with_another_hash_is_not_run(tmp_path, patches, monkeypatch):
+    """pip runs a package's own build code to learn its metadata."""
+    marker = tmp_path / "ran"
+    files = {
+        "PKG-INFO": "Metadata-Version: 2.1\nName: package\nVersion: 1\n",
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n',
+        "own.py": f"open({str(marker)!r}, 'w')\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "package-1").mkdir(exist_ok=True)
+        (tmp_path / "package-1" / name).write_text(text)
+    (tmp_path / "links").mkdir()
+    with tarfile.open(tmp_path / "links" / "package-1.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "package-1", "package-1")
+    monkeypatch.delenv("LLAMA_CPP_DIR")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    write_pin(patches, sdist="package==1")
+    with pytest.raises(EnvironmentFailed, match="package==1 has another SHA-256 than the pinned 0000"):
+        runtime.fetch()
+    assert not marker.exists()
+
+
 def test_apply_twice_is_a_no_op(source, patches):
     patching.apply(source)
     once = (source / "src" / "names.txt").read_text()
@@ -240,14 +264,16 @@ def tools(tmp_path, patches, monkeypatch):
     record = f'[ "$1" = --version ] && echo cmake version 3.25.1 && exit; echo "$(basename $0) $*" >> {tools}/calls'
     script(tools / "cmake", record)
     make = 'mkdir -p "$2/bin"; cd "$2/bin"; shift 4; echo "[1/1]"; touch libggml-base.so "$@"'
+    make += f"; echo '#!/bin/sh\n. {tools}/self-test' > {runtime.SELF_TEST}; chmod +x {runtime.SELF_TEST}"
+    (tools / "self-test").write_text("exit 0\n")
     script(tools / "ninja", f"{record}; {make}")
     for name in ("cc", "c++"):
         script(tools / name, "exit 0")
-    for name in ("git", "sh", "basename", "mkdir", "touch"):
+    for name in ("git", "sh", "basename", "mkdir", "touch", "chmod", "grep"):
         (tools / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setattr(runtime.sys, "executable", str(tmp_path / "bin" / "python"))
-    monkeypatch.setattr(runtime, "_amx_is_broken", lambda cc: False)
+    monkeypatch.setattr(runtime, "_without_amx", lambda cc: [])
     for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS"):
         monkeypatch.delenv(name, raising=False)
     return tools
@@ -280,15 +306,36 @@ def test_build_is_not_used_on_another_processor(tools, monkeypatch):
         runtime.path()
 
 
-def test_build_downloads_nothing_and_passes_flags_for_broken_amx(tools, monkeypatch):
-    monkeypatch.setattr(runtime, "_amx_is_broken", lambda cc: True)
-    monkeypatch.setenv("CFLAGS", "-g1")
+def test_build_downloads_nothing(tools):
     runtime.build()
-    configure = calls(tools)[0]
     for option in ("LLAMA_USE_PREBUILT_UI=OFF", "FETCHCONTENT_FULLY_DISCONNECTED=ON", "GGML_NATIVE=ON"):
-        assert f"-D{option}" in configure
-    assert "-DCMAKE_C_FLAGS=-g1 -mno-amx-tile -mno-amx-int8 -mno-amx-bf16" in configure
-    assert "-DCMAKE_CXX_FLAGS=-mno-amx-tile" in configure
+        assert f"-D{option}" in calls(tools)[0]
+
+
+@pytest.mark.parametrize("fault, cause", [("kill -ILL $$", "killed by SIGILL"), ("echo q8_0: wrong; exit 1", "q8_0: ")])
+def test_a_build_whose_products_are_wrong_is_made_again_without_amx(tools, monkeypatch, capfd, fault, cause):
+    monkeypatch.setattr(runtime, "_without_amx", lambda cc: runtime.NO_AMX)
+    monkeypatch.setenv("CFLAGS", "-g1")
+    (tools / "self-test").write_text(f"grep -q mno-amx-tile {tools}/calls && exit 0\n{fault}\n")
+    runtime.build()
+    first, _, second, _ = calls(tools)
+    assert "amx" not in first
+    assert "-DCMAKE_C_FLAGS=-g1 -mno-amx-tile -mno-amx-int8 -mno-amx-bf16" in second
+    assert "-DCMAKE_CXX_FLAGS=-mno-amx-tile" in second
+    said = capfd.readouterr().err
+    assert cause in said and "building it again without AMX" in said
+
+
+@pytest.mark.parametrize("flags", [[], runtime.NO_AMX], ids=["no AMX to leave out", "also without AMX"])
+def test_a_build_whose_products_stay_wrong_is_not_used(tools, monkeypatch, flags):
+    monkeypatch.setattr(runtime, "_without_amx", lambda cc: flags)
+    (tools / "self-test").write_text("echo sq4 times 5 tokens in CPU: error 0.5 of the result; exit 1\n")
+    with pytest.raises(EnvironmentFailed, match="fails its self-test .*sq4 times 5 tokens.*set CC and CXX"):
+        runtime.build()
+    with pytest.raises(EnvironmentFailed, match="is not built"):
+        runtime.path()
+    (tools / "self-test").write_text("exit 0\n")
+    runtime.build()
 
 
 def test_failed_build_shows_the_end_of_its_log_and_is_not_taken_for_a_build(tools, capfd):
@@ -331,23 +378,14 @@ def test_compiler_named_by_the_user(tools, monkeypatch):
         runtime.build()
 
 
-@pytest.mark.parametrize(
-    "listed, compiles, program, broken",
-    [
-        (True, True, "kill -ILL $$", True),
-        (True, True, "exit 0", False),
-        (True, False, "exit 0", False),
-        (False, True, "kill -ILL $$", False),
-    ],
-)
-def test_amx_is_broken_where_listed_and_faulting(tmp_path, patches, monkeypatch, listed, compiles, program, broken):
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("knows", [True, False])
+def test_flags_against_amx_are_for_processors_and_compilers_that_know_it(tmp_path, monkeypatch, listed, knows):
     monkeypatch.setattr(runtime.platform, "machine", lambda: "x86_64")
-    runtime.cache().mkdir()
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : avx2 amx_tile\n" if listed else "flags : avx2\n")
-    write = f"for out; do :; done; printf '#!/bin/sh\\n{program}\\n' > $out; chmod +x $out"
-    cc = script(tmp_path / "tools" / "cc", write if compiles else "exit 1")
-    assert runtime._amx_is_broken(str(cc), cpuinfo) is broken
+    cc = script(tmp_path / "tools" / "cc", f"exit {1 - knows}")
+    assert runtime._without_amx(str(cc), cpuinfo) == (runtime.NO_AMX if listed and knows else [])
 
 
 def test_the_real_pin_is_complete():
@@ -381,3 +419,21 @@ def test_the_unpatched_build_is_another_one_and_made_once(tools):
     assert len(calls(tools)) == 2
     runtime.build()
     assert len(calls(tools)) == 4 and runtime.path() != folder
+
+
+def test_the_unpatched_build_has_no_amx_that_nothing_tests(tools, monkeypatch):
+    monkeypatch.setattr(runtime, "_without_amx", lambda cc: runtime.NO_AMX)
+    runtime.build_unpatched("llama-perplexity")
+    assert "-DCMAKE_C_FLAGS=-mno-amx-tile" in calls(tools)[0]
+
+
+def test_both_branches_for_compilers_define_the_same_macros():
+    """A macro that only GNU compilers get is missed nowhere else until somebody builds there."""
+    block = re.compile(r"^#if defined\(__GNUC__\)$(.*?)^#else$(.*?)^#endif$", re.MULTILINE | re.DOTALL)
+    found = 0
+    for path in patching.files().values():
+        for branches in block.findall(path.read_text()):
+            gnu, others = (set(re.findall(r"^#define (\w+)", branch, re.MULTILINE)) for branch in branches)
+            assert gnu == others, path.name
+            found += 1
+    assert found >= 4
