@@ -62,14 +62,14 @@ def read_gguf(path):
     return {key: field.contents() for key, field in reader.fields.items()}, tensors
 
 
-def hf_folder(folder, kind="llama", dtype="bfloat16", shard="100KB"):
-    """A tiny random checkpoint with the demo's tokenizer: `kind` llama or mixtral."""
+def hf_folder(folder, kind="llama", dtype="bfloat16", shard="100KB", **options):
+    """A tiny random checkpoint with the demo's tokenizer: `kind` llama or mixtral, options of its configuration."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     common = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
-    common |= dict(num_key_value_heads=1, max_position_embeddings=128)
+    common |= dict(num_key_value_heads=1, max_position_embeddings=128) | options
     if kind == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
     else:

@@ -1,15 +1,18 @@
 """Every instruction set's C code gives the same bits: encoders equal NumPy's bytes, dot products the scalar floats.
 Matrix products add in an order of their own and are compared with the exact product of the same numbers.
 
-The C sources of the patch series are built here by themselves (tests/c/driver.c) for each instruction set; the Arm
-ones run under qemu-aarch64.
+The C sources of the patch series are built here by themselves (tests/c/driver.c) for each instruction set; on other
+machines the Arm ones run under qemu-aarch64. Products that need ggml's allocator or threads are test-splitq's
+(patches/files/tests), a whole model's are llama-perplexity's.
 """
 
+import functools
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import crafted
@@ -19,21 +22,25 @@ import pytest
 from gguf_splitq import types
 from gguf_splitq.convert import convert
 
-CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+ARM = platform.machine() in ("aarch64", "arm64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 
-# name: compiler, flags, CPU flag it needs (x86) or processor that qemu is to be (Arm): one that has nothing more
-TARGETS = {
-    "scalar": ("gcc", ["-DSPLITQ_LANES=0"], ""),
-    "avx2": ("gcc", [*AVX2, "-DSPLITQ_LANES=8"], "avx2"),
-    "avx-vnni": ("gcc", [*AVX2, "-mavxvnni"], "avx_vnni"),
-    "avx512": ("gcc", AVX512, "avx512_vnni"),
-    "avx512-vbmi": ("gcc", [*AVX512, "-mavx512vbmi"], "avx512vbmi"),
-    "neon": ("aarch64-linux-gnu-gcc", ["-static", "-DSPLITQ_LANES=0"], "cortex-a53"),
-    "neon-dotprod": ("aarch64-linux-gnu-gcc", ["-static", "-march=armv8.2-a+dotprod"], "cortex-a76"),
-    "neon-i8mm": ("aarch64-linux-gnu-gcc", ["-static", "-march=armv8.2-a+dotprod+i8mm"], "max"),
+# x86: flags, and the feature in /proc/cpuinfo that running needs
+X86 = {
+    "scalar": (["-DSPLITQ_LANES=0"], ""),
+    "avx2": ([*AVX2, "-DSPLITQ_LANES=8"], "avx2"),
+    "avx-vnni": ([*AVX2, "-mavxvnni"], "avx_vnni"),
+    "avx512": (AVX512, "avx512_vnni"),
+    "avx512-vbmi": ([*AVX512, "-mavx512vbmi"], "avx512vbmi"),
 }
+# Arm: flags, the feature as Linux and as macOS name it, and a processor for qemu that has nothing more
+NEON = {
+    "neon": (["-DSPLITQ_LANES=0"], "", "", "cortex-a53"),
+    "neon-dotprod": (["-march=armv8.2-a+dotprod"], "asimddp", "FEAT_DotProd", "cortex-a76"),
+    "neon-i8mm": (["-march=armv8.2-a+dotprod+i8mm"], "i8mm", "FEAT_I8MM", "max"),
+}
+TARGETS = [*X86, *NEON]
 ROWS = 40
 
 
@@ -57,23 +64,41 @@ def scalar(patched_tree, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unforced(patched_tree, tmp_path_factory):
     """The driver for no instruction set in particular, whose encoders choose for themselves."""
-    return compile_driver("gcc", [], patched_tree, tmp_path_factory.mktemp("unforced") / "driver")
+    return compile_driver([], patched_tree, tmp_path_factory.mktemp("unforced") / "driver")
 
 
 def build(target: str, tree: Path, folder: Path) -> list[str]:
-    compiler, flags, needs = TARGETS[target]
-    emulated = compiler != "gcc"
-    if emulated:
-        for tool in (compiler, "qemu-aarch64"):
-            if shutil.which(tool) is None:
-                pytest.skip(f"{tool} is not installed: apt-get install gcc-aarch64-linux-gnu qemu-user")
-    program = compile_driver(compiler, flags, tree, folder / target)
-    if not emulated and needs not in CPU_FLAGS:
-        pytest.skip(f"compiles, but this processor has no {needs}")
-    return (["qemu-aarch64", "-cpu", needs] if emulated else []) + [str(program)]
+    """The command of the driver for a target; skips what cannot be built or run here."""
+    if target in X86:
+        if platform.machine() != "x86_64" and target != "scalar":
+            pytest.skip("for x86-64")
+        flags, feature = X86[target]
+        program = compile_driver(flags, tree, folder / target)
+        if feature not in features():
+            pytest.skip(f"compiles, but this processor has no {feature}")
+        return [str(program)]
+    flags, linux, macos, processor = NEON[target]
+    if ARM:
+        if (macos if sys.platform == "darwin" else linux) not in features():
+            pytest.skip(f"this processor has no {target}")
+        return [str(compile_driver(flags, tree, folder / target))]
+    for tool in ("aarch64-linux-gnu-gcc", "qemu-aarch64"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed: make cross-tools")
+    program = compile_driver(["-static", *flags], tree, folder / target, "aarch64-linux-gnu-gcc")
+    return ["qemu-aarch64", "-cpu", processor, str(program)]
 
 
-def compile_driver(compiler: str, flags: list[str], tree: Path, program: Path) -> Path:
+@functools.cache
+def features() -> str:
+    """The names of what this processor can do, in one text."""
+    if sys.platform == "darwin":
+        listed = subprocess.run(["sysctl", "hw.optional.arm"], capture_output=True, text=True).stdout
+        return " ".join(re.findall(r"(FEAT_\w+): 1", listed))
+    return Path("/proc/cpuinfo").read_text()
+
+
+def compile_driver(flags: list[str], tree: Path, program: Path, compiler: str = "cc") -> Path:
     includes = [f"-I{tree / 'ggml' / part}" for part in ("include", "src", "src/ggml-cpu")]
     subprocess.run(
         [compiler, "-std=gnu11", "-O2", "-ffp-contract=off", *flags, *includes,
@@ -83,10 +108,11 @@ def compile_driver(compiler: str, flags: list[str], tree: Path, program: Path) -
     return program
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86-64")
 @pytest.mark.parametrize("flags", [["-mavx", "-mf16c"], AVX512[:-1]], ids=["ivybridge", "skylakex"])
 def test_sets_between_those_above_compile(patched_tree, tmp_path, flags):
     """GGML_CPU_ALL_VARIANTS builds for processors that have a part of what a kernel needs."""
-    compile_driver("gcc", flags, patched_tree, tmp_path / "driver")
+    compile_driver(flags, patched_tree, tmp_path / "driver")
 
 
 def run(command: list[str], *args, data: bytes) -> bytes:
@@ -234,10 +260,10 @@ def test_experts(driver, has_products, tensor_type, tokens, used, experts, share
         check_products(got, *((weights @ a[..., None])[..., 0] for a in (q8, y)))
 
 
-def perplexity(programs, model, *options, environment=None) -> tuple[float, bool]:
+def perplexity(programs, model, *options, environment=None, threads=2) -> tuple[float, bool]:
     """Of the demo's text; whether weights were interleaved."""
     command = [programs / "llama-perplexity", "-m", model, "-f", crafted.DEMO / "eval.txt", *options]
-    command += ["-c", "128", "--chunks", "2", "-t", "2", "--verbose"]
+    command += ["-c", "128", "--chunks", "2", "-t", threads, "--verbose"]
     environment = os.environ | (environment or {})
     output = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, env=environment)
     output = output.stdout + output.stderr
@@ -258,9 +284,30 @@ def test_weights_for_activations_of_4_bits_are_not_interleaved(demo_f16, runtime
     assert not interleaved and found != perplexity(runtime_programs, model)[0]
 
 
+ONE_BY_ONE = ["-b", "1", "-ub", "1"]
+FUSED, SEPARATE = ({"GGML_CPU_DISABLE_FUSION": off} for off in "01")
+
+
 def test_gate_up_and_their_product_in_one_pass_give_the_same_perplexity(demo_f16, runtime_programs, tmp_path):
     model = convert(demo_f16, "sq4", tmp_path / "sq4.gguf")
-    fused, separate = ({"GGML_CPU_DISABLE_FUSION": off} for off in "01")
-    one_by_one = ["-b", "1", "-ub", "1"]
-    found = [perplexity(runtime_programs, model, *one_by_one, environment=e)[0] for e in (fused, separate)]
+    found = [perplexity(runtime_programs, model, *ONE_BY_ONE, environment=e)[0] for e in (FUSED, SEPARATE)]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sq4", "cq3"])
+def test_also_in_a_model_whose_feed_forward_is_narrow(runtime_programs, tmp_path, name):
+    """There the allocator puts the product where the activations were."""
+    folder = crafted.hf_folder(tmp_path / "narrow", hidden_size=512, intermediate_size=256)
+    model = convert(folder, name, tmp_path / "narrow.gguf")
+    wanted, _ = perplexity(runtime_programs, model, *ONE_BY_ONE, environment=SEPARATE)
+    for threads in (1, 2, 4):
+        found, _ = perplexity(runtime_programs, model, *ONE_BY_ONE, environment=FUSED, threads=threads)
+        assert found == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("repack", [0, 1], ids=["as stored", "interleaved"])
+def test_gate_up_and_their_product_never_depend_on_threads(runtime_programs, repack):
+    done = subprocess.run(
+        [runtime_programs / "test-splitq", "fused", "20", str(repack)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

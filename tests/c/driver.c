@@ -57,12 +57,23 @@ void ggml_vec_swiglu_f32(const int n, float * y, const float * x, const float * 
     for (int i = 0; i < n; ++i) { y[i] = x[i]/(1 + expf(-x[i]))*g[i]; }
 }
 
-static pthread_barrier_t barrier;
-static atomic_int        chunk;
+// A barrier of its own: macOS has no pthread_barrier_t.
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t  all_here = PTHREAD_COND_INITIALIZER;
+static int             team_size, here, rounds;
+static atomic_int      chunk;
 
 void ggml_barrier(struct ggml_threadpool * pool) {
     (void) pool;
-    pthread_barrier_wait(&barrier);
+    pthread_mutex_lock(&mutex);
+    const int round = rounds;
+    if (++here == team_size) {
+        here = 0;
+        ++rounds;
+        pthread_cond_broadcast(&all_here);
+    }
+    while (round == rounds) { pthread_cond_wait(&all_here, &mutex); }
+    pthread_mutex_unlock(&mutex);
 }
 
 void ggml_threadpool_chunk_set(struct ggml_threadpool * pool, int value) {
@@ -178,7 +189,7 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
     const size_t size = razored ? sdr_a4_work_size(&dst) : MAX(claq ? claq_work_size(threads, &dst) : 0, splitq_mul_work_size(threads, &dst));
     char * work = guarded(size);
     struct thread team[16];
-    pthread_barrier_init(&barrier, NULL, threads);
+    team_size = threads;
     for (int i = 0; i < threads; ++i) {
         team[i] = (struct thread) { .params = { .ith = i, .nth = threads, .wsize = size, .wdata = work,
                                                  .use_ref = claq && atoi(last[1]) }, .dst = &dst,
