@@ -16,7 +16,8 @@ PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant paper-claq paper-qrazor lint patches-check clean cross-tools
+.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant paper-claq paper-qrazor lint types \
+	patches-check cross-tools clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,7 +25,8 @@ help: ## this list
 demo: runtime ## a checkpoint becomes sq4 and is measured against its F16: one table
 	@$(PY) -m experiments.demo $(ARGS)
 
-test: $(VENV)/test.stamp cross-tools ## everything the tests need, then the tests
+test: $(VENV)/test.stamp ## everything the tests need, then the tests
+	@$(HAS_CROSS_TOOLS) || echo "Without an Arm compiler and emulator tests are skipped: make cross-tools" >&2
 	@$(PY) -m gguf_splitq runtime build --tests
 	@$(PY) -m pytest
 
@@ -55,8 +57,12 @@ paper-claq: runtime ## CLAQ's codebooks per column, adaptive precision and outli
 paper-qrazor: runtime ## QRazor's 4-bit weights, activations and KV cache: as published, and as sdr4
 	@$(PY) -m experiments.paper_qrazor $(ARGS)
 
-lint: $(VENV)/test.stamp ## ruff
+lint: $(VENV)/test.stamp ## ruff: mistakes and format
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet . || { echo "Not formatted; run ruff format ." >&2; exit 1; }
+
+types: $(VENV)/test.stamp ## mypy
+	@$(PY) -m mypy
 
 patches-check: $(VENV)/run.stamp ## the patch series applies to a clean pinned tree, without fuzz
 	@$(PY) -m gguf_splitq runtime check
@@ -85,13 +91,11 @@ $(VENV)/plot.stamp: $(VENV)/run.stamp
 	@$(PIP) -e '.[plot]'
 	@touch $@
 
-# The ARM kernels are tested under emulation where these can be had; without them those tests skip and say so.
+# On x86-64 the Arm kernels are tested under emulation where these are installed. Debian's names; `make test` installs nothing.
 CROSS_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
-cross-tools:
-	@if [ "$$(uname -m)" = x86_64 ] && ! { command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64; } >/dev/null; then \
-		[ "$$(id -u)" = 0 ] && as_root= || as_root="sudo -n"; \
-		echo "Installing $(CROSS_PACKAGES)" >&2; \
-		{ $$as_root apt-get update -qq && $$as_root env DEBIAN_FRONTEND=noninteractive \
-			apt-get install -y -qq --no-install-recommends $(CROSS_PACKAGES); } >/dev/null 2>&1 \
-			|| echo "They cannot be installed here: the ARM tests will be skipped." >&2; \
-	fi
+HAS_CROSS_TOOLS := { [ "$$(uname -m)" != x86_64 ] || \
+	{ command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64; } >/dev/null; }
+cross-tools: ## install the Arm compiler and emulator for the tests, with sudo where that is needed
+	@$(HAS_CROSS_TOOLS) || { [ "$$(id -u)" = 0 ] && as_root= || as_root=sudo; set -x; \
+		$$as_root apt-get update -qq && $$as_root env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends $(CROSS_PACKAGES) >/dev/null; }

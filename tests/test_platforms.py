@@ -18,7 +18,6 @@ OFF += [f"LLAMA_BUILD_{part}" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES
 TARGETS = {
     "aarch64-macos": ("Darwin", "apple_m2"),
     "aarch64-linux-musl": ("Linux", "generic+v8_2a+dotprod+i8mm"),
-    "x86_64-linux-musl": ("Linux", "x86_64_v3"),
 }
 
 
@@ -59,5 +58,3 @@ def test_the_products_are_right_elsewhere(self_test):
     if target == "aarch64-linux-musl" and shutil.which("qemu-aarch64"):
         run("qemu-aarch64", "-cpu", "max", program)
         run("qemu-aarch64", "-cpu", "max", program, "fused", "1")
-    elif target == "x86_64-linux-musl":
-        run(program)
