@@ -474,6 +474,7 @@ def _run_logged(command: list[str], log: Path, env: dict[str, str], what: str) -
         with subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as process:
+            assert process.stdout
             for line in process.stdout:
                 out.write(line)
                 if step := re.match(r"\[(\d+)/(\d+)\]", line):

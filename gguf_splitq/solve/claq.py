@@ -30,6 +30,8 @@ PIECE = 1 << 20  # weights that temporary values are kept of
 ROUNDS = 2  # of k-means that starts from a codebook
 OUTLIER = 13  # times the mean |weight|: what the paper's order counts
 
+_NO_TABLE = np.zeros(0, np.float32)
+
 Code = Callable[[int, np.ndarray], np.ndarray]
 
 
@@ -41,7 +43,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: Claq, passes: int =
     """
     # Codebooks take any size of a column; damping that is relative to it makes the result the same for all sizes.
     size = weight.double().square().mean(0).sqrt()
-    size = size.clamp_min(1e-6 * float(size.max())) if size.any() else 1.0
+    size = size.clamp_min(1e-6 * float(size.max())) if size.any() else torch.ones_like(size)
     h, order, push, damping = solver._prepare(hessian, solver.DAMPING, size)
     matrix, chance = _Matrix(weight, h, kind), torch.Generator().manual_seed(0)
     nearest = matrix.error()
@@ -62,8 +64,8 @@ class Codebooks:
     """What the columns and rows of a matrix have in common while it is coded.
 
     order: int [n_cols], as they are stored, the wide columns first. row: float32 [n_rows]. Of each column: table, the
-    values of its codebook, None at first, and what it is stored as, scale and levels; kept, how many of its weights are
-    outliers.
+    values of its codebook, empty at first, and what it is stored as, scale and levels; kept, how many of its weights
+    are outliers.
     """
 
     def __init__(self, kind: Claq, order: np.ndarray, row: torch.Tensor):
@@ -72,7 +74,7 @@ class Codebooks:
         self.sizes = np.empty(n_cols, np.int64)
         self.sizes[order] = 1 << kind.bits(n_cols)
         self.scale, self.levels = np.zeros(n_cols, np.float32), np.zeros((n_cols, 16), np.int8)
-        self.table: list[np.ndarray | None] = [None] * n_cols
+        self.table = [_NO_TABLE] * n_cols
         self.kept = np.zeros(n_cols, np.int64)
         self.set_row(row)
 
@@ -87,13 +89,14 @@ class Codebooks:
         """Give the column a new codebook, for values near `aim` float32 [n_rows]; int [kept], its new outliers."""
         unit, heavy, table, outliers = aim * self.inverse, self.heavy, self.table[c], np.zeros(0, np.int64)
         if kept := self.kept[c]:
-            far = np.abs(aim if table is None else aim - self.nearest(c, aim))
+            far = np.abs(aim - self.nearest(c, aim) if len(table) else aim)
             outliers = np.argpartition(far, -kept)[-kept:]
             inside = np.ones(len(unit), bool)
             inside[outliers] = False
             unit, heavy = unit[inside], heavy[inside]
         if len(unit):
-            centres = kmeans(unit, heavy, self.sizes[c], table, 16 if table is None else ROUNDS)
+            start, rounds = (table, ROUNDS) if len(table) else (None, 16)
+            centres = kmeans(unit, heavy, self.sizes[c], start, rounds)
         else:
             centres = np.zeros(self.sizes[c])
         scale = np.float32(half(np.abs(centres).max() / 127))
@@ -164,7 +167,7 @@ class _Matrix:
 
     def feedback(self, order: torch.Tensor, push: torch.Tensor) -> None:
         """Code all columns anew in this order. push: as `solver._push` gives it."""
-        self.books.table = [None] * len(order)
+        self.books.table = [_NO_TABLE] * len(order)
         weight = self.weight[order]
         self.value[order] = self._sweep(weight.clone(), weight, push, self._cluster, order.tolist())
 

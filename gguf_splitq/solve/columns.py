@@ -12,6 +12,7 @@ import torch
 from ..types.claq import Claq
 from ..types.columns import ColumnType, Side
 from ..types.splitquant import MAX_ABS
+from ..types.sqc import ScaledColumns
 from . import claq, formats, solver
 from .solver import Solution
 
@@ -26,6 +27,8 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: ColumnType, passes:
     """
     if isinstance(kind, Claq):
         return claq.solve(weight, hessian, kind)
+    assert isinstance(kind, ScaledColumns)
+    n_rows, n_cols = weight.shape
     scale = torch.from_numpy(scales(weight.numpy()))
     size = scale.float()
     hessian = hessian.float().double() * size * size[:, None]  # float32 as in a file of Hessians: the same bytes
@@ -40,7 +43,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: ColumnType, passes:
     )
     codes, d = np.split(solved.packed.numpy(), [len(size)], 1)
     packed, side = kind.pack(codes, Side(order.numpy(), scale[order].numpy()), d)
-    value = kind.decode_rows(packed, kind.read_side(side, *weight.shape, kind.name), 0)
+    value = kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0)
     return Solution(torch.from_numpy(packed), torch.from_numpy(value), solved.errors, solved.damping, side)
 
 

@@ -6,6 +6,8 @@ bytes. The bytes of the stock types are those of ggml/src/ggml-common.h in llama
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -19,8 +21,8 @@ class BlockFormat:
     block_size = 32
     has_offset = False
 
-    def __init__(self, tensor_type: TensorType, levels: np.ndarray, device: str | torch.device):
-        self.type = tensor_type
+    def __init__(self, tensor_type: TensorType, levels: Sequence[int] | np.ndarray, device: str | torch.device):
+        self.type: TensorType = tensor_type
         self.super_size = tensor_type.block_size
         self.levels = torch.tensor(levels, dtype=torch.float32, device=device)
         self.wide, self.wide_levels = 0, self.levels
@@ -28,8 +30,17 @@ class BlockFormat:
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         return self._params(self.type.encode(weight.cpu().numpy(), importance.cpu().numpy())).to(weight.device)
 
+    def scale(self, params: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
     def offset(self, params: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(self.scale(params))
+
+    def nearest(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def stretch(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("only blocks that share a factor can be stretched")
 
     def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         """uint8 codes [n_rows, n_cols] -> uint8 [n_rows, row_bytes], on the CPU."""
@@ -49,11 +60,21 @@ class BlockFormat:
     def _params(self, packed: np.ndarray) -> torch.Tensor:
         return self._read(packed.reshape(len(packed), -1, self.type.block_bytes))
 
+    def _read(self, blocks: np.ndarray) -> torch.Tensor:
+        """The parameters of uint8 [n_rows, n_blocks, block_bytes]."""
+        raise NotImplementedError
+
+    def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
+        """uint8 [n, block_bytes] from codes [n, type.block_size] and parameters [n, blocks in it, ...]."""
+        raise NotImplementedError
+
 
 class ScaleByteFormat(BlockFormat):
     """sq4, sq3, sq2: the parameter is the scale byte, uint8 [n_rows, n_blocks]."""
 
-    def __init__(self, tensor_type: TensorType, device: str | torch.device = "cpu"):
+    type: splitquant.SplitQuant
+
+    def __init__(self, tensor_type: splitquant.SplitQuant, device: str | torch.device = "cpu"):
         super().__init__(tensor_type, splitquant.codebooks()[tensor_type.name].levels, device)
         self.scales = torch.from_numpy(splitquant.SCALES).to(device)
 
@@ -93,10 +114,11 @@ class RazorFormat(BlockFormat):
     Parameters are uint8 [n_rows, n_groups, 2]: the block's byte d, and which of its groups it is.
     """
 
+    type: sdr.Razor
     block_size = sdr.GROUP
 
-    def __init__(self, tensor_type: TensorType, device: str | torch.device = "cpu"):
-        super().__init__(tensor_type, np.arange(-8, 8), device)
+    def __init__(self, tensor_type: sdr.Razor, device: str | torch.device = "cpu"):
+        super().__init__(tensor_type, range(-8, 8), device)
         self.steps = torch.from_numpy(sdr.group_steps(np.arange(256))).to(device)
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
@@ -130,7 +152,7 @@ class HalfFormat(BlockFormat):
     Parameters are float16 [n_rows, n_blocks, 1 or 2].
     """
 
-    def __init__(self, tensor_type: TensorType, levels: np.ndarray, device: str | torch.device):
+    def __init__(self, tensor_type: TensorType, levels: Sequence[int] | np.ndarray, device: str | torch.device):
         super().__init__(tensor_type, levels, device)
         self.has_offset = tensor_type.name.endswith("_1")
 
@@ -155,8 +177,10 @@ class SuperBlockFormat(BlockFormat):
     """256 weights in blocks of 16 or 32: weight = d * scale * level - dmin * minimum, scale and minimum integers.
 
     Parameters are float32 [n_rows, n_blocks, 4]: scale, minimum, and the super-block's d and dmin, which are float16
-    values. A subclass gives the ranges of the integers, and reads and writes them.
+    values. A subclass gives the range of the integers (of minima from 0 on), and reads and writes them.
     """
+
+    scales: tuple[int, int]
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
         return params[..., 0] * params[..., 2]
@@ -184,6 +208,14 @@ class SuperBlockFormat(BlockFormat):
         scale, minimum = (params[..., i].numpy().astype(np.int64) for i in (0, 1))
         return np.hstack(self._write_parts(scale, minimum, params[:, 0, 2:].half(), codes))
 
+    def _read_parts(self, blocks: np.ndarray) -> tuple:
+        """Scales and minima [..., blocks], d and dmin [..., 1] of uint8 [..., block_bytes]; 0 for what there is not."""
+        raise NotImplementedError
+
+    def _write_parts(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> list:
+        """Parts of [n, block_bytes]. scale, minimum: int64 [n, blocks], d: float16 [n, 2], codes: uint8 [n, 256]."""
+        raise NotImplementedError
+
 
 class Iq4XsFormat(SuperBlockFormat):
     """| d: float16 | 16 bits: high 2 bits of 8 scales | 4 bytes: low 4 bits | 8 x 16 bytes of codes as in sq4 |.
@@ -195,7 +227,7 @@ class Iq4XsFormat(SuperBlockFormat):
 
     def _read_parts(self, blocks: np.ndarray) -> tuple:
         high = np.ascontiguousarray(blocks[..., 2:4]).view("<u2").astype(np.int64) >> 2 * np.arange(8) & 3
-        low = np.repeat(blocks[..., 4:8], 2, -1) >> np.tile(np.uint8([0, 4]), 4) & 15
+        low = np.repeat(blocks[..., 4:8], 2, -1) >> np.tile(np.array([0, 4], np.uint8), 4) & 15
         return (low | high << 4) - 32, 0, _halves(blocks[..., :2]), 0
 
     def _write_parts(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> list:
@@ -258,13 +290,13 @@ class Q3KFormat(SuperBlockFormat):
 
     def _read_parts(self, blocks: np.ndarray) -> tuple:
         low = np.concatenate([blocks[..., 96:104] & 15, blocks[..., 96:104] >> 4], -1)
-        high = np.tile(blocks[..., 104:108], 4) >> np.repeat(np.uint8([0, 2, 4, 6]), 4) & 3
+        high = np.tile(blocks[..., 104:108], 4) >> np.repeat(np.array([0, 2, 4, 6], np.uint8), 4) & 3
         return (low | high << 4).astype(np.int64) - 32, 0, _halves(blocks[..., 108:]), 0
 
     def _write_parts(self, scale: np.ndarray, minimum: np.ndarray, d: torch.Tensor, codes: np.ndarray) -> list:
         stored = (scale + 32).astype(np.uint8)
         low = stored[:, :8] & 15 | (stored[:, 8:] & 15) << 4
-        high = ((stored >> 4).reshape(-1, 4, 4) << np.uint8([0, 2, 4, 6])[:, None]).sum(1, dtype=np.uint8)
+        high = ((stored >> 4).reshape(-1, 4, 4) << np.array([0, 2, 4, 6], np.uint8)[:, None]).sum(1, dtype=np.uint8)
         third = np.packbits(codes.reshape(-1, 8, 32) >> 2, 1, "little")[:, 0]
         return [third, _pack_2bit(codes & 3), low, high, _bytes(d[:, :1])]
 
@@ -295,7 +327,7 @@ def for_type(tensor_type: TensorType, device: str | torch.device = "cpu") -> Blo
         return ScaleByteFormat(tensor_type, device)
     if isinstance(tensor_type, sdr.Razor):
         return RazorFormat(tensor_type, device)
-    stock = {
+    stock: dict[str, tuple[type[HalfFormat | SuperBlockFormat], np.ndarray]] = {
         "q4_0": (HalfFormat, np.arange(-8, 8)),
         "q4_1": (HalfFormat, np.arange(16)),
         "q5_0": (HalfFormat, np.arange(-16, 16)),
@@ -316,7 +348,8 @@ def for_type(tensor_type: TensorType, device: str | torch.device = "cpu") -> Blo
 
 def _pack_2bit(codes: np.ndarray) -> np.ndarray:
     """uint8 [n, 256] below 4 -> uint8 [n, 64]: of each 128 weights, i, i + 32, i + 64, i + 96 from bit 0 of byte i."""
-    return np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << np.uint8([0, 2, 4, 6])[:, None], 2).reshape(-1, 64)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << shifts, 2).reshape(-1, 64)
 
 
 def _ratio(value: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:

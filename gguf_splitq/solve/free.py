@@ -34,6 +34,7 @@ def code(
     matrix = _Slices(weight)
     if isinstance(kind, Claq):
         return _codebooks(matrix, kind, torch.ones(weight.shape[1]) if importance is None else importance)
+    assert isinstance(kind, ScaledColumns)
     return _blocks(matrix, kind, importance)
 
 

@@ -30,7 +30,8 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear and args[0].numel():
-            name, expert, shape = self.starts.get(args[1].data_ptr(), (None, None, None))
-            if shape == args[1].shape:
+            found = self.starts.get(args[1].data_ptr())
+            if found and found[2] == args[1].shape:
+                name, expert, _ = found
                 self.see(name, expert, args[0], result)
         return result

@@ -65,12 +65,12 @@ class Claq(ColumnType):
         n_cols, wide, packed, start = len(found["order"]), 32 * self.wide, found["levels"], found["start"]
         if self.outliers:
             rising = start[0] == 0 and start[-1] == self.outliers and (np.diff(start.astype(np.int64)) >= 0).all()
-            require(rising, "the starts of its outliers do not rise to their number")
+            require(bool(rising), "the starts of its outliers do not rise to their number")
             require(found["column"].max() < n_cols, "an outlier lies in a column that is not there")
         levels = np.zeros((n_cols, 16), np.int8)
         levels[:wide] = packed[: 16 * wide].reshape(-1, 16)
         levels[wide:, : 1 << self.code_bits] = packed[16 * wide :].reshape(n_cols - wide, -1)
-        return super().checked(found | {"levels": levels}, require)
+        return super().checked({**found, "levels": levels}, require)
 
     def decode_rows(self, data: np.ndarray, side: Side, first: int) -> np.ndarray:
         codes, rows = self.codes_of(data, side, first), slice(first, first + len(data))
@@ -78,7 +78,8 @@ class Claq(ColumnType):
         stored = table[np.arange(len(table)), codes] * side.row[rows].astype(np.float32)[:, None]
         if len(side.start):
             begin, end = int(side.start[first]), int(side.start[first + len(data)])
-            row = np.repeat(np.arange(len(data)), np.diff(side.start[first : first + len(data) + 1].astype(np.int64)))
+            counts = np.diff(side.start[first : first + len(data) + 1].astype(np.int64))
+            row = np.repeat(np.arange(len(data)), counts.astype(np.int64))
             np.add.at(stored, (row, side.column[begin:end]), side.value[begin:end].astype(np.float32))
         out = np.empty_like(stored)
         out[:, side.order] = stored

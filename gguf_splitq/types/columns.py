@@ -91,9 +91,13 @@ class ColumnType(TensorType):
         """With as many of `name` as `room` bytes can hold, up to `most`."""
 
         def size(count: int) -> int:
-            return replace(self, **{name: count}).matrix_bytes(n_rows, n_cols)
+            return self.with_count(name, count).matrix_bytes(n_rows, n_cols)
 
-        return replace(self, **{name: max(bisect.bisect_right(range(most + 1), room, key=size) - 1, 0)})
+        return self.with_count(name, max(bisect.bisect_right(range(most + 1), room, key=size) - 1, 0))
+
+    def with_count(self, name: str, count: int) -> ColumnType:
+        """With that many "wide" or "outliers"."""
+        return replace(self, wide=count) if name == "wide" else replace(self, outliers=count)
 
     def unfit(self, name: str, shape: tuple[int, ...]) -> str | None:
         """Why a tensor cannot have the type, in words that fit many; None when it can."""
@@ -134,7 +138,8 @@ class ColumnType(TensorType):
 
     def unpack_codes(self, data: np.ndarray) -> np.ndarray:
         """uint8 [n_rows, row_bytes] -> uint8 codes [n_rows, n_cols] without what is in `extra`."""
-        blocks, start, codes = data.reshape(len(data), -1, self.block_bytes), 0, 0
+        blocks, start = data.reshape(len(data), -1, self.block_bytes), 0
+        codes = np.zeros((len(data), 32 * blocks.shape[1]), np.uint8)
         for at, bits in self._planes:
             codes |= _unpack(blocks[..., start : start + 4 * bits], bits) << at
             start += 4 * bits

@@ -93,13 +93,13 @@ class Razor(TensorType):
         best = np.zeros(len(w), np.uint8)
         codes = np.zeros(w.shape, np.float32)
         least = tree_sum(weight * w * w)
-        along, least = along / (least + np.float32(1e-30)), least * (1 + along)
+        share, least = along / (least + np.float32(1e-30)), least * (1 + along)
         for d in tried:
             step = np.repeat(group_steps(d), GROUP, axis=1)
             q = np.clip(np.rint(w * (np.float32(1) / step)), np.float32(-8), np.float32(7))
             error = w - step * q
             product = tree_sum(w * error)
-            error = tree_sum(weight * error * error) + product * product * along
+            error = tree_sum(weight * error * error) + product * product * share
             better = error < least
             least[better] = error[better]
             best[better] = d[better]
