@@ -66,7 +66,7 @@ def opened(
     path, name = resolve(str(model), revision)
     if path.is_file():
         with gguf_file.read(path) as file:
-            yield Source(re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name), path, file, file.files)
+            yield Source(stem(path), path, file, file.files)
         return
     shards, outtype = check_folder(path)
     hub_name = "" if Path(model).exists() else name  # a downloaded folder is named by a hash
@@ -95,6 +95,12 @@ def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:
         raise UsageError(f"{model}: not a path here nor a model on the Hub: check name and --revision") from error
     except (HfHubHTTPError, OSError) as error:
         raise EnvironmentFailed(f"{model}: the download failed ({_line(error)}): check the network") from error
+
+
+def stem(model: str | Path) -> str:
+    """What {name} stands for: the name of the folder, of the Hub id, or of the file without its ending."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)
 
 
 def check_folder(folder: Path) -> tuple[list[Path], str]:

@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = vars(_parser().parse_args(argv))
     run, debug = args.pop("run"), args.pop("debug")
+    if sys.platform == "win32":
+        return _fail("this program runs on Linux and macOS: on Windows, run it in WSL (`wsl --install`)")
     if debug:
         os.environ["SPLITQ_DEBUG"] = "1"  # the converter process prints its traceback as well
     wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
@@ -33,14 +35,21 @@ def main(argv: list[str] | None = None) -> int:
     except SplitqError as error:
         if debug:
             raise
-        print(f"gguf-splitq: {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(str(error), error.exit_code)
     except MemoryError:
-        print("gguf-splitq: memory ran out: close other programs or pass a smaller --max-ram", file=sys.stderr)
-        return 6
+        return _fail("memory ran out: close other programs or pass a smaller --max-ram")
+    except RuntimeError as error:
+        if debug or not (sentence := _out_of_memory(error)):
+            raise
+        return _fail(sentence)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if debug:
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(f"{what}: check the disk, the path and its rights")
     except KeyboardInterrupt:
         print("gguf-splitq: interrupted; no incomplete file is left", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -50,6 +59,22 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _fail(sentence: str, code: int = 6) -> int:
+    """Print what went wrong and return the exit code; 6 is what the machine lacks."""
+    print(f"gguf-splitq: {sentence}", file=sys.stderr)
+    return code
+
+
+def _out_of_memory(error: RuntimeError) -> str | None:
+    """The sentence for PyTorch's errors of memory, on a GPU or not; None for others."""
+    torch = sys.modules.get("torch")  # where it is not loaded, nothing of it was raised
+    if "out of memory" in str(error) or torch and isinstance(error, torch.cuda.OutOfMemoryError):
+        return "the GPU's memory ran out: close other programs there or set CUDA_VISIBLE_DEVICES= to use the CPU"
+    if "can't allocate memory" in str(error):
+        return "memory ran out: close other programs or pass a smaller --max-ram"
+    return None
 
 
 def _terminate(number: int, frame) -> None:
@@ -118,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16")
     p.add_argument("--type", help="tensor type, see `gguf-splitq types`")
     p.add_argument("--bpw", type=float, metavar="X", help="instead: the best types in X bits per weight; needs --calib")
-    p.add_argument("--save-plan", metavar="FILE", help="write the types that --bpw chose as JSON")
+    p.add_argument("--save-plan", metavar="FILE", help="write the types that --bpw chose as JSON, over a file with --overwrite")
     p.add_argument("--plan", dest="plan_file", metavar="FILE", help="instead of both: types that --save-plan wrote")
     p.add_argument("--outfile", default="{name}-{type}.gguf", help="file, folder or template (%(default)s)")
     many = "type of the tensors whose name matches; may be repeated, the first match wins"
@@ -132,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tune", action="store_true", help="train block scales and norms too; the model must fit twice")
     metric = "what gives a column of cq2.x, cq3.x, sq2.x, sq3.x more bits (%(default)s)"
     p.add_argument("--claq-metric", choices=("hessian", "outlier"), default="hessian", help=metric)
-    p.add_argument("--dry-run", action="store_true", help="print the plan with sizes and write nothing")
-    p.add_argument("--report", metavar="FILE", help="write the error of every tensor as JSON")
+    p.add_argument("--dry-run", action="store_true", help="print the plan with sizes, write only --save-plan")
+    p.add_argument("--report", metavar="FILE", help="write every tensor's error as JSON, over an earlier report")
     p.add_argument("--threads", type=int, metavar="N", help="worker threads, all CPUs unless given")
     p.add_argument("--max-ram", metavar="SIZE", help="memory to stay below, such as 1500M or 2G")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -160,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-kld", type=float, help="fail (exit code 5) when the mean KL divergence is above")
     p.add_argument("--max-ppl-ratio", type=float, help="fail (exit code 5) when perplexity / baseline's is above")
     p.add_argument("--force", action="store_true", help="measure even on text that FILE was calibrated on")
-    p.add_argument("--report", metavar="FILE", help="write the numbers as JSON")
+    p.add_argument("--report", metavar="FILE", help="write the numbers as JSON, over an earlier report")
 
     command("types", _types, "List the tensor types with their bits per weight.")
 

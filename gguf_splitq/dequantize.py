@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import display, gguf_file, plan, rewrite, types
-from .convert import check_output, check_threads, metadata, output_folder, output_path
-from .errors import UnsupportedError, UsageError
+from . import display, gguf_file, options, output, plan, rewrite, types
+from .errors import UnsupportedError
 from .gguf_file import Tensor
 from .types import columns
 
@@ -24,19 +23,15 @@ def dequantize(
     outfile: may hold {name} and {type}; by default {name}-{type}.gguf in the current folder. Tensors that are floats
     already stay as they are. Raises UsageError, InputError, UnsupportedError, EnvironmentFailed.
     """
-    target, threads = types.get(type), check_threads(threads)
-    if target.name not in plan.FLOATS:
-        raise UsageError(f"--type {target.name} is not a float type: choose f16, bf16 or f32")
-    outfile = outfile or "{name}-{type}.gguf"
-    output_folder(outfile)
-    with gguf_file.read(file) as source:
-        path = output_path(outfile, Path(file).stem, target.name)
-        check_output(path, source.files, overwrite)
+    given = options.Dequantize(file, outfile, type, threads, overwrite)
+    given.check()
+    target, path = types.get(type), given.path
+    with output.locked(options.places(given.writes)), gguf_file.read(file) as source:
         entries = make_plan(source.tensors, target)
-        kv = metadata(source.kv, target, {"dequantized_from": source.get("gguf_splitq.type", "a GGUF")})
+        kv = output.metadata(source.kv, target, {"dequantized_from": source.get("gguf_splitq.type", "a GGUF")})
         with display.Progress() as progress:
             progress.start(entries)
-            rewrite.rewrite(source, entries, kv, path, threads=threads, done=progress.done)
+            rewrite.rewrite(source, entries, kv, path, threads=given.workers, done=progress.done)
     display.say(f"{path}: {gguf_file.mib(path.stat().st_size)}")
     return path
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from . import display, gguf_file, plan
+from . import display, gguf_file, options, plan
 from .gguf_file import Tensor
 from .types import columns
 
@@ -24,6 +24,7 @@ def inspect(file: str | Path, json: bool = False) -> dict:
     two are lists of rows with tensors, weights, bytes and bpw. A side tensor counts to its weight's type, with bytes
     and without weights. Raises InputError and UnsupportedError.
     """
+    options.Inspect(file).check()
     with gguf_file.read(file) as source:
         owners = columns.owners(source.tensors)
         everything = _row(source.tensors, owners)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import gguf_file, plan, types
+from . import output, plan, types
 from .errors import InputError, UsageError
 from .plan import Entry
 from .types import TensorType
@@ -78,10 +78,8 @@ def summary(mix: Mix, entries: Iterable[Entry], architecture: str = "") -> str:
 
 
 def save(mix: Mix, path: str | Path) -> None:
-    try:
-        Path(path).write_text(json.dumps(asdict(mix), indent=1) + "\n")
-    except OSError as error:
-        raise gguf_file.disk_error(error, Path(path), 0) from error
+    """Write a plan for `load`; EnvironmentFailed when it cannot be written."""
+    output.write_json(path, asdict(mix))
 
 
 def load(path: str | Path) -> Mix:

@@ -4,7 +4,8 @@ The baseline's log-probabilities go to a temporary file (two bytes per vocabular
 text) which each comparison reads back; the file lives as long as the `Baseline` object that made it.
 """
 
-import json
+from __future__ import annotations
+
 import math
 import os
 import re
@@ -17,10 +18,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from . import display, gguf_file, overlap, runtime
+from . import display, gguf_file, output, overlap, runtime
 from .errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
 from .gguf_file import mib
 from .inspection import linear_bpw
+from .options import Validate, places
 
 MIN_CTX = 256  # below this a one-chunk text gives fewer than the 100 values llama-perplexity wants for statistics
 BYTES_PER_TOKEN = 4  # of English text; only for saying beforehand how large the log-probabilities will be
@@ -62,7 +64,8 @@ class Baseline:
         for name, value in (("chunks", chunks), ("threads", threads)):
             if value is not None and value < 1:
                 raise UsageError(f"--{name} {value}: nothing would run: give 1 or more")
-        self.vocabulary = _vocabulary(gguf_file.read(self.file))
+        with gguf_file.read(self.file) as header:
+            self.vocabulary = _vocabulary(header)
         if not self.text.is_file():
             raise InputError(f"{text}: there is no such file: give a text to measure on")
 
@@ -113,10 +116,11 @@ class Baseline:
         Returns ppl, ppl_base, ppl_ratio, mean_kld and p99_kld (nats), top1 (0..1), chunks, ctx, bpw (stored bits per
         weight of the linear layers), size (bytes). A result that is not a number raises ValidationFailed.
         """
-        header = gguf_file.read(file)
-        if _vocabulary(header) != self.vocabulary:
+        with gguf_file.read(file) as header:
+            vocabulary, size = _vocabulary(header), header.size
+        if vocabulary != self.vocabulary:
             raise InputError(
-                f"{file}: its vocabulary has {_vocabulary(header)} tokens and the baseline's {self.vocabulary}: "
+                f"{file}: its vocabulary has {vocabulary} tokens and the baseline's {self.vocabulary}: "
                 "give files of one model"
             )
         found = parse_comparison(self._run(file, "--kl-divergence", *options, program=program, environment=environment))
@@ -129,7 +133,7 @@ class Baseline:
             "chunks": self.chunks,
             "ctx": self.ctx,
             "bpw": linear_bpw(file),
-            "size": header.size,
+            "size": size,
         }
 
     def _run(self, file: Path, *options, program: Path | None = None, environment: dict | None = None) -> str:
@@ -160,26 +164,25 @@ def check(returncode: int, output: str, file, text) -> str:
     return output
 
 
-def validate(
-    file, baseline, text, ctx=512, chunks=None, threads=None, max_kld=None, max_ppl_ratio=None, report=None, force=False
-) -> dict:
+def validate(file: str | Path, baseline: str | Path, text: str | Path, **more) -> dict:
     """Measures `file` against `baseline` on `text`, prints a table, and returns the dict of `Baseline.compare`.
 
-    report: a JSON file for the same dict. force: measure even on text that `file` was calibrated on, which UsageError
-    refuses otherwise. Raises ValidationFailed when the mean KL divergence is above max_kld (nats)
-    or the perplexity ratio above max_ppl_ratio, after table and report are written; otherwise as Baseline.
+    more: see `options.Validate`. UsageError refuses text that `file` was calibrated on, unless forced. Raises
+    ValidationFailed when the mean KL divergence is above max_kld or the perplexity ratio above max_ppl_ratio, after
+    table and report are written; otherwise as Baseline.
     """
-    if report is not None and not Path(report).absolute().parent.is_dir():
-        raise UsageError(f"--report {report}: its folder does not exist: create it first")
-    prepared = Baseline(baseline, text, ctx, chunks, threads)
-    if not force:
-        check_overlap(file, text)
-    with prepared as base:
-        result = {"file": str(file), "baseline": str(baseline), "text": str(text)} | base.compare(file)
-    print_table([result])
-    if report is not None:
-        Path(report).write_text(json.dumps(result, indent=2) + "\n")
-    limits = {"mean_kld": ("mean KL divergence", max_kld), "ppl_ratio": ("perplexity ratio", max_ppl_ratio)}
+    given = Validate(file, baseline, text, **more)
+    given.check()
+    with output.locked(places(given.writes)):
+        prepared = Baseline(baseline, text, given.ctx, given.chunks, given.threads)
+        if not given.force:
+            check_overlap(file, text)
+        with prepared as base:
+            result = {"file": str(file), "baseline": str(baseline), "text": str(text)} | base.compare(file)
+        print_table([result])
+        if given.report is not None:
+            output.write_json(given.report, result)
+    limits = {"mean_kld": ("mean KL divergence", given.max_kld), "ppl_ratio": ("perplexity ratio", given.max_ppl_ratio)}
     for key, (what, limit) in limits.items():
         if limit is not None and result[key] > limit:
             raise ValidationFailed(f"{file}: its {what} of {result[key]:.5f} is above {limit}: choose a larger type")

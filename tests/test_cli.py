@@ -1,9 +1,11 @@
 """The command line: what each subcommand passes on, and how failures end."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import crafted
 import pytest
@@ -73,6 +75,10 @@ def test_runtime_actions(monkeypatch, capsys):
         (errors.ValidationFailed("x: why: next"), 5),
         (errors.EnvironmentFailed("x: why: next"), 6),
         (MemoryError(), 6),
+        (OSError(28, "No space left on device", "/some/file"), 6),
+        (PermissionError("denied"), 6),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 6),
+        (RuntimeError("MPS backend out of memory"), 6),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -85,10 +91,45 @@ def test_exit_codes(monkeypatch, capsys, error, code):
     monkeypatch.setattr(inspection, "inspect", fail)
     assert cli.main(["inspect", "m.gguf"]) == code
     printed = capsys.readouterr().err
-    assert len(printed.splitlines()) == 1 and str(error) in printed
+    assert len(printed.splitlines()) == 1
     if isinstance(error, errors.SplitqError):
-        with pytest.raises(errors.SplitqError):
+        assert str(error) in printed
+    if isinstance(error, OSError):
+        assert (error.strerror or str(error)) in printed and (error.filename or "") in printed
+    if isinstance(error, (errors.SplitqError, OSError, RuntimeError)):
+        with pytest.raises(type(error)):
             cli.main(["--debug", "inspect", "m.gguf"])
+
+
+def test_a_gpu_that_is_too_small_is_no_traceback(monkeypatch, capsys):
+    from gguf_splitq import inspection
+
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def fail(error):
+        raise error
+
+    monkeypatch.setattr(inspection, "inspect", lambda file, json: fail(OutOfMemoryError("CUDA has no room")))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(OutOfMemoryError=OutOfMemoryError)))
+    assert cli.main(["inspect", "m.gguf"]) == 6
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1 and "CUDA_VISIBLE_DEVICES=" in printed
+    for error in (RuntimeError("another"), OutOfMemoryError("CUDA has no room")):
+        monkeypatch.setattr(inspection, "inspect", lambda file, json, error=error: fail(error))
+        if isinstance(error, OutOfMemoryError):
+            monkeypatch.delitem(sys.modules, "torch")
+        with pytest.raises(RuntimeError):
+            cli.main(["inspect", "m.gguf"])
+
+
+@pytest.mark.parametrize("command", ["types", "inspect m.gguf", "convert m.gguf --type sq4", "runtime path"])
+def test_windows_is_refused_by_name(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delattr(signal, "SIGHUP")
+    assert cli.main(command.split()) == 6
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1 and all(name in printed for name in ("Linux", "macOS", "WSL"))
 
 
 def test_the_module_runs_and_a_closed_pipe_is_quiet():

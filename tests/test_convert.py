@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from gguf_splitq import gguf_file, runtime, types
-from gguf_splitq.convert import convert, parse_size
+from gguf_splitq.convert import convert
 from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import InputError, UsageError
 from gguf_splitq.inspection import inspect, linear_bpw
+from gguf_splitq.options import parse_size
 
 
 @pytest.fixture
@@ -167,6 +168,7 @@ def test_an_imatrix_reaches_the_encoder(tmp_path, form):
     assert (fields["quantize.imatrix.entries_count"], fields["quantize.imatrix.chunks_count"]) == (2, 3)
     missing = json.loads(report.read_text())["without_importance"]
     assert "blk.1.attn_q.weight" in missing and q not in missing and "output_norm.weight" not in missing
+    assert not {"token_embd.weight", "output.weight"} & set(missing)  # q8_0 has no use for a matrix
 
 
 @pytest.mark.parametrize("form", ["legacy", "gguf"])

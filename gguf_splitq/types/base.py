@@ -39,6 +39,15 @@ class TensorType:
         """Stored bits per weight, scales and tables included."""
         return 8 * self.block_bytes / self.block_size
 
+    @property
+    def uses_importance(self) -> bool:
+        """Whether an importance matrix changes what is stored."""
+        return True
+
+    def needs_library(self, weighted: bool) -> bool:
+        """Whether only the C library can encode, weighted: with importance data."""
+        return False
+
     def row_bytes(self, n_cols: int) -> int:
         """Stored bytes of a row of `n_cols` weights; `n_cols` must be a multiple of `block_size`."""
         assert n_cols % self.block_size == 0, f"a row of {n_cols} does not divide into blocks of {self.block_size}"

@@ -31,6 +31,10 @@ _MAX_ABS = 65504.0
 class PublishedSplit(TensorType):
     """The one type of this layout."""
 
+    @property
+    def uses_importance(self) -> bool:
+        return False
+
     def encode_blocks(self, blocks: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         w = np.clip(blocks, np.float32(-_MAX_ABS), np.float32(_MAX_ABS)) + np.float32(0)
         centre = _k_means(w)

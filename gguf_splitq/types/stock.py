@@ -30,7 +30,20 @@ class StockType(TensorType):
     def encode(self, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         if self.name in _FLOATS:
             return self.encode_numpy(rows)
-        return super().encode(rows, None if self.name == "q8_0" else importance)  # which has no use for it
+        return super().encode(rows, importance if self.uses_importance else None)
+
+    @property
+    def uses_importance(self) -> bool:
+        return self.name not in (*_FLOATS, "q8_0")
+
+    def needs_library(self, weighted: bool) -> bool:
+        if weighted and self.uses_importance:
+            return True
+        try:
+            self.encode_numpy(np.zeros((1, self.block_size), np.float32))
+        except EnvironmentFailed:
+            return True
+        return False
 
     def encode_numpy(self, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         from gguf import GGMLQuantizationType, quants
@@ -40,11 +53,7 @@ class StockType(TensorType):
                 raise NotImplementedError
             out = quants.quantize(np.ascontiguousarray(rows, np.float32), GGMLQuantizationType(self.gguf_id))
         except NotImplementedError:
-            weighted = " with an importance matrix" if importance is not None else ""
-            raise EnvironmentFailed(
-                f"encoding to {self.name}{weighted} needs the C library of the patched llama.cpp, which is not built: "
-                "run `make runtime` or `gguf-splitq runtime build` first"
-            ) from None
+            raise missing_library(self.name, importance is not None) from None
         return out.view(np.uint8)
 
     def decode(self, data: np.ndarray) -> np.ndarray:
@@ -56,6 +65,15 @@ class StockType(TensorType):
         if self.name in ("f32", "f16"):
             return np.ascontiguousarray(data).view(np.float32 if self.name == "f32" else np.float16).astype(np.float32)
         return quants.dequantize(np.ascontiguousarray(data), GGMLQuantizationType(self.gguf_id))
+
+
+def missing_library(name: str, weighted: bool) -> EnvironmentFailed:
+    """What to raise for a type that only the C library encodes."""
+    how = " with importance data" if weighted else ""
+    return EnvironmentFailed(
+        f"encoding to {name}{how} needs the C library of the patched llama.cpp, which is not built: "
+        "run `make runtime` or `gguf-splitq runtime build` first"
+    )
 
 
 def stock_types() -> list[StockType]:

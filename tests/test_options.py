@@ -1,0 +1,392 @@
+"""What is asked before work starts: no input is written, no two outputs are one file, every output has its place."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import crafted
+import pytest
+
+from gguf_splitq import checkpoint, cli, gguf_file, native, options, output, validate
+from gguf_splitq.errors import EnvironmentFailed, UsageError
+
+HUGE = "x" * 5000
+CHECKPOINT = ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "tokenizer.model", "notes.txt")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with one input of every kind, which is the current one; work that starts fails the test."""
+    tensors = crafted.llama_tensors()
+    folder = tmp_path / "place"
+    folder.mkdir()
+    crafted.write_gguf(folder / "model.gguf", tensors)
+    for number in (1, 2):
+        crafted.write_gguf(folder / f"many-{number:05}-of-00002.gguf", tensors)
+    crafted.legacy_imatrix(folder / "i.dat", {"blk.0.attn_q.weight": ([1.0] * 64, 4)})
+    (folder / "text.txt").write_text("a text")
+    (folder / "plan.json").write_text(json.dumps({"bpw": 3.0, "types": {}, "costs": {}}))
+    crafted.write_gguf(folder / "hessians.gguf", {"0 q": tensors["blk.0.attn_q.weight"]})
+    (folder / "hf").mkdir()
+    for name in CHECKPOINT:
+        (folder / "hf" / name).write_text("{}")
+    (folder / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(checkpoint, "opened", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(validate, "Baseline", lambda *_: pytest.fail("work began"))
+    return folder
+
+
+@pytest.fixture
+def refused(place, capsys):
+    """A function that runs a command and checks that exit code 2, one sentence and no other file come of it."""
+
+    def check(*args, words=()):
+        before = state(place)
+        assert cli.main([*map(str, args)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and error[0].startswith("gguf-splitq: ")
+        for word in words:
+            assert word in error[0]
+        assert state(place) == before
+
+    return check
+
+
+def state(folder):
+    """Path -> content, or None for a folder and a link's target."""
+    return {p: os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def alias(name, way):
+    """Another path to the file `name`."""
+    match way:
+        case "direct":
+            return Path(name).absolute()
+        case "relative":
+            return Path("link", "..", "place", name)
+        case "folder link":
+            return Path("link") / name
+        case "symbolic link":
+            Path("symbolic.json").symlink_to(Path(name).absolute())
+            return Path("symbolic.json")
+        case "hard link":
+            os.link(name, "hard.json")
+            return Path("hard.json")
+
+
+WAYS = ("direct", "relative", "folder link", "symbolic link", "hard link")
+PLAIN = ("convert", "model.gguf", "--type", "sq4", "--imatrix", "i.dat")
+PLANNED = ("convert", "model.gguf", "--plan", "plan.json")
+CALIBRATED = ("convert", "model.gguf", "--type", "sq4", "--calib", "text.txt", "--hessians", "hessians.gguf")
+BUDGET = ("convert", "model.gguf", "--bpw", "3", "--calib", "text.txt", "--hessians", "hessians.gguf")
+SHARDS = ("convert", "many-00001-of-00002.gguf", "--type", "sq4")
+FOLDER = ("convert", "hf", "--type", "sq4")
+READ = {
+    PLAIN: ("model.gguf", "i.dat"),
+    PLANNED: ("model.gguf", "plan.json"),
+    CALIBRATED: ("model.gguf", "text.txt", "hessians.gguf"),
+    BUDGET: ("model.gguf", "text.txt", "hessians.gguf"),
+    SHARDS: ("many-00001-of-00002.gguf", "many-00002-of-00002.gguf"),
+    FOLDER: tuple(f"hf/{name}" for name in CHECKPOINT),
+}
+CONVERT = [
+    (command, file, option)
+    for command, files in READ.items()
+    for file in files
+    for option in ("--outfile", "--report", *(["--save-plan"] if command == BUDGET else []))
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("command", "file", "option"), CONVERT)
+def test_convert_replaces_no_input(refused, command, file, option, way):
+    path = alias(file, way)
+    for more in ([], ["--overwrite"], ["--overwrite", "--dry-run"]):
+        refused(*command, option, path, *more, words=[str(path), *(["its own input"] if more else [])])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", ["model.gguf", "many-00001-of-00002.gguf", "many-00002-of-00002.gguf"])
+def test_dequantize_replaces_no_input(refused, file, way):
+    path = alias(file, way)
+    model = "model.gguf" if file == "model.gguf" else "many-00001-of-00002.gguf"
+    refused("dequantize", model, "--outfile", path, "--overwrite", words=[str(path), "its own input"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", ["model.gguf", "many-00002-of-00002.gguf", "text.txt"])
+def test_validate_replaces_no_input(refused, file, way):
+    path = alias(file, way)
+    models = ("model.gguf", "--baseline", "many-00001-of-00002.gguf")
+    for file, _, baseline in (models, models[::-1]):
+        args = ("validate", file, "--baseline", baseline, "--text", "text.txt", "--report", path)
+        refused(*args, words=[str(path), "its own input"])
+
+
+NEW = ("new.json", Path("link") / "new.json", "./hf/../new.json", "dangling.json")
+OUTPUTS = ("--outfile", "--report", "--save-plan", "--hessians")
+
+
+@pytest.mark.parametrize("name", NEW, ids=str)
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(OUTPUTS, 2)))
+def test_two_outputs_are_two_files(refused, one, other, name):
+    Path("dangling.json").symlink_to("new.json")
+    command = ("convert", "model.gguf", "--bpw", "3", "--calib", "text.txt")
+    for more in ([], ["--dry-run"]):
+        refused(*command, one, "new.json", other, name, *more, words=["are one file", one, other])
+
+
+@pytest.mark.parametrize("file", ["--outfile", "--report"])
+def test_a_template_is_filled_in_before_it_is_compared(refused, file):
+    os.link("model.gguf", "model-sq4.gguf")
+    refused("convert", "model.gguf", "--type", "sq4", "--overwrite", words=["model-sq4.gguf", "its own input"])
+    Path("model-sq4.gguf").unlink()
+    refused("convert", "model.gguf", "--type", "sq4", "--report", "link/model-sq4.gguf", words=["are one file"])
+
+
+def test_what_an_unfinished_run_left_takes_no_file(refused):
+    Path(".out.gguf.unfinished").mkdir()
+    kept = Path(".out.gguf.unfinished/text.txt")
+    kept.write_text("a text")
+    command = ("convert", "model.gguf", "--type", "sq4", "--outfile", "out.gguf", "--calib")
+    refused(*command, kept, words=["text.txt", "unfinished"])
+    refused(*command, "text.txt", "--report", kept.with_name("r.json"), words=["r.json", "unfinished"])
+    refused(*command, "text.txt", "--hessians", kept.with_name("h.gguf"), words=["h.gguf", "unfinished"])
+
+
+def test_only_an_earlier_output_is_replaced(place, refused):
+    Path("other.json").write_text('{"architectures": []}')
+    Path("other.txt").write_text("text")
+    for name in ("other.json", "other.txt", "i.dat"):
+        refused("convert", "model.gguf", "--type", "sq4", "--report", name, "--overwrite", words=[name, "no earlier"])
+        command = ("validate", "model.gguf", "--baseline", "model.gguf", "--text", "text.txt")
+        refused(*command, "--report", name, words=[name, "no earlier"])
+        command = ("convert", "model.gguf", "--bpw", "3", "--calib", "text.txt")
+        refused(*command, "--save-plan", name, "--dry-run", words=[name, "--overwrite"])
+        refused(*command, "--outfile", name, words=[name, "--overwrite"])
+
+
+def test_an_earlier_output_in_the_checkpoint_folder_is_replaced(place):
+    for name, content in {"hf/out.gguf": b"GGUF...", "hf/r.json": b'{"file": "out.gguf"}', "empty": b""}.items():
+        Path(name).write_bytes(content)
+    for report in ("hf/r.json", "empty"):
+        options.Convert("hf", "sq4", "hf/out.gguf", report=report, overwrite=True).check()
+
+
+def test_devices_and_folders(refused, monkeypatch):
+    convert = ("convert", "model.gguf", "--type", "sq4", "--overwrite")
+    refused(*convert, "--outfile", "/dev/null", words=["/dev/null", "device"])
+    refused(*convert, "--report", "hf", words=["hf", "folder"])
+    given = options.Convert("model.gguf", "sq4", report="/dev/null")
+    given.check()
+    assert [path.name for _, path in options.places(given.writes)] == ["model-sq4.gguf"]
+    output.write_json("/dev/null", {})
+    assert not Path("/dev/null").is_file()
+
+
+@pytest.mark.parametrize("option", ["--outfile", "--report", "--save-plan", "--hessians"])
+def test_folders_are_looked_for_first(refused, option):
+    command = ("convert", "model.gguf", "--bpw", "3", "--calib", "text.txt")
+    refused(*command, option, "nowhere/name.json", words=["nowhere"])
+    refused(*command, option, "y" * 250, words=["yyy", "File name too long"])
+
+
+def test_a_folder_that_takes_no_file_is_found_first(place, capsys):
+    locked = Path("/proc/self") if Path("/proc/self").is_dir() else place / "closed"
+    locked.is_dir() or locked.mkdir(mode=0o555)
+    assert cli.main(["convert", "model.gguf", "--type", "sq4", "--report", str(locked / "r.json")]) == 6
+    assert "r.json" in capsys.readouterr().err and not Path(".model-sq4.gguf.lock").exists()
+    args = ["validate", "model.gguf", "--baseline", "model.gguf", "--text", "text.txt"]
+    assert cli.main([*args, "--report", str(locked / "r.json")]) == 6
+
+
+def test_json_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, link = tmp_path / "r.json", tmp_path / "link.json"
+    link.symlink_to(path)
+    output.write_json(link, {"file": 1})
+    assert json.loads(path.read_text()) == {"file": 1} and link.is_symlink()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EnvironmentFailed, match="r.json: the disk filled up"):
+        output.write_json(path, {"file": 2})
+    assert json.loads(path.read_text()) == {"file": 1} and sorted(tmp_path.iterdir()) == [link, path]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--type", "q4_k"],
+        ["--type", "q8_0", "--tensor-type", "attn_q=iq4_nl"],
+        ["--type", "sq4", "--token-embedding-type", "q6_k"],
+        ["--type", "sq4", "--output-tensor-type", "q5_k"],
+        ["--type", "q4_0", "--imatrix", "i.dat"],
+        ["--type", "q4_0", "--calib", "text.txt"],
+        ["--plan", "stock.json"],
+    ],
+)
+def test_the_c_library_is_asked_for_before_the_model_is_read(place, monkeypatch, capsys, args):
+    monkeypatch.setattr(native, "library", lambda: None)
+    Path("stock.json").write_text(json.dumps({"bpw": 3.0, "types": {"blk.0.attn_q.weight": "q6_k"}, "costs": {}}))
+    assert cli.main(["convert", "model.gguf", *args]) == 6
+    assert "needs the C library" in capsys.readouterr().err
+    needless = ("convert", "model.gguf", "--type", "q4_k", "--dry-run"), ("convert", "model.gguf", "--type", "q4_0")
+    for command in needless:
+        with pytest.raises(pytest.fail.Exception, match="work began"):
+            cli.main([*command])
+
+
+@pytest.mark.parametrize(("hidden", "measured"), [(64, True), (256, False)])
+def test_with_a_budget_it_is_asked_for_before_measuring(tmp_path, monkeypatch, hidden, measured):
+    from gguf_splitq.convert import convert
+    from gguf_splitq.solve import sensitivity
+
+    def measuring(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(sensitivity, "of_checkpoint", measuring)
+    model = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors(hidden, hidden))
+    (tmp_path / "text.txt").write_text("a text")
+    with pytest.raises(InterruptedError if measured else EnvironmentFailed):
+        convert(model, bpw=4.0, calib=tmp_path / "text.txt", outfile=tmp_path / "out.gguf")
+
+
+def test_room_for_hessians_and_journal_is_asked_for(tmp_path, monkeypatch):
+    from gguf_splitq import solve
+    from gguf_splitq.convert import convert
+
+    def solving(*_):
+        raise InterruptedError
+
+    free = 2 * 14 * 4 * 256**2  # what the Hessians of 14 matrices take, in the journal and in their file
+    monkeypatch.setattr(gguf_file.os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1))
+    monkeypatch.setattr(solve, "run", solving)
+    model = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors(256, 256))
+    (tmp_path / "text.txt").write_text("a text")
+    given = dict(calib=tmp_path / "text.txt", outfile=tmp_path / "out.gguf", hessians=tmp_path / "h.gguf")
+    with pytest.raises(EnvironmentFailed, match="MiB are needed and 7.0 MiB are free"):
+        convert(model, "sq4", **given)
+    free += 2_000_000  # the output, and as many solved rows
+    with pytest.raises(InterruptedError):
+        convert(model, "sq4", **given)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "text.txt"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from gguf_splitq import output
+with output.locked([("--outfile", Path(sys.argv[1]))]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A function that starts a process which writes to a file, and waits until it does."""
+    started = []
+
+    def start(path):
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, "-c", HOLDER, str(path)]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        started.append(child)
+        assert child.stdout.readline() == "held\n"
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+        child.stdin.close()
+        child.stdout.close()
+        child.wait()
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGKILL])
+def test_a_second_run_to_one_output_is_refused(tmp_path, capsys, holder, number):
+    model, out = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors()), tmp_path / "out.gguf"
+    child = holder(out)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for command in (["convert", model, "--type", "sq4"], ["dequantize", model]):
+        for path in (out, tmp_path / "link" / "out.gguf"):
+            assert cli.main([*map(str, command), "--outfile", str(path)]) == 2
+            assert "another run is writing it" in capsys.readouterr().err
+    assert cli.main(["convert", str(model), "--type", "sq4", "--outfile", str(tmp_path / "other.gguf")]) == 0
+    child.send_signal(number) if number else child.stdin.close()
+    child.wait()
+    assert cli.main(["convert", str(model), "--type", "sq4", "--outfile", str(out)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "m.gguf", "other.gguf", "out.gguf"]
+
+
+def test_the_lock_of_a_run_that_ends_just_now_is_not_taken(tmp_path, monkeypatch):
+    name, plain, taken = tmp_path / ".out.gguf.lock", output._flock, []
+
+    def flock(file):
+        if not taken:
+            name.unlink()  # what the run that had it does last
+        taken.append(file)
+        plain(file)
+
+    monkeypatch.setattr(output, "_flock", flock)
+    with output.locked([("--outfile", tmp_path / "out.gguf")]):
+        assert len(taken) == 2 and name.exists()
+        with pytest.raises(UsageError, match="another run"), output.locked([("--outfile", tmp_path / "out.gguf")]):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+PATHS = [
+    ("convert", "{}", "--type", "sq4"),
+    ("convert", "model.gguf", "--plan", "{}"),
+    *(("convert", "model.gguf", "--type", "sq4", option, "{}") for option in ("--outfile", "--imatrix", "--report")),
+    ("convert", "model.gguf", "--type", "sq4", "--calib", "{}"),
+    ("convert", "model.gguf", "--type", "sq4", "--calib", "text.txt", "--hessians", "{}"),
+    ("convert", "model.gguf", "--bpw", "3", "--calib", "text.txt", "--save-plan", "{}"),
+    ("dequantize", "{}"),
+    ("dequantize", "model.gguf", "--outfile", "{}"),
+    ("inspect", "{}"),
+    ("validate", "{}", "--baseline", "model.gguf", "--text", "text.txt"),
+    ("validate", "model.gguf", "--baseline", "{}", "--text", "text.txt"),
+    ("validate", "model.gguf", "--baseline", "model.gguf", "--text", "{}"),
+    ("validate", "model.gguf", "--baseline", "model.gguf", "--text", "text.txt", "--report", "{}"),
+]
+
+
+@pytest.mark.parametrize("path", [HUGE, "a\0b", "", f"{HUGE}/out.gguf"], ids=["long", "zero", "empty", "long folder"])
+@pytest.mark.parametrize("args", PATHS, ids=" ".join)
+def test_a_path_that_is_none(refused, args, path):
+    refused(*(path if arg == "{}" else arg for arg in args), words=["no path that can be used"])
+
+
+@pytest.mark.parametrize("size", ["99999999999999999999", "9" * 400, "1e9", "-5", "0", "9" * 25 + "T", "٣"])
+def test_sizes_that_no_machine_has(refused, size):
+    refused("convert", "model.gguf", "--type", "sq4", f"--max-ram={size}", words=["--max-ram", "not a size"])
+
+
+@pytest.mark.parametrize("threads", ["-1", "0", "99999999999999999999"])
+def test_numbers_of_threads_that_nothing_runs(refused, threads):
+    refused("convert", "model.gguf", "--type", "sq4", f"--threads={threads}", words=[f"--threads {threads}"])
+    refused("dequantize", "model.gguf", f"--threads={threads}", words=[f"--threads {threads}"])
+
+
+def test_validate_closes_what_it_reads(tmp_path, monkeypatch):
+    path, opened = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors()), []
+    (tmp_path / "text.txt").write_text("a text")
+    plain = gguf_file.read
+    monkeypatch.setattr(gguf_file, "read", lambda *args: opened.append(plain(*args)) or opened[-1])
+    base = validate.Baseline(path, tmp_path / "text.txt")
+    base._logits = tmp_path / "logits"
+    monkeypatch.setattr(base, "_run", lambda *_, **__: "Mean PPL(Q) : 1\nMean KLD: 0\n99.0% KLD: 0\nSame top p: 1")
+    base.ppl = 1.0
+    base.compare(path)
+    assert len(opened) == 3 and all(file.closed for found in opened for file in found._open.values())
