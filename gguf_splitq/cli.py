@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16")
     p.add_argument("--type", help="tensor type, see `gguf-splitq types`")
     p.add_argument("--bpw", type=float, metavar="X", help="instead: the best types in X bits per weight; needs --calib")
-    p.add_argument("--save-plan", metavar="FILE", help="write the types that --bpw chose as JSON, over a file with --overwrite")
+    p.add_argument("--save-plan", metavar="FILE", help="write the types that --bpw chose as JSON")
     p.add_argument("--plan", dest="plan_file", metavar="FILE", help="instead of both: types that --save-plan wrote")
     p.add_argument("--outfile", default="{name}-{type}.gguf", help="file, folder or template (%(default)s)")
     many = "type of the tensors whose name matches; may be repeated, the first match wins"
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--report", metavar="FILE", help="write every tensor's error as JSON, over an earlier report")
     p.add_argument("--threads", type=int, metavar="N", help="worker threads, all CPUs unless given")
     p.add_argument("--max-ram", metavar="SIZE", help="memory to stay below, such as 1500M or 2G")
-    p.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing output or plan")
     p.add_argument("--revision", help="branch, tag or commit of a Hub id")
 
     p = command("dequantize", _dequantize, "Turn a quantized GGUF back into one of floats.")
