@@ -71,7 +71,7 @@ def convert(model: str | Path, type: str | None = None, outfile: str | Path = ou
     given.check()
     importance = load_imatrix(given.imatrix) if given.imatrix else None
     display.say(f"checking {given.model}")
-    with output.locked(options.places(given.writes)):
+    with given.writing():
         with checkpoint.opened(given.model, given.scratch, given.revision, given.plans_only) as source:
             job = prepare(given, source, importance)
             if given.plans_only:

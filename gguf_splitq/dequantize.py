@@ -26,7 +26,7 @@ def dequantize(
     given = options.Dequantize(file, outfile, type, threads, overwrite)
     given.check()
     target, path = types.get(type), given.path
-    with output.locked(options.places(given.writes)), gguf_file.read(file) as source:
+    with given.writing(), gguf_file.read(file) as source:
         entries = make_plan(source.tensors, target)
         kv = output.metadata(source.kv, target, {"dequantized_from": source.get("gguf_splitq.type", "a GGUF")})
         with display.Progress() as progress:

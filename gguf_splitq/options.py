@@ -7,13 +7,14 @@ later is a model or hours.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def _path(role: str, name: str, default: str | None | object = MISSING) -> Any:
 class Options:
     """What the options of all commands have in common."""
 
+    overwrite = False  # where there is no such option
+
     def paths(self, role: str) -> list[tuple[str, Path]]:
         """(what messages call it, path) of the files given in this role."""
         given = [(f.metadata["name"], getattr(self, f.name)) for f in fields(self) if f.metadata.get("role") == role]
@@ -45,6 +48,13 @@ class Options:
     def writes(self) -> list[tuple[str, Path]]:
         """`paths` of what this run writes, as they were when they were first asked for."""
         return self.paths("written")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep other runs from the outputs; UsageError when one has them, or has just made them."""
+        with output.locked(places(self.writes)):
+            check_outputs(self.writes, self.overwrite)
+            yield
 
     def check_paths(self) -> None:
         """UsageError for a path that the system cannot even look up, InputError for a file that may not be read."""
@@ -129,12 +139,12 @@ class Convert(Options):
     @property
     def base(self) -> str:
         """The type of what neither a rule nor a plan decides."""
-        return self.type or mix.base(self.budget)
+        return mix.base(self.budget) if self.type is None else self.type
 
     @property
     def label(self) -> str:
         """What stands for {type} in the output's name."""
-        return types.get(self.type).name if self.type else mix.label(self.budget)
+        return mix.label(self.budget) if self.type is None else types.get(self.type).name
 
     @functools.cached_property
     def path(self) -> Path:
@@ -252,7 +262,7 @@ class Validate(Options):
         self.check_paths()
         check_files(self.writes, [("--text", Path(self.text))], Path(self.file))
         check_files(self.writes, [], Path(self.baseline), name="--baseline")
-        check_outputs(self.writes, overwrite=False)
+        check_outputs(self.writes, self.overwrite)
 
 
 @dataclass(frozen=True)

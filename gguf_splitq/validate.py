@@ -22,7 +22,7 @@ from . import display, gguf_file, output, overlap, runtime
 from .errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
 from .gguf_file import mib
 from .inspection import linear_bpw
-from .options import Validate, places
+from .options import Validate
 
 MIN_CTX = 256  # below this a one-chunk text gives fewer than the 100 values llama-perplexity wants for statistics
 BYTES_PER_TOKEN = 4  # of English text; only for saying beforehand how large the log-probabilities will be
@@ -173,7 +173,7 @@ def validate(file: str | Path, baseline: str | Path, text: str | Path, **more) -
     """
     given = Validate(file, baseline, text, **more)
     given.check()
-    with output.locked(places(given.writes)):
+    with given.writing():
         prepared = Baseline(baseline, text, given.ctx, given.chunks, given.threads)
         if not given.force:
             check_overlap(file, text)

@@ -345,6 +345,15 @@ def test_the_lock_of_a_run_that_ends_just_now_is_not_taken(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_another_run_has_just_made_is_kept(place):
+    given = options.Convert("model.gguf", "sq4")
+    given.check()
+    Path("model-sq4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match="--overwrite"), given.writing():
+        pass
+    assert not Path(".model-sq4.gguf.lock").exists()
+
+
 PATHS = [
     ("convert", "{}", "--type", "sq4"),
     ("convert", "model.gguf", "--plan", "{}"),
@@ -371,6 +380,10 @@ def test_a_path_that_is_none(refused, args, path):
 @pytest.mark.parametrize("size", ["99999999999999999999", "9" * 400, "1e9", "-5", "0", "9" * 25 + "T", "٣"])
 def test_sizes_that_no_machine_has(refused, size):
     refused("convert", "model.gguf", "--type", "sq4", f"--max-ram={size}", words=["--max-ram", "not a size"])
+
+
+def test_an_empty_type(refused):
+    refused("convert", "model.gguf", "--type", "", words=["type '' is not known"])
 
 
 @pytest.mark.parametrize("threads", ["-1", "0", "99999999999999999999"])
