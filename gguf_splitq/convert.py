@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Job:
     def metadata(self) -> dict[str, Value]:
         """The output's."""
         given = self.given
-        target = mix.most_used(self.entries, self.architecture) if given.budget else types.get(given.type)
+        target = mix.most_used(self.entries, self.architecture) if given.budget else types.get(given.base)
         return output.metadata(self.kv, target, deciding(given), given.label)
 
 
@@ -108,10 +108,10 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
         claq_metric=given.claq_metric,
     )
     entries = make()
-    if given.plan:
+    if given.plan and given.plan_file:
         mix.check_names(given.plan, entries, given.plan_file, architecture)
         entries = make(given.plan.types)
-    elif given.measures:
+    elif given.bpw is not None:
         mix.check(entries, given.bpw, architecture)
         measured = {t.name for found in mix.candidates(entries).values() for t in found}
         options.check_library(sorted(measured), weighted=True)
@@ -133,6 +133,7 @@ def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
     from .solve import sensitivity
 
     given, wanted = job.given, mix.candidates(job.entries)
+    assert given.calib and given.bpw is not None  # Convert.check
     step = functools.partial(progress.step, "measuring sensitivity")
     costs = sensitivity.of_checkpoint(
         job.source.path, file, wanted, given.calib, given.calib_tokens, given.workers, given.scratch, step
@@ -151,16 +152,16 @@ def journal(job: Job) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     from .solve.journal import Journal
 
-    return Journal(job.given.journal, settings(job))
+    return Journal(job.given.journal, settings(job, job.given.calib))
 
 
 def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Progress) -> Solved | None:
     """Tensors coded by error feedback, those that `kept` holds included; None without --calib."""
-    if kept is None:
+    given = job.given
+    if kept is None or given.calib is None:
         return None
     from . import solve
 
-    given = job.given
     return solve.run(
         job.source.path,
         file,
@@ -180,7 +181,7 @@ def write(
     job: Job, file: Gguf, solved: Solved | None, progress: display.Progress
 ) -> tuple[list[plan.Entry], list[rewrite.Stats]]:
     """Write the output; returns the entries as they came out, and their errors."""
-    given, rows = job.given, solved and solved.rows
+    given, rows = job.given, solved.rows if solved else None
     progress.start(job.entries)
     return rewrite.rewrite(
         file, job.entries, job.metadata(), given.path, job.importance, given.workers, given.limit, rows, progress.done
@@ -190,15 +191,15 @@ def write(
 def report(job: Job, entries: Sequence[plan.Entry], stats: Sequence[rewrite.Stats], solved: Solved | None) -> None:
     """Show the summary, and write it with every tensor's error to --report."""
     given, kv = job.given, job.metadata()
-    blind = [e.name for e in entries if e.quantized and e.target.uses_importance and e.name not in job.importance]
+    weighted = [e.name for e in entries if e.target and e.quantized and e.target.uses_importance]
     result = {
         "file": given.path.name,
         "size": given.path.stat().st_size,
         "bpw": plan.bpw(entries),
         **{key: kv[f"gguf_splitq.{key}"].python for key in ("version", "type", "llama_cpp")},
-        "options": json.loads(kv["gguf_splitq.options"].python),
+        "options": deciding(given),
         "fallbacks": plan.fallbacks(entries),
-        "without_importance": blind if given.imatrix else None,
+        "without_importance": [n for n in weighted if n not in job.importance] if given.imatrix else None,
         "calibration": calibration_report(solved),
         "budget": job.mix and {"bpw": job.mix.bpw, "costs": job.mix.costs},
         "tensors": [tensor_report(e, s, e.name in job.importance) for e, s in zip(entries, stats, strict=True)],
@@ -250,10 +251,10 @@ def require_space(given: options.Convert, source: checkpoint.Source, entries: Se
     if given.calib and not given.dry_run:
         inside = [e for e in entries if e.quantized and e.name.startswith("blk.")]
         kept = sum(e.n_bytes for e in inside)
-        if ("--hessians", given.hessians and Path(given.hessians)) in given.writes:
+        if joined := dict(given.writes).get("--hessians"):
             hessians = sum(4 * e.tensor.n_cols**2 * (e.tensor.n_rows // e.tensor.shape[-2]) for e in inside)
             kept += hessians  # layer by layer, before they are joined
-            other = Path(given.hessians).absolute().parent
+            other = joined.absolute().parent
             if other.stat().st_dev == folder.stat().st_dev:
                 needed += hessians
             else:
@@ -265,7 +266,7 @@ def require_space(given: options.Convert, source: checkpoint.Source, entries: Se
 
 def deciding(given: options.Convert) -> dict:
     """What of the command line decides the output's bytes, defaults left out; files by name, not by path."""
-    found = {
+    found: dict[str, Any] = {
         "bpw": given.budget,
         "plan": given.plan_file and Path(given.plan_file).name,
         "tensor_type": list(given.tensor_type),
@@ -285,9 +286,8 @@ def deciding(given: options.Convert) -> dict:
     return {key: value for key, value in found.items() if value}
 
 
-def settings(job: Job) -> dict:
+def settings(job: Job, calib: str | Path) -> dict:
     """All that decides what a calibration stores, by name: a run goes on only with what the same settings left."""
-    calib = job.given.calib
     stored = {e.name: str(e.target) if isinstance(e.target, columns.ColumnType) else e.target_name for e in job.entries}
     return {
         "model": checkpoint.fingerprint(job.source.files),

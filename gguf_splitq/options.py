@@ -139,12 +139,12 @@ class Convert(Options):
     @property
     def base(self) -> str:
         """The type of what neither a rule nor a plan decides."""
-        return mix.base(self.budget) if self.type is None else self.type
+        return self.type if self.type is not None else mix.base(self.budget or 0)
 
     @property
     def label(self) -> str:
         """What stands for {type} in the output's name."""
-        return mix.label(self.budget) if self.type is None else types.get(self.type).name
+        return types.get(self.base).name if self.budget is None else mix.label(self.budget)
 
     @functools.cached_property
     def path(self) -> Path:
@@ -312,8 +312,8 @@ def check_files(
         for other, file in written[:number]:
             if same(path, file):
                 raise UsageError(f"{path}: {other} and {option} are one file: choose another name for one of them")
-    for option, path in [*written, *read, (name, model)] if journal else []:
-        if any(same(folder, journal) for folder in (path, *Path(os.path.realpath(path)).parents)):
+    for option, path in [*written, *read, (name, model)]:
+        if journal and any(same(folder, journal) for folder in (path, *Path(os.path.realpath(path)).parents)):
             raise UsageError(f"{path}: {option} is in the folder of an unfinished run: choose another name")
 
 
