@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from rich.table import Table
 from gguf_splitq import convert as converter
 from gguf_splitq import display, runtime
 from gguf_splitq.errors import SplitqError
+from gguf_splitq.rewrite import default_threads
 
 BUILD = Path("build")
 DEMO = Path("examples/demo")
@@ -26,7 +26,7 @@ HEADINGS = {"ppl": "perplexity", "ppl_ratio": "/ F16", "mean_kld": "mean KLD", "
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the option that every script has."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument("--threads", type=int, default=default_threads())
     return p
 
 

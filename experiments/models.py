@@ -88,7 +88,7 @@ def random_llama(name: str, hidden: int, ffn: int, layers: int, heads: int, kv_h
 def repeat_layer(one: Path, outfile: Path, layers: int) -> Path:
     """Writes the GGUF `one`, a model of one layer, again with that layer `layers` times: as fast, sooner made."""
     with gguf_file.read(one) as source:
-        count = f"{source.get('general.architecture')}.block_count"
+        count = f"{source.get('general.architecture', str, '')}.block_count"
         kv = source.kv | {count: gguf_file.Value.of(layers)}
         layer = [t for t in source.tensors if t.name.startswith("blk.0.")]
         rest = [t for t in source.tensors if t not in layer]

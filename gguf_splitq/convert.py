@@ -48,7 +48,7 @@ class Job:
 
     @property
     def architecture(self) -> str:
-        return self.source.header.get("general.architecture", "")
+        return self.source.header.get("general.architecture", str, "")
 
     def data(self, progress: display.Progress) -> Gguf:
         """The checkpoint's tensors."""
@@ -95,7 +95,7 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
     given.check_files(source.path)  # a Hub id's are known now
     head = source.header
     importance = matrix.for_tensors(head.tensors) if matrix else {}
-    architecture = head.get("general.architecture", "")
+    architecture = head.get("general.architecture", str, "")
     make = functools.partial(
         plan.make,
         head.tensors,

@@ -28,7 +28,7 @@ def dequantize(
     target, path = types.get(type), given.path
     with given.writing(), gguf_file.read(file) as source:
         entries = make_plan(source.tensors, target)
-        kv = output.metadata(source.kv, target, {"dequantized_from": source.get("gguf_splitq.type", "a GGUF")})
+        kv = output.metadata(source.kv, target, {"dequantized_from": source.get("gguf_splitq.type", str, "a GGUF")})
         with display.Progress() as progress:
             progress.start(entries)
             rewrite.rewrite(source, entries, kv, path, threads=given.workers, done=progress.done)

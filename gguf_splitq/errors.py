@@ -1,6 +1,7 @@
 """Every failure a user can cause or meet, one class per kind, each with its exit code.
 
-A message is one sentence that names the tensor or file, the cause and the next step.
+A message is one sentence that names the tensor or file, the cause and the next step. Names come from files that may be
+hostile, and a terminal obeys what it is shown: what is not printable is escaped. docs/errors.md has a table of all.
 """
 
 
@@ -8,6 +9,9 @@ class SplitqError(Exception):
     """Base of all expected failures; the command line prints the message and exits with `exit_code`."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 class UsageError(SplitqError):

@@ -16,12 +16,13 @@ import math
 import os
 import re
 import secrets
+import stat
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -36,8 +37,15 @@ MAX_DIMS = 4  # GGML_MAX_DIMS
 # GGUF value type ids -> struct format
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _U32, _STRING, _ARRAY = 4, 8, 9
+_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64")
+_INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
+_DUE: dict[Any, str] = {  # what a reader may ask for, in words
+    str: "a string", int: "a whole number", list[str]: "an array of strings", list[int]: "an array of whole numbers",
+}  # fmt: skip
 
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
+_SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,34 @@ class Value:
         """The value as Python's own type."""
         if self.type != _ARRAY:
             return _unpack(self.type, self.raw, 0)[0]
-        item_type, count = struct.unpack_from("<IQ", self.raw)
+        item_type, count = self._items
+        if item_type != _STRING:
+            return list(struct.unpack_from(f"<{count}{_SCALARS[item_type]}", self.raw, 12))
         items, at = [], 12
         for _ in range(count):
             item, at = _unpack(item_type, self.raw, at)
             items.append(item)
         return items
+
+    @property
+    def kind(self) -> str:
+        """The type in words, for messages."""
+        if self.type != _ARRAY:
+            return f"of type {_NAMES[self.type]}"
+        item_type, count = self._items
+        return f"an array of {count} of type {_NAMES[item_type]}"
+
+    def serves(self, kind: Any) -> bool:
+        """Whether `python` is a `kind`, one of `_DUE`; an empty array is a list of anything."""
+        allowed = (_STRING,) if kind in (str, list[str]) else _INTEGERS
+        if kind in (str, int):
+            return self.type in allowed
+        return self.type == _ARRAY and (self._items[1] == 0 or self._items[0] in allowed)
+
+    @property
+    def _items(self) -> tuple[int, int]:
+        """An array's value type and count."""
+        return struct.unpack_from("<IQ", self.raw)
 
 
 @dataclass(frozen=True)
@@ -109,11 +139,20 @@ class Gguf:
     growing: Callable[[], bool] = lambda: False  # whether more of the data may yet be written
 
     def __post_init__(self):
-        self._open = {path: open(path, "rb", buffering=0) for path in self.files}
+        self._open = {}
+        try:
+            for path in self.files:
+                self._open[path] = open(path, "rb", buffering=0)
+        except OSError as error:
+            self.close()
+            raise EnvironmentFailed(
+                f"{path}: cannot be opened beside {len(self._open)} other shards ({error.strerror}): "
+                "allow more open files (ulimit -n) or merge them"
+            ) from error
 
-    def get(self, key: str, default=None):
-        """A metadata value as Python's own type, or `default`."""
-        return self.kv[key].python if key in self.kv else default
+    def get(self, key: str, kind: type[T], default: T) -> T:
+        """`typed` of this file's metadata."""
+        return typed(self.path, self.kv, key, kind, default)
 
     def read_rows(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
         """Rows [first, first + count) of a tensor as stored: uint8 [count, row_bytes]. Threads may call this at once.
@@ -162,6 +201,30 @@ def type_name(type_id: int) -> str:
     return sizes()[type_id][0]
 
 
+def typed(path: Path, kv: Mapping[str, Value], key: str, kind: type[T], default: T) -> T:
+    """A metadata value as `kind` (str, int, list[str] or list[int]), `default` where there is none.
+
+    All that acts on a file's metadata asks here. Raises InputError when the value is of another kind.
+    """
+    if key not in kv:
+        return default
+    if not kv[key].serves(kind):
+        cause = f"metadata {key!r} is {kv[key].kind} where {_DUE[kind]} is due"
+        raise InputError(f"{path}: {cause}: the file is damaged, get or make it again")
+    return kv[key].python
+
+
+def require_file(path: str | Path) -> None:
+    """InputError unless `path` is a file with a beginning and an end: reading a pipe would wait, a device never end."""
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({cause}): check the path") from error
+    raise InputError(f"{path}: cannot be read (not a regular file): check the path")
+
+
 def read(path: str | Path, data: bool = True) -> Gguf:
     """Read and check the header of a GGUF file; a file named *-00001-of-000NN.gguf brings its other shards along.
 
@@ -178,12 +241,8 @@ def read(path: str | Path, data: bool = True) -> Gguf:
         if tensor.name in names:
             raise InputError(f"{path}: tensor {tensor.name!r} is there twice: the file is damaged, get it again")
         names.add(tensor.name)
-    declared = parts[0][0].get("split.count")
-    if declared is not None and declared.python not in (0, 1, len(shards)):
-        raise InputError(
-            f"{path}: the file is one of {declared.python} shards: give the first, named NAME-00001-of-NNNNN.gguf, "
-            "with the others beside it"
-        )
+    for number, (shard, (found, _)) in enumerate(zip(shards, parts, strict=True)):
+        _check_split(shard, found, number, len(shards), len(tensors))
     return Gguf(path, kv, tensors, shards, sum(p.stat().st_size for p in shards))
 
 
@@ -260,25 +319,48 @@ def mib(size: float) -> str:
 
 def _check_written(temp: Path, path: Path) -> None:
     """EnvironmentFailed unless the file reads back as a GGUF whose tensors fill it to the last byte."""
-    with contextlib.suppress(InputError):
-        tensors = read(temp).tensors
+    with contextlib.suppress(InputError), read(temp) as file:
+        tensors = file.tensors
         if not tensors or tensors[-1].offset + padded(tensors[-1].n_bytes) == temp.stat().st_size:
             return
     raise EnvironmentFailed(f"{path}: the file does not read back as it was written: check the disk")
 
 
 def _shards(path: Path) -> list[Path]:
-    match = _SHARD.match(path.name)
-    if not match or match[3] == "00001":
+    """The files of a set by their names, all of which are there."""
+    match = _SHARD.fullmatch(path.name)
+    if not match or int(match[3]) < 2:
         return [path]
     stem, number, count = match.groups()
     if number != "00001":
         raise InputError(f"{path}: this is shard {number} of {count}: give the first, {stem}-00001-of-{count}.gguf")
-    return [path.with_name(f"{stem}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    shards = [path.with_name(f"{stem}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    for i, shard in enumerate(shards):
+        if not os.path.exists(shard):
+            raise InputError(f"{shard}: shard {i + 1} of {len(shards)} is missing: put all of them in one folder")
+    return shards
+
+
+def _check_split(path: Path, kv: Mapping[str, Value], number: int, count: int, n_tensors: int) -> None:
+    """InputError unless what a shard says of its set is what was found, where it says anything."""
+    said = typed(path, kv, "split.count", int, 0)
+    if count == 1 and said > 1:
+        raise InputError(
+            f"{path}: the file is one of {said} shards: give the first, named NAME-00001-of-NNNNN.gguf, "
+            "with the others beside it"
+        )
+    for key, due in (("count", count), ("no", number), ("tensors.count", n_tensors)):
+        found = typed(path, kv, f"split.{key}", int, due)
+        if found != due and not (key == "count" and found == 0):
+            raise InputError(
+                f"{path}: 'split.{key}' is {found} where {due} is due for shard {number + 1} of {count}: "
+                "these are not shards of one file, get them again"
+            )
 
 
 def _read_one(path: Path, data: bool) -> tuple[dict[str, Value], list[Tensor]]:
     """(metadata, tensors) of one file."""
+    require_file(path)
     try:
         with open(path, "rb") as file:
             return _Header(path, file).parse(data)
@@ -303,7 +385,10 @@ class _Header:
         if count > self.left:
             raise self.fail(f"the header ends inside {what} ({count} bytes wanted, {self.left} left)")
         self.left -= count
-        return self.file.read(count)
+        data = self.file.read(count)
+        if len(data) < count:
+            raise self.fail(f"the file became shorter inside {what} while it was read")
+        return data
 
     def number(self, fmt: str, what: str) -> int:
         return struct.unpack("<" + fmt, self.take(struct.calcsize("<" + fmt), what))[0]
@@ -328,11 +413,11 @@ class _Header:
             if not key.isprintable() or key in kv:
                 raise self.fail(f"metadata key {key!r} is there twice or not printable")
             kv[key] = self.value(key)
-        alignment = kv.get("general.alignment", Value.of(ALIGNMENT))
-        if alignment.type != _U32 or alignment.python.bit_count() != 1 or alignment.python > 1 << 20:
-            raise self.fail("general.alignment is not a power of two")
+        alignment = typed(self.path, kv, "general.alignment", int, ALIGNMENT)
+        if kv.get("general.alignment", Value.of(0)).type != _U32 or alignment.bit_count() != 1 or alignment > 1 << 20:
+            raise self.fail("general.alignment is not a power of two in a u32")
         infos = [self.tensor_info() for _ in range(n_tensors)]
-        return kv, self.place(infos, alignment.python, data)
+        return kv, self.place(infos, alignment, data)
 
     def value(self, key: str) -> Value:
         what = f"metadata {key!r}"
@@ -371,8 +456,8 @@ class _Header:
             raise self.fail(f"{what} has the impossible shape {list(shape)}")
         if type_id not in sizes():
             raise UnsupportedError(f"{self.path}: {what} has type {type_id}, which is unknown here: use a newer one")
-        if shape and shape[-1] % sizes()[type_id][1]:
-            raise self.fail(f"{what} has rows of {shape[-1]} that do not divide into blocks of {type_name(type_id)}")
+        if (shape[-1] if shape else 1) % sizes()[type_id][1]:
+            raise self.fail(f"{what} has rows of {shape[-1] if shape else 1} that do not divide into blocks of {type_name(type_id)}")
         return name, shape, type_id, offset
 
     def place(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int, data: bool) -> list[Tensor]:

@@ -62,6 +62,7 @@ class Imatrix:
 def load(path: str | Path) -> Imatrix:
     """Read an importance matrix; InputError for a file that is truncated, hostile, or holds NaN, Inf or negatives."""
     path = Path(path)
+    gguf_file.require_file(path)
     try:
         with open(path, "rb") as file:
             is_gguf = file.read(4) == b"GGUF"
@@ -98,12 +99,12 @@ def _load_gguf(path: Path) -> Imatrix:
                 raise _damaged(path, f"the counts of {name!r} hold NaN or Inf")
             calls = np.floor(calls.astype(np.float64) + 0.5).astype(np.float32)  # lround, for counts above 0
             per_expert = sums.reshape(len(calls), -1)
-            with np.errstate(divide="ignore", invalid="ignore"):
+            with np.errstate(all="ignore"):  # what comes of it is checked by the caller
                 entries[name] = np.where(calls[:, None] > 0, per_expert / calls[:, None], np.float32(1)).ravel()
-        datasets, chunks = file.get("imatrix.datasets"), file.get("imatrix.chunk_count")
-        if not (isinstance(datasets, list) and isinstance(chunks, int)):
-            raise _damaged(path, "'imatrix.datasets' or 'imatrix.chunk_count' has the wrong type")
-        return Imatrix(path, entries, [str(d) for d in datasets], chunks)
+        datasets, chunks = file.get("imatrix.datasets", list[str], []), file.get("imatrix.chunk_count", int, 0)
+        if chunks >= 1 << 32:
+            raise _damaged(path, f"{chunks} chunks are more than can be")
+        return Imatrix(path, entries, datasets, chunks)
 
 
 def _load_legacy(path: Path) -> Imatrix:

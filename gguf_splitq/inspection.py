@@ -14,6 +14,7 @@ from .gguf_file import Tensor
 from .types import columns
 
 _TOO_LONG = "gguf_splitq.calib_lines"
+MOST_SHOWN = 1000  # characters of a value
 _KEYS = ("general.architecture", "general.name", "general.size_label", "general.file_type", "gguf_splitq.", "quantize.")
 
 
@@ -39,7 +40,7 @@ def inspect(file: str | Path, json: bool = False) -> dict:
             "weights": everything["weights"],
             "bpw": everything["bpw"],
             "linear_bpw": _linear_bpw(source),
-            "metadata": {key: source.get(key) for key in source.kv if key.startswith(_KEYS) and key != _TOO_LONG},
+            "metadata": {k: v.python for k, v in source.kv.items() if k.startswith(_KEYS) and k != _TOO_LONG},
             "types": _groups(source.tensors, owners, lambda t: {"type": type_of(t)}),
             "kinds": _groups(source.tensors, owners, lambda t: {"kind": kind(t.name), "type": type_of(t)}),
         }
@@ -62,7 +63,7 @@ def kind(name: str) -> str:
 
 
 def _linear_bpw(source: gguf_file.Gguf) -> float:
-    architecture = source.get("general.architecture", "")
+    architecture = source.get("general.architecture", str, "")
     owners = columns.owners(source.tensors)
     return _row([t for t in source.tensors if plan.is_linear(t, architecture) or t.name in owners], owners)["bpw"]
 
@@ -88,7 +89,8 @@ def _show(result: dict) -> None:
         soft_wrap=True,
     )
     for key, value in result["metadata"].items():
-        out.print(f"  {key} = {value!r}", soft_wrap=True)
+        shown = repr(value)  # which escapes what a terminal would obey
+        out.print(f"  {key} = {shown if len(shown) <= MOST_SHOWN else shown[:MOST_SHOWN] + '...'}", soft_wrap=True)
     for title, rows in (("by type", result["types"]), ("by kind", result["kinds"])):
         table = Table(title=title)
         for column in rows[0] if rows else ():

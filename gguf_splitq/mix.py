@@ -17,6 +17,7 @@ from .errors import InputError, UsageError
 from .plan import Entry
 from .types import TensorType
 
+MOST_BYTES = 1 << 26  # of a plan: what is longer, a model given by mistake, is not read whole
 CANDIDATES = ("sq2", "sq3", "sq4", "q5_k", "q6_k", "q8_0")
 
 
@@ -49,6 +50,8 @@ def candidates(entries: Iterable[Entry]) -> dict[str, list[TensorType]]:
 def check(entries: Sequence[Entry], bpw: float, architecture: str = "") -> None:
     """UsageError when not even the smallest types keep to the budget."""
     weights, limit, sizes = _sizes(entries, bpw, architecture)
+    if not weights:
+        raise UsageError(f"--bpw {bpw:g} is for linear layers and there are none: give --type")
     least = sum(min(found.values()) for found in sizes.values())
     if least > limit:
         smallest = 8 * (least - limit) / max(weights, 1) + bpw
@@ -84,22 +87,38 @@ def save(mix: Mix, path: str | Path) -> None:
 
 def load(path: str | Path) -> Mix:
     """What `save` wrote; InputError for anything else, UsageError for a type that is not known."""
+    gguf_file.require_file(path)
     try:
-        mix = Mix(**json.loads(Path(path).read_bytes()))
+        with open(path, "rb") as file:
+            mix = Mix(**json.loads(file.read(MOST_BYTES)))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): make it with --bpw and --save-plan") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a plan: make it with --bpw and --save-plan") from error
-    if not (isinstance(mix.bpw, (int, float)) and mix.bpw > 0 and isinstance(mix.types, dict)):
+    if not _is_plan(mix):
         raise InputError(f"{path}: not a plan: make it with --bpw and --save-plan")
     for name in mix.types.values():
-        types.get(str(name))
+        types.get(name)
     return mix
+
+
+def _is_plan(mix: Mix) -> bool:
+    """Whether the fields are what `Mix` says."""
+    if not all(isinstance(found, dict) for found in (mix.types, mix.costs)):
+        return False
+    if not all(isinstance(found, dict) for found in mix.costs.values()):
+        return False
+    numbers = [mix.bpw, *(cost for found in mix.costs.values() for cost in found.values())]
+    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
+        return False
+    return 0 < mix.bpw < 32 and all(isinstance(name, str) for name in mix.types.values())
 
 
 def check_names(mix: Mix, entries: Sequence[Entry], path: str | Path, architecture: str = "") -> None:
     """InputError unless the plan is of these tensors."""
     linear = {e.name for e in entries if plan.is_linear(e.tensor, architecture)}
+    if not linear:
+        raise InputError(f"{path}: a plan is for linear layers and this model has none: give --type")
     for name in sorted(mix.types.keys() - linear):
         raise InputError(f"{path}: tensor {name!r} is not a linear layer of this model: make a plan for it with --bpw")
     for name in sorted(candidates(entries).keys() - mix.types.keys()):

@@ -11,19 +11,43 @@ could not tell a few shared lines.
 
 from __future__ import annotations
 
+import os
+import stat
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 LINES = 8
 SHORT, LONG = 20, 80  # characters
+MOST_BYTES = 1 << 26  # of a text that metadata names
 
 
 def fingerprint(text: str) -> np.ndarray:
     """uint32, sorted and distinct."""
     lines = _lines(text)
     return np.unique(np.array([*_rows(lines), *_long(lines), _checksum(lines)], np.uint32))
+
+
+def named(path: str, text: str | Path) -> str:
+    """The text that a file says it was made with, if it is in the current folder or that of `text`; "" otherwise.
+
+    The name comes from a file that may be hostile and could be any: nothing outside of these is touched, and nothing
+    that is no regular file of at most `MOST_BYTES`.
+    """
+    folders = [os.path.realpath(folder) for folder in (".", os.path.dirname(os.path.abspath(text)))]
+    try:
+        for find in (os.path.abspath, os.path.realpath):  # by name, then with links followed
+            if not any(Path(find(path)).is_relative_to(folder) for folder in folders):
+                return ""
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return ""
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError):
+        return ""
+    return "" if len(data) > MOST_BYTES else data.decode("utf-8", "replace")
 
 
 def shared(known: Iterable[int], text: str) -> int:

@@ -192,15 +192,16 @@ def validate(file: str | Path, baseline: str | Path, text: str | Path, **more) -
 def check_overlap(file, text) -> None:
     """UsageError when `file` was made with a calibration text, or an importance matrix of one, that `text` overlaps.
 
-    What it was made with is in its metadata: the text's fingerprint, or the path of the matrix's text, if it is there.
+    What it was made with is in its metadata: the text's fingerprint, or the path of the matrix's text, which is read
+    if it is in the current folder or beside `text`.
     """
     with gguf_file.read(file) as header:
-        known = header.get("gguf_splitq.calib_lines", [])
-        dataset = Path(header.get("quantize.imatrix.dataset", ""))
+        known = header.get("gguf_splitq.calib_lines", list[int], [])
+        dataset = header.get("quantize.imatrix.dataset", str, "")
     words = Path(text).read_text(encoding="utf-8", errors="replace")
     count = overlap.shared(known, words)
-    if not count and dataset.is_file():
-        count = overlap.shared(overlap.fingerprint(dataset.read_text(encoding="utf-8", errors="replace")), words)
+    if not count:
+        count = overlap.shared(overlap.fingerprint(overlap.named(dataset, text)), words)
     if count:
         raise UsageError(
             f"{text}: {count} of its lines are in the text that {file} was calibrated on, so that the result would "
@@ -226,7 +227,7 @@ def print_table(results: list[dict]) -> None:
 
 
 def _vocabulary(header: gguf_file.Gguf) -> int:
-    return len(header.get("tokenizer.ggml.tokens", []))
+    return len(header.get("tokenizer.ggml.tokens", list[str], []))
 
 
 def _find(pattern: str, output: str) -> float:

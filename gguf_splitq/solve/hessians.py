@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ..gguf_file import Value
 from .calibrate import Layer
 from .journal import Journal
 
+T = TypeVar("T")
 MEASURED = ("model", "calib", "calib_tokens")  # the settings that Hessians depend on
 
 
@@ -32,14 +34,24 @@ class Hessians:
         if self.complete:
             self.file = gguf_file.read(self.path)
             self.tensors = {tensor.name: tensor for tensor in self.file.tensors}
-            self.pooled = set(json.loads(self.file.get("gguf_splitq.pooled", "[]")))
-            before = json.loads(self.file.get("gguf_splitq.calibration", "{}"))
+            self.pooled = self._json("gguf_splitq.pooled", list)
+            before = self._json("gguf_splitq.calibration", dict)
             for key, value in self.calibration.items():
                 if before.get(key) != value:
                     raise UsageError(
                         f"{path}: its Hessians were measured with {key} {before.get(key)} and this run has {value}: "
                         "name another file for --hessians"
                     )
+
+    def _json(self, key: str, kind: type[T]) -> T:
+        """What the file's metadata holds as JSON, an empty `kind` where it has no such key."""
+        try:
+            found = json.loads(self.file.get(key, str, json.dumps(kind())))
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, kind):
+            raise self._damaged(f"its {key!r} is not a JSON {kind.__name__}")
+        return found
 
     def has(self, index: int) -> bool:
         return self.complete or self.journal.find(_part(index)) is not None
@@ -60,11 +72,23 @@ class Hessians:
             found = arrays.get(f"{index} {layer.name}")
             if found is None:
                 continue  # nothing went through it when they were measured
-            rows = self.file.read_rows(found, 0, found.n_rows).view(np.float32) if self.complete else found[:]
-            if rows.shape != (layer.weight.shape[1],) * 2:
-                raise InputError(f"{self.path}: the Hessian of {layer.name!r} is {rows.shape}: delete the file")
-            layer.hessian = torch.from_numpy(rows).double().to(layer.weight.device)
+            layer.hessian = torch.from_numpy(self._read(layer, found)).double().to(layer.weight.device)
             layer.pooled = f"{index} {layer.name}" in pooled
+
+    def _read(self, layer: Layer, found) -> np.ndarray:
+        """float32 [in, in] of a matrix, from a tensor of the file or a part of the journal."""
+        shape = list(found.shape if self.complete else found.get_shape())
+        kind = gguf_file.type_name(found.type_id) if self.complete else found.get_dtype().lower()
+        due = [layer.weight.shape[1]] * 2
+        if (kind, shape) != ("f32", due):
+            raise self._damaged(f"the Hessian of {layer.name!r} is {kind} {shape} where f32 {due} is due")
+        rows = self.file.read_rows(found, 0, found.n_rows).view(np.float32) if self.complete else found[:]
+        if not np.isfinite(rows).all():
+            raise self._damaged(f"the Hessian of {layer.name!r} holds NaN or Inf")
+        return rows
+
+    def _damaged(self, cause: str) -> InputError:
+        return InputError(f"{self.path}: {cause}: name another file for --hessians")
 
     def finish(self) -> None:
         """Join the layers into the file."""

@@ -203,7 +203,7 @@ def _norms(student: Model, file: Gguf) -> dict[str, tuple[torch.nn.Parameter, fl
     """GGUF name -> a norm's weight in the model, and what llama.cpp's converter has added to it (1 for Gemma's)."""
     found = {}
     tensors = {tensor.name: tensor for tensor in file.tensors}
-    for name, key in _gguf_names(student, file.get("general.architecture", "")):
+    for name, key in _gguf_names(student, file.get("general.architecture", str, "")):
         tensor = tensors.get(name)
         parameter = student.module.get_parameter(key)
         if tensor is not None and parameter.dim() == 1 and "norm" in key and tensor.n_weights == parameter.numel():

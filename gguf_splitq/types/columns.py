@@ -201,7 +201,7 @@ class ColumnType(TensorType):
         extra = found.pop("extra")
         found["upper"] = extra.transpose(0, 3, 1, 2, 4).reshape(len(extra) * PANEL, wide, extra.shape[2] * 4)[:n_rows]
         if not wide:
-            found["order"] = np.arange(n_cols, dtype=np.uint16)
+            found["order"] = np.arange(n_cols)
         require(np.array_equal(np.sort(found["order"]), np.arange(n_cols)), "its column order is not a permutation")
         del found["header"]
         return kind.checked(found, require)
