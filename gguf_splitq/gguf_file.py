@@ -457,7 +457,9 @@ class _Header:
         if type_id not in sizes():
             raise UnsupportedError(f"{self.path}: {what} has type {type_id}, which is unknown here: use a newer one")
         if (shape[-1] if shape else 1) % sizes()[type_id][1]:
-            raise self.fail(f"{what} has rows of {shape[-1] if shape else 1} that do not divide into blocks of {type_name(type_id)}")
+            raise self.fail(
+                f"{what} has rows of {shape[-1] if shape else 1} that do not divide into blocks of {type_name(type_id)}"
+            )
         return name, shape, type_id, offset
 
     def place(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int, data: bool) -> list[Tensor]:

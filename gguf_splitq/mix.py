@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from .errors import InputError, UsageError
 from .plan import Entry
 from .types import TensorType
 
-MOST_BYTES = 1 << 26  # of a plan: what is longer, a model given by mistake, is not read whole
+MOST_BYTES = 1 << 26  # of a plan; what is longer is a model given by mistake, not to be read whole
 CANDIDATES = ("sq2", "sq3", "sq4", "q5_k", "q6_k", "q8_0")
 
 
@@ -89,8 +90,9 @@ def load(path: str | Path) -> Mix:
     """What `save` wrote; InputError for anything else, UsageError for a type that is not known."""
     gguf_file.require_file(path)
     try:
-        with open(path, "rb") as file:
-            mix = Mix(**json.loads(file.read(MOST_BYTES)))
+        if os.stat(path).st_size > MOST_BYTES:
+            raise ValueError
+        mix = Mix(**json.loads(Path(path).read_bytes()))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): make it with --bpw and --save-plan") from error
     except (ValueError, TypeError, RecursionError) as error:
@@ -103,15 +105,15 @@ def load(path: str | Path) -> Mix:
 
 
 def _is_plan(mix: Mix) -> bool:
-    """Whether the fields are what `Mix` says."""
+    """Whether the fields are what `Mix` says, and every tensor with costs has one for the type it got."""
     if not all(isinstance(found, dict) for found in (mix.types, mix.costs)):
         return False
-    if not all(isinstance(found, dict) for found in mix.costs.values()):
+    if not all(isinstance(name, str) for name in mix.types.values()):
+        return False
+    if not all(isinstance(found, dict) and mix.types.get(name) in found for name, found in mix.costs.items()):
         return False
     numbers = [mix.bpw, *(cost for found in mix.costs.values() for cost in found.values())]
-    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
-        return False
-    return 0 < mix.bpw < 32 and all(isinstance(name, str) for name in mix.types.values())
+    return all(type(n) in (int, float) for n in numbers) and 0 < mix.bpw < 32
 
 
 def check_names(mix: Mix, entries: Sequence[Entry], path: str | Path, architecture: str = "") -> None:

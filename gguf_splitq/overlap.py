@@ -41,13 +41,13 @@ def named(path: str, text: str | Path) -> str:
         for find in (os.path.abspath, os.path.realpath):  # by name, then with links followed
             if not any(Path(find(path)).is_relative_to(folder) for folder in folders):
                 return ""
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
             return ""
         with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            return file.read(found.st_size).decode("utf-8", "replace")
     except (OSError, ValueError):
         return ""
-    return "" if len(data) > MOST_BYTES else data.decode("utf-8", "replace")
 
 
 def shared(known: Iterable[int], text: str) -> int:
