@@ -234,6 +234,41 @@ def test_a_value_may_end_anywhere(folder, key):
             assert isinstance(outcome(inspection.inspect, folder / "cut.gguf"), InputError)
 
 
+@pytest.mark.parametrize(
+    ("kv", "matrix", "words"),
+    [
+        ({"gguf_splitq.pooled": "{}"}, None, "'gguf_splitq.pooled' is not a JSON list"),
+        ({"gguf_splitq.pooled": "["}, None, "'gguf_splitq.pooled' is not a JSON list"),
+        ({"gguf_splitq.pooled": "[" * 100000}, None, "'gguf_splitq.pooled' is not a JSON list"),
+        ({"gguf_splitq.calibration": "[1]"}, None, "'gguf_splitq.calibration' is not a JSON dict"),
+        ({"gguf_splitq.calibration": 3}, None, "'gguf_splitq.calibration' is of type u32 where a string is due"),
+        ({"gguf_splitq.calibration": "{}"}, None, "measured with model None"),
+        ({}, np.eye(8, dtype=np.float16), r"'a' is f16 \[8, 8\] where f32 \[8, 8\] is due"),
+        ({}, np.eye(4, dtype=np.float32), r"'a' is f32 \[4, 4\] where"),
+        ({}, np.full((8, 8), np.nan, np.float32), "'a' holds NaN"),
+    ],
+)
+def test_what_are_no_hessians(folder, kv, matrix, words):
+    matrix = np.eye(8, dtype=np.float32) if matrix is None else matrix
+    kv = {"gguf_splitq.calibration": json.dumps(CALIBRATION)} | kv
+    kind = {np.float32: 0, np.float16: 1}[matrix.dtype.type]
+    stored = [("0 a", matrix.shape, kind)]
+    path = write(folder / "h.gguf", {k: Value.of(v) for k, v in kv.items()}, stored, [matrix.tobytes()])
+    with pytest.raises(SplitqError, match=words):
+        use_hessians(path)
+
+
+@pytest.mark.parametrize(("kind", "raw"), [(10, struct.pack("<Q", 1 << 32)), (6, bytes(4)), (8, bytes(8))])
+def test_a_number_of_chunks_that_cannot_be(folder, kind, raw):
+    path = modern(folder)
+    with gguf_file.read(path) as file:
+        kv, stored = file.kv, [(t.name, t.shape, t.type_id) for t in file.tensors]
+        rows = [file.read_rows(t, 0, t.n_rows).tobytes() for t in file.tensors]
+    write(path, kv | {"imatrix.chunk_count": Value(kind, raw)}, stored, rows)
+    with pytest.raises(InputError, match=r"i\.gguf: "):
+        use_imatrix(path)
+
+
 EXTREMES = [0, 1, 2, 7, 8, 9, 31, 32, 64, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 62, (1 << 64) - 1]
 
 

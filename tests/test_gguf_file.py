@@ -1,7 +1,9 @@
 """The reader against upstream's writer and against crafted headers; the writer against upstream's reader."""
 
 import os
+import resource
 import struct
+from pathlib import Path
 
 import crafted
 import numpy as np
@@ -59,6 +61,7 @@ DAMAGED = {
     "dimension 0": (dict(infos=[info("t", [0, 4])], data=128), "'t' has the impossible shape"),
     "product overflows": (dict(infos=[info("t", [1 << 32, 1 << 32])], data=128), "'t' has the impossible shape"),
     "product wraps to 32": (dict(infos=[info("t", [32, (1 << 59) + 1, 32])], data=4096), "'t' has the impossible"),
+    "a number in blocks": (dict(infos=[info("t", [], Q4_0)], data=128), "'t' has rows of 1 that do not divide"),
     "row of half a block": (dict(infos=[info("t", [48, 2], Q4_0)], data=128), "'t' has rows of 48"),
     "past the end": (dict(infos=[info("t", [64])], data=128), "'t' reaches 128 bytes past the end"),
     "far past the end": (dict(infos=[info("t", [1 << 40])], data=128), "'t' reaches"),
@@ -189,6 +192,117 @@ def test_shards_are_read_as_one_file(tmp_path):
     shards[-1].unlink()
     with pytest.raises(InputError, match=shards[-1].name):
         gguf_file.read(shards[0])
+
+
+def shard(path, number, count, names, total=None, **split):
+    keys = {"no": number, "count": count, "tensors.count": total or len(names)} | split
+    kvs = [kv(f"split.{key}", 4, struct.pack("<I", value)) for key, value in keys.items()]
+    return file_of(path, kvs, [info(name, [32], F32, 128 * i) for i, name in enumerate(names)], 128 * len(names))
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (dict(number=0), "'split.no' is 0 where 1 is due for shard 2 of 2"),
+        (dict(count=3), "'split.count' is 3 where 2 is due"),
+        (dict(total=9), "'split.tensors.count' is 9 where 3 is due"),
+        (dict(names=["a"]), "tensor 'a' is there twice"),
+        (dict(names=["c", "d"]), "'split.tensors.count' is 3 where 4 is due"),
+    ],
+)
+def test_shards_that_disagree_are_refused(tmp_path, second, words):
+    first, other = tmp_path / "m-00001-of-00002.gguf", tmp_path / "m-00002-of-00002.gguf"
+    shard(first, 0, 2, ["a", "b"], total=3)
+    with pytest.raises(InputError, match="m-00002-of-00002.gguf: shard 2 of 2 is missing"):
+        gguf_file.read(first)
+    shard(other, **dict(number=1, count=2, names=["c"], total=3))
+    with gguf_file.read(first) as file:
+        assert [t.name for t in file.tensors] == ["a", "b", "c"]
+    shard(other, **dict(number=1, count=2, names=["c"], total=3) | second)
+    with pytest.raises(InputError, match=words):
+        gguf_file.read(first)
+
+
+@pytest.mark.parametrize(
+    "name", ["m-00001-of-00000.gguf", "m-00000-of-00001.gguf", "m-٠٠٠٠١-of-٠٠٠٠٢.gguf", "-1-of-2.gguf"]
+)
+def test_a_name_that_is_not_of_a_set_is_a_file_of_its_own(tmp_path, name):
+    with gguf_file.read(file_of(tmp_path / name, infos=[info("t", [32])], data=128)) as file:
+        assert [t.name for t in file.tensors] == ["t"]
+
+
+def test_a_set_of_99999_shards_of_which_one_is_there(tmp_path):
+    path = shard(tmp_path / "m-00001-of-99999.gguf", 0, 99999, ["a"])
+    with pytest.raises(InputError, match="m-00002-of-99999.gguf: shard 2 of 99999 is missing"):
+        gguf_file.read(path)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    names = [f"m-{i + 1:05}-of-00064.gguf" for i in range(64)]
+    for i, name in enumerate(names):
+        shard(tmp_path / name, i, 64, [f"t{i}"], total=64)
+    inside = len(os.listdir("/dev/fd")) + 30
+    resource.setrlimit(resource.RLIMIT_NOFILE, (inside, hard))
+    try:
+        with pytest.raises(EnvironmentFailed, match="cannot be opened beside .* other shards .*ulimit -n"):
+            gguf_file.read(tmp_path / names[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for path in (tmp_path / "pipe.gguf", Path("/dev/zero")):
+        with pytest.raises(InputError, match="not a regular file"):
+            gguf_file.read(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        gguf_file.read(tmp_path / ("x" * 5000))
+    with pytest.raises(InputError, match="cannot be read"):
+        gguf_file.read("a\0b")
+
+
+def test_a_file_that_shrinks_while_its_header_is_read_is_refused(tmp_path, monkeypatch):
+    path = file_of(tmp_path / "m.gguf", [kv("a", 8, string("text"))])
+    stat = os.stat(path)
+    os.truncate(path, 47)
+    monkeypatch.setattr(gguf_file.os, "fstat", lambda _: stat)
+    with pytest.raises(InputError, match="became shorter inside metadata 'a'"):
+        gguf_file.read(path)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1, 1), (1, 5), (7, 1)])
+def test_tensors_of_odd_shapes_are_read(tmp_path, shape):
+    path = file_of(tmp_path / "m.gguf", infos=[info("t", shape[::-1])], data=128)
+    with gguf_file.read(path) as file:
+        (tensor,) = file.tensors
+        assert (tensor.shape, tensor.n_rows * tensor.n_cols) == (shape, tensor.n_weights)
+        assert file.read_rows(tensor, 0, tensor.n_rows).size == 4 * tensor.n_weights
+
+
+def test_metadata_is_given_as_the_kind_that_is_due_or_not_at_all(tmp_path):
+    values = {
+        "s": Value.of("text"),
+        "n": Value.of(7),
+        "ns": Value.of(np.arange(3)),
+        "none": Value(9, struct.pack("<IQ", 6, 0)),
+    }
+    (tmp_path / "m.gguf").write_bytes(gguf_file.header(values, []))
+    with gguf_file.read(tmp_path / "m.gguf") as file:
+        assert (
+            file.get("s", str, "") == "text"
+            and file.get("n", int, 0) == 7
+            and file.get("ns", list[int], []) == [0, 1, 2]
+        )
+        assert file.get("none", list[str], ["x"]) == [] and file.get("absent", int, 5) == 5
+        for key, kind, words in (
+            ("n", str, "'n' is of type u32 where a string is due"),
+            ("s", int, "'s' is of type string where a whole number is due"),
+            ("ns", list[str], "'ns' is an array of 3 of type u32 where an array of strings is due"),
+            ("s", list[int], "'s' is of type string where an array of whole numbers is due"),
+        ):
+            with pytest.raises(InputError, match=f"m.gguf: metadata {words}"):
+                file.get(key, kind, None)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, MemoryError])

@@ -1,5 +1,7 @@
 """Which texts count as overlapping, and that `validate` refuses to measure on a calibration text."""
 
+import os
+
 import crafted
 import numpy as np
 import pytest
@@ -44,6 +46,38 @@ def test_demo_texts_do_not_overlap():
     assert overlap.shared([], "") == overlap.shared(overlap.fingerprint(""), "") == 0
 
 
+def test_only_a_text_near_by_is_read(tmp_path, monkeypatch):
+    work, texts, outside = (tmp_path / name for name in ("work", "texts", "outside"))
+    for folder in (work, texts, outside):
+        folder.mkdir()
+        (folder / "calib.txt").write_text("a text")
+    monkeypatch.chdir(work)
+    text = texts / "eval.txt"
+    for near in (
+        "calib.txt",
+        "./calib.txt",
+        str(work / "calib.txt"),
+        str(texts / "calib.txt"),
+        "../texts/calib.txt",
+    ):
+        assert overlap.named(near, text) == "a text"
+    (work / "link").symlink_to(outside / "calib.txt")
+    (work / "folder").symlink_to(outside)
+    os.mkfifo(work / "pipe")
+    with open(work / "large", "wb") as file:
+        file.truncate(overlap.MOST_BYTES + 1)
+    far = [
+        str(outside / "calib.txt"),
+        "../outside/calib.txt",
+        "link",
+        "folder/calib.txt",
+        "/proc/self/environ",
+        "/dev/zero",
+    ]
+    for path in (*far, "pipe", "large", "none", "", ".", "a\0b", "x" * 5000):
+        assert overlap.named(path, text) == ""
+
+
 def calibrated(path, **kv):
     """A GGUF without tensors that names its calibration text."""
     path.write_bytes(gguf_file.header({key: Value.of(value) for key, value in kv.items()}, []))
@@ -63,6 +97,10 @@ def test_validate_refuses_the_calibration_text(tmp_path, capsys):
                 validate.check_overlap(file, overlapping)
         validate.check_overlap(file, crafted.DEMO / "eval.txt")
     validate.check_overlap(moved, text)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "same.txt").write_text(CALIB)
+    validate.check_overlap(weighted, elsewhere / "same.txt")
     assert "calib_lines" not in str(inspection.inspect(fed))
     capsys.readouterr()
     arguments = ["validate", str(fed), "--baseline", str(fed), "--text", str(text)]

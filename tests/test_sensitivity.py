@@ -123,13 +123,24 @@ def test_a_plan_is_read_as_it_was_saved_and_only_for_its_model(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"bpw": 3}', '{"bpw": "3", "types": {}, "costs": {}}', '{"bpw": 3, "types": 1, "costs": {}}'],
-)
+    [
+        "", "[]", "{}", "[" * 100000, '{"bpw": 3, "types": {"t": ["sq3"]}, "costs": {}}',
+        '{"bpw": 3, "types": {"t": "sq3"}, "costs": []}',
+        '{"bpw": 3, "types": {"t": "sq3"}, "costs": {"t": {"sq4": 1}}}',
+        '{"bpw": 3, "types": {"t": "sq3"}, "costs": {"u": {"sq3": 1}}}', '{"bpw": 1e999, "types": {}, "costs": {}}',
+        '{"bpw": true, "types": {}, "costs": {}}', '{"bpw": 1' + "0" * 400 + ', "types": {}, "costs": {}}',
+        '{"bpw": 3}', '{"bpw": "3", "types": {}, "costs": {}}', '{"bpw": 3, "types": 1, "costs": {}}',
+    ],
+)  # fmt: skip
 def test_what_is_no_plan_is_refused(tmp_path, content):
     path = tmp_path / "plan.json"
     with pytest.raises(InputError, match="plan.json: cannot be read"):
         mix.load(path)
     path.write_text(content)
+    with pytest.raises(InputError, match="plan.json: not a plan"):
+        mix.load(path)
+    with open(path, "wb") as file:
+        file.truncate(mix.MOST_BYTES + 1)
     with pytest.raises(InputError, match="plan.json: not a plan"):
         mix.load(path)
     path.write_text('{"bpw": 3, "types": {"blk.0.attn_q.weight": "sq9"}, "costs": {}}')
