@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from . import gguf_file, plan
+from .errors import printable
 from .rewrite import Stats
 
 
@@ -22,16 +23,16 @@ def console(stderr: bool = False) -> Console:
 
 def say(line: str) -> None:
     """A line for the person who waits; results go to standard output, this does not."""
-    console(stderr=True).print(line, soft_wrap=True)
+    console(stderr=True).print(printable(line), soft_wrap=True)
 
 
 def show_plan(path: Path, entries: Sequence[plan.Entry]) -> None:
-    console().print(f"{path}\n{plan.text(entries)}", end="", soft_wrap=True)
+    console().print(f"{printable(str(path))}\n{plan.text(entries)}", end="", soft_wrap=True)
 
 
 def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stats], result: dict) -> None:
     """One row per type, then what did not go as asked."""
-    table = Table(title=f"{path}: {gguf_file.mib(result['size'])}, {result['bpw']:.3f} bpw")
+    table = Table(title=f"{printable(str(path))}: {gguf_file.mib(result['size'])}, {result['bpw']:.3f} bpw")
     table.add_column("type")
     for column in ("tensors", "weights", "size", "bpw", "SQNR dB", "largest error"):
         table.add_column(column, justify="right")

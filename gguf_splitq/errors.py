@@ -5,13 +5,18 @@ hostile, and a terminal obeys what it is shown: what is not printable is escaped
 """
 
 
+def printable(text: str) -> str:
+    """The text with what is not printable escaped: control characters, halves of surrogate pairs, bytes of no UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class SplitqError(Exception):
     """Base of all expected failures; the command line prints the message and exits with `exit_code`."""
 
     exit_code = 1
 
     def __str__(self) -> str:
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+        return printable(super().__str__())
 
 
 class UsageError(SplitqError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from . import display, gguf_file, options, plan
+from .errors import printable
 from .gguf_file import Tensor
 from .types import columns
 
@@ -84,8 +85,8 @@ def _row(tensors: list[Tensor], sides: Collection[str]) -> dict:
 def _show(result: dict) -> None:
     out = display.console()
     out.print(
-        f"{result['file']}: {gguf_file.mib(result['size'])}, {result['weights']:,} weights, {result['bpw']:.3f} bpw, "
-        f"linear layers {result['linear_bpw']:.3f} bpw",
+        f"{printable(result['file'])}: {gguf_file.mib(result['size'])}, {result['weights']:,} weights, "
+        f"{result['bpw']:.3f} bpw, linear layers {result['linear_bpw']:.3f} bpw",
         soft_wrap=True,
     )
     for key, value in result["metadata"].items():

@@ -1,8 +1,12 @@
 """What a failure says, and docs/errors.md."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import crafted
 import pytest
 
 from gguf_splitq import errors
@@ -28,4 +32,22 @@ def test_the_documentation_has_every_exit_code_and_no_other():
     ],
 )
 def test_what_a_terminal_would_obey_is_escaped(name, shown):
+    assert errors.printable(name) == shown
     assert str(errors.InputError(f"{name}: why: next")) == f"{shown}: why: next"
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["convert", "--type", "sq4", "--dry-run"], ["dequantize"]])
+def test_a_path_that_is_no_text_is_shown_escaped(tmp_path, command):
+    path = os.fsencode(crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors())).replace(
+        b"m.gguf", b"\xff\x1b[2J.gguf"
+    )
+    os.rename(tmp_path / "m.gguf", path)
+    name, *options = command
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(DOCS.parents[1])}
+    arguments = [sys.executable, "-m", "gguf_splitq", name, path, *options]
+    done = subprocess.run(arguments, capture_output=True, env=environment, cwd=tmp_path)
+    assert (
+        done.returncode == 0
+        and b"\\udcff\\x1b[2J" in done.stdout + done.stderr
+        and b"\x1b" not in done.stdout + done.stderr
+    )

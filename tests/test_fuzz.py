@@ -28,10 +28,11 @@ from test_claq import random_side
 from gguf_splitq import gguf_file, imatrix, inspection, mix, overlap, plan, types, validate
 from gguf_splitq.convert import convert
 from gguf_splitq.dequantize import dequantize
-from gguf_splitq.errors import InputError, SplitqError
+from gguf_splitq.errors import InputError, SplitqError, UsageError
 from gguf_splitq.gguf_file import Value
 from gguf_splitq.solve.calibrate import Layer
 from gguf_splitq.solve.hessians import Hessians
+from gguf_splitq.solve.journal import Journal
 from gguf_splitq.types import columns
 
 SECONDS = float(os.environ.get("SPLITQ_FUZZ_SECONDS", 0))  # for each kind of file; 0: as many mutants as below
@@ -256,6 +257,13 @@ def test_what_are_no_hessians(folder, kv, matrix, words):
     path = write(folder / "h.gguf", {k: Value.of(v) for k, v in kv.items()}, stored, [matrix.tobytes()])
     with pytest.raises(SplitqError, match=words):
         use_hessians(path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"null", b"[" * 100000, b"\xff", b'{"a": 1}'])
+def test_what_are_no_settings_of_an_unfinished_run(tmp_path, content):
+    (tmp_path / "settings.json").write_bytes(content)
+    with pytest.raises(UsageError, match="an unfinished run with other settings"):
+        Journal(tmp_path, CALIBRATION)
 
 
 @pytest.mark.parametrize(("kind", "raw"), [(10, struct.pack("<Q", 1 << 32)), (6, bytes(4)), (8, bytes(8))])

@@ -34,8 +34,9 @@ class Journal:
         if path.exists():
             try:
                 before = json.loads(path.read_bytes())
-            except ValueError:
-                before = {}
+            except (ValueError, RecursionError):
+                before = None
+            before = before if isinstance(before, dict) else {}
             changed = sorted(k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k))
             if changed:
                 pairs = [(k, _short(before.get(k)), _short(self.settings.get(k))) for k in changed]
