@@ -31,6 +31,7 @@ from .errors import EnvironmentFailed, InputError, UnsupportedError
 
 ALIGNMENT = 32  # of every file written here: llama-quantize's COPY breaks files with any other value
 MAX_HEADER = 1 << 28  # bytes; the largest vocabularies need about 2^24
+MAX_ENTRIES = 1 << 20  # tensors, or keys; the largest models have about 2^12
 MAX_NAME = 64  # GGML_MAX_NAME, the closing zero byte included
 MAX_DIMS = 4  # GGML_MAX_DIMS
 
@@ -65,8 +66,8 @@ class Value:
         return cls(_STRING, _string(value))
 
     @property
-    def python(self) -> int | float | bool | str | list:
-        """The value as Python's own type."""
+    def python(self) -> Any:
+        """The value as Python's own type: int, float, bool, str or a list of these."""
         if self.type != _ARRAY:
             return _unpack(self.type, self.raw, 0)[0]
         item_type, count = self._items
@@ -405,7 +406,7 @@ class _Header:
         if version not in (2, 3):
             raise UnsupportedError(f"{self.path}: GGUF version {version} is not handled: make the file anew")
         n_tensors, n_kv = self.number("Q", "the tensor count"), self.number("Q", "the metadata count")
-        if 24 * n_tensors + 13 * n_kv > self.left:
+        if 24 * n_tensors + 13 * n_kv > self.left or max(n_tensors, n_kv) > MAX_ENTRIES:
             raise self.fail(f"{n_tensors} tensors and {n_kv} metadata entries do not fit into {self.left} bytes")
         kv = {}
         for _ in range(n_kv):
@@ -436,7 +437,10 @@ class _Header:
             raise self.fail(f"{what} is an array of the unknown type {item}")
         if count * 8 > self.left:
             raise self.fail(f"{what} claims {count} strings in {self.left} bytes")
-        return Value(kind, head + b"".join(_string(self.string(what)) for _ in range(count)))
+        items = bytearray(head)  # not a list of objects, each of which takes ten times what an empty string does
+        for _ in range(count):
+            items += _string(self.string(what))
+        return Value(kind, bytes(items))
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         """(name, NumPy shape, type id, offset from the start of the data)."""

@@ -53,8 +53,9 @@ class Stats:
 
     @property
     def sqnr_db(self) -> float | None:
-        """Signal to quantization noise; None when there is no error (or no signal) to relate."""
-        return 10 * math.log10(self.signal / self.error) if self.error and self.signal else None
+        """Signal to quantization noise; None when there is no error (or no signal) to relate, or no number for it."""
+        ratio = self.signal / self.error if self.error and self.signal else 0.0
+        return 10 * math.log10(ratio) if 0 < ratio < math.inf else None
 
 
 @dataclass(frozen=True)
@@ -229,14 +230,14 @@ def encode(source: Gguf, job: Job) -> Chunk:
     limit = math.inf if target.max_abs is None else target.max_abs
     copied = job.entry.copied and job.solved is None
     out = raw if copied else np.empty((job.count, target.row_bytes(tensor.n_cols)), np.uint8)
-    step = max(1, PIECE // tensor.n_cols)
+    step, too_large = max(1, PIECE // tensor.n_cols), 0.0
     for at in range(0, job.count, step):
         rows, largest = _floats(raw[at : at + step], tensor, job.source_side, job.first + at)
         if not math.isfinite(largest):
             raise _not_finite(tensor, rows, job.first + at)
         if largest > limit:
-            return Chunk(None, stats, largest)
-        if copied:
+            too_large = max(too_large, largest)
+        if copied or too_large:  # what wider type will do, all the pieces tell
             continue
         solved = job.solved
         out[at : at + step] = target.encode(rows, job.importance) if solved is None else solved[at : at + step]
@@ -246,7 +247,7 @@ def encode(source: Gguf, job: Job) -> Chunk:
             sums = errors(target.decode_rows(out[at : at + step], job.side, (job.first + at) % tensor.shape[-2]), rows)
         stats.add(Stats(0, *sums))
     stats.seconds = time.perf_counter() - started
-    return Chunk(out, stats)
+    return Chunk(None if too_large else out, stats, too_large)
 
 
 def side_of(source: Gguf, tensor: Tensor, row: int) -> columns.Side | None:

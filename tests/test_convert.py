@@ -115,6 +115,18 @@ def test_experts_are_encoded_matrix_by_matrix(tmp_path):
     np.testing.assert_array_equal(out["blk.0.ffn_gate_inp.weight"], tensors["blk.0.ffn_gate_inp.weight"])
 
 
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+def test_a_weight_beyond_a_stock_types_reach_does_not_become_infinite(tmp_path, name):
+    """The largest weight counts, wherever in the tensor it is: what fits all the smaller ones is not enough."""
+    tensors = crafted.llama_tensors(hidden=256, ffn=512, blocks=1)
+    tensors["blk.0.ffn_down.weight"][0, 0], tensors["blk.0.ffn_down.weight"][-1, -1] = 1e6, 1e30
+    source = crafted.write_gguf(tmp_path / "m.gguf", tensors, "F32")
+    result = crafted.read_gguf(convert(source, name, tmp_path / "out.gguf"))[1]
+    kind, data = result["blk.0.ffn_down.weight"]
+    assert kind == "F32" and np.array_equal(data, tensors["blk.0.ffn_down.weight"])
+    assert result["blk.0.ffn_up.weight"][0] == name.upper()
+
+
 def test_a_weight_beyond_the_types_reach_falls_back(tmp_path, capsys):
     tensors = crafted.llama_tensors()
     tensors["blk.0.attn_k.weight"][5, 7] = 60000  # sq4 cannot hold it

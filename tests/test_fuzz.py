@@ -36,7 +36,7 @@ from gguf_splitq.solve.journal import Journal
 from gguf_splitq.types import columns
 
 SECONDS = float(os.environ.get("SPLITQ_FUZZ_SECONDS", 0))  # for each kind of file; 0: as many mutants as below
-MUTANTS = 150
+MUTANTS = 100
 MEMORY = 64 << 20  # bytes, for files of a few kilobytes
 CALIBRATION = {"model": "m", "calib": "c", "calib_tokens": 4096}
 
@@ -177,11 +177,11 @@ def scalar(kind, raw):
 def every_value():
     """A value of every kind: scalars and strings of several contents, arrays of these, and what is not allowed."""
     sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-    raws = {kind: [bytes(size), b"\xff" * size, b"\1".ljust(size, b"\0")] for kind, size in sizes.items()}
+    raws = {kind: [b"\xff" * size, b"\1".ljust(size, b"\0")] for kind, size in sizes.items()}
     raws[8] = [b"", b"llama", b"\x1b[2J\n", b"\xff\xfe\xed\xa0\x80", b"../" * 2000, b"[" * 20000, b'{"model": []}']
     for kind, contents in raws.items():
         yield from (Value(kind, scalar(kind, raw)) for raw in contents)
-        for count in (0, 1, 3):
+        for count in (0, 3):
             items = b"".join(scalar(kind, contents[i % len(contents)]) for i in range(count))
             yield Value(9, struct.pack("<IQ", kind, count) + items)
     yield Value(9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 4, 1) + bytes(4))
@@ -213,8 +213,8 @@ def test_every_key_that_is_read_may_be_of_any_kind(folder, monkeypatch, command)
     with gguf_file.read(path) as file:
         kv, stored = file.kv, [(t.name, t.shape, t.type_id) for t in file.tensors]
         rows = [file.read_rows(t, 0, t.n_rows).tobytes() for t in file.tensors]
-    shown = [key for key in kv if key.startswith(inspection._KEYS)] if command.startswith("inspect") else []
-    for key in {*keys, *shown}:
+    shown = {"inspect": ["general.name"], "inspect json": [k for k in kv if k.startswith(inspection._KEYS)]}
+    for key in {*keys, *shown.get(command, ())}:
         for value in every_value():
             write(path, kv | {key: value}, stored, rows)
             error = outcome(use, path)
@@ -223,7 +223,7 @@ def test_every_key_that_is_read_may_be_of_any_kind(folder, monkeypatch, command)
     assert len(keys) > 4
 
 
-@pytest.mark.parametrize("key", ["general.architecture", "tokenizer.ggml.tokens", "general.alignment"])
+@pytest.mark.parametrize("key", ["general.architecture", "general.alignment"])
 def test_a_value_may_end_anywhere(folder, key):
     with gguf_file.read(folder / "model.gguf") as file:
         kv = file.kv

@@ -42,6 +42,7 @@ DAMAGED = {
     "magic": (dict(magic=b"GGML"), "first four bytes"),
     "tensor count": (dict(n_tensors=HUGE), "do not fit"),
     "metadata count": (dict(n_kv=HUGE), "do not fit"),
+    "2^20 + 1 keys": (dict(n_kv=(1 << 20) + 1, data=1 << 24), "do not fit"),
     "key length": (dict(kvs=[struct.pack("<Q", HUGE) + b"general.architecture"]), "metadata key"),
     "array of 2^62 bytes": (dict(kvs=[kv("a", 9, struct.pack("<IQ", 0, HUGE))]), "'a'"),
     "array of 2^62 strings": (dict(kvs=[kv("a", 9, struct.pack("<IQ", 8, HUGE))]), "'a' claims"),

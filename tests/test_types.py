@@ -165,3 +165,16 @@ def test_a_type_only_c_can_encode_says_what_to_do(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     with pytest.raises(errors.EnvironmentFailed, match="iq4_xs needs the C library.*make runtime"):
         types.get("iq4_xs").encode(weights("gaussian"))
+
+
+@pytest.mark.parametrize("name", [t.name for t in types.all_types() if t.max_abs and t not in types.CUSTOM])
+@pytest.mark.parametrize("kind", ["one", "all", "random", "mixed"])
+def test_stock_types_stay_finite_up_to_their_reach(runtime_library, name, kind):
+    """Their scales and minima are halves: a larger weight makes one infinite, and with it a block."""
+    stock, rng = types.get(name), np.random.default_rng(0)
+    rows = {
+        "one": np.eye(4, 256), "all": np.ones((4, 256)), "random": rng.uniform(-1, 1, (4, 256)),
+        "mixed": rng.choice([-1, 1], (4, 256)),
+    }[kind].astype(np.float32) * np.float32(stock.max_abs)  # fmt: skip
+    for signed in (rows, -rows):
+        assert np.isfinite(stock.decode(stock.encode(signed, np.ones(256, np.float32)))).all()

@@ -15,6 +15,8 @@ from .base import TensorType
 # NumPy does these as fast as C.
 _FLOATS = {"f32", "f16", "bf16"}
 
+HALF = 65504.0  # the largest float16
+
 # name, general.file_type (include/llama.h, `enum llama_ftype`; the S or M mix stands for a K type)
 _FILE_TYPES = {
     "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9,
@@ -84,7 +86,8 @@ def stock_types() -> list[StockType]:
     for name, file_type in _FILE_TYPES.items():
         gguf_type = GGMLQuantizationType[name.upper()]
         block_size, block_bytes = GGML_QUANT_SIZES[gguf_type]
-        max_abs = 65504.0 if name == "f16" else None
+        # Scales and minima are halves, and a minimum may be chosen beyond the smallest weight.
+        max_abs = {"f32": None, "bf16": None, "f16": HALF, "q8_0": 127 * HALF}.get(name, HALF / 2)
         types.append(
             StockType(name, int(gguf_type), file_type, block_size, block_bytes, "llama.cpp", "stock type", max_abs)
         )
