@@ -41,7 +41,10 @@ def test_a_path_that_is_no_text_is_shown_escaped(tmp_path, command):
     path = os.fsencode(crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors())).replace(
         b"m.gguf", b"\xff\x1b[2J.gguf"
     )
-    os.rename(tmp_path / "m.gguf", path)
+    try:
+        os.rename(tmp_path / "m.gguf", path)
+    except OSError:
+        pytest.skip("this file system has names of UTF-8 alone")
     name, *options = command
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(DOCS.parents[1])}
     arguments = [sys.executable, "-m", "gguf_splitq", name, path, *options]

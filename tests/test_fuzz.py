@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import shutil
 import struct
 import subprocess
 import time
@@ -348,6 +349,8 @@ def test_side_tensors_in_the_c_loader_under_sanitizers(patched_tree, tmp_path):
     program, ggml = tmp_path / "fuzz", patched_tree / "ggml"
     sanitized = ["gcc", "-std=gnu11", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
     probe = subprocess.run([*sanitized, tmp_path / "empty.c", "-o", program], capture_output=True)
     if probe.returncode or subprocess.run([program], capture_output=True).returncode:
         pytest.skip("gcc has no sanitizers here: install libasan and libubsan")
