@@ -16,7 +16,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant paper-claq paper-qrazor lint types \
+.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant paper-claq paper-qrazor lint types fuzz \
 	patches-check cross-tools clean
 
 help: ## this list
@@ -56,6 +56,9 @@ paper-claq: runtime ## CLAQ's codebooks per column, adaptive precision and outli
 
 paper-qrazor: runtime ## QRazor's 4-bit weights, activations and KV cache: as published, and as sdr4
 	@$(PY) -m experiments.paper_qrazor $(ARGS)
+
+fuzz: $(VENV)/test.stamp ## damaged files for every reader, a minute each; the tests do it for a moment
+	@SPLITQ_FUZZ_SECONDS=60 $(PY) -m pytest -q tests/test_fuzz.py
 
 lint: $(VENV)/test.stamp ## ruff: mistakes and format
 	@$(VENV)/bin/ruff check .

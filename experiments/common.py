@@ -14,7 +14,6 @@ from rich.table import Table
 from gguf_splitq import convert as converter
 from gguf_splitq import display, runtime
 from gguf_splitq.errors import SplitqError
-from gguf_splitq.rewrite import default_threads
 
 BUILD = Path("build")
 DEMO = Path("examples/demo")
@@ -26,7 +25,7 @@ HEADINGS = {"ppl": "perplexity", "ppl_ratio": "/ F16", "mean_kld": "mean KLD", "
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the option that every script has."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--threads", type=int, default=default_threads())
+    p.add_argument("--threads", type=int, default=runtime.cores())
     return p
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import output, plan, types
+from . import gguf_file, output, plan, types
 from .errors import InputError, UsageError
 from .plan import Entry
 from .types import TensorType

@@ -19,7 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, mix, native, output, plan, rewrite, types
+from . import checkpoint, mix, native, output, plan, runtime, types
 from .errors import InputError, UsageError
 from .types.stock import missing_library
 
@@ -391,7 +391,7 @@ def check_threads(threads: int | None) -> int:
     """The number of worker threads, by default the CPUs this process may use."""
     if threads is not None and not 0 < threads <= MAX_THREADS:
         raise UsageError(f"--threads {threads} is no number of threads to work with: give 1 to {MAX_THREADS}")
-    return threads or rewrite.default_threads()
+    return threads or runtime.cores()
 
 
 def parse_size(size: str | int | None) -> int | None:

@@ -9,7 +9,6 @@ all rows of a matrix: they are coded here a matrix at a time, before their chunk
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,11 +148,6 @@ def rewrite(
 def header_size(kv: Mapping[str, Value], entries: Sequence[plan.Entry]) -> int:
     """Bytes before the tensor data; the types do not matter to it."""
     return len(gguf_file.header(kv, [tensor for e in entries for tensor in e.stored]))
-
-
-def default_threads() -> int:
-    """The CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_ram(entries: Sequence[plan.Entry], threads: int, window: int) -> int:

@@ -144,6 +144,11 @@ def patches_check() -> list[str]:
     return [patch.name for patch in patching.series()]
 
 
+def cores() -> int:
+    """The CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
@@ -431,7 +436,7 @@ def _compile(
     defines = [f"-D{name}={value}" for name, value in options.items()]
     configure = [cmake, "-G", "Ninja", "-S", str(source), "-B", str(folder), *defines]
     _run_logged(configure, log, env, "Configuring llama.cpp")
-    _run_logged([ninja, "-C", str(folder), "-j", str(_cores()), *targets], log, env, "Building llama.cpp")
+    _run_logged([ninja, "-C", str(folder), "-j", str(cores()), *targets], log, env, "Building llama.cpp")
     return folder
 
 
@@ -486,7 +491,3 @@ def _run_logged(command: list[str], log: Path, env: dict[str, str], what: str) -
     if process.returncode:
         _say("".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:]))
         raise EnvironmentFailed(f"{what} failed with exit code {process.returncode}; see the lines above and {log}.")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

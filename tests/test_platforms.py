@@ -36,7 +36,8 @@ def self_test(request, patched_tree, tmp_path):
         "CMAKE_SYSTEM_NAME": system, "CMAKE_SYSTEM_PROCESSOR": target.partition("-")[0],
         "CMAKE_C_COMPILER": tools["cc"], "CMAKE_CXX_COMPILER": tools["c++"], "CMAKE_AR": tools["ar"],
         "CMAKE_RANLIB": tools["ranlib"], "CMAKE_C_FLAGS": "-O1", "CMAKE_CXX_FLAGS": "-O1", "BUILD_SHARED_LIBS": "OFF",
-        "GGML_CPU_ARM_ARCH": "", "CMAKE_OSX_ARCHITECTURES": "", "CMAKE_OSX_SYSROOT": "", "CMAKE_INSTALL_NAME_TOOL": "/bin/true",
+        "GGML_CPU_ARM_ARCH": "", "CMAKE_OSX_ARCHITECTURES": "", "CMAKE_OSX_SYSROOT": "",
+        "CMAKE_INSTALL_NAME_TOOL": "/bin/true",
     }  # fmt: skip
     build, cmake = tmp_path / "build", runtime._tool("cmake")
     defines = [f"-D{key}={value}" for key, value in options.items()]
