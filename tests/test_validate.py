@@ -51,7 +51,7 @@ def files(tmp_path):
 
 def empty_model(path, vocabulary: int):
     """A GGUF without tensors; bytes stand in for the vocabulary's strings."""
-    tokens = Value(9, struct.pack("<IQ", 0, vocabulary) + bytes(vocabulary))
+    tokens = Value(9, struct.pack("<IQ", 8, vocabulary) + bytes(8 * vocabulary))  # empty strings
     path.write_bytes(gguf_file.header({"tokenizer.ggml.tokens": tokens}, []))
     return path
 
