@@ -3,12 +3,13 @@
 usage: hf_to_gguf.py TREE FOLDER OUTFILE OUTTYPE NAME [--header-only]
 
 Prints the line `header` once everything before the tensor data is on disk, then writes the data. On failure the last
-line is a JSON object with `kind` (unsupported, environment, disk or input) and `message`. Three things of upstream's
+line is a JSON object with `kind` (unsupported, environment, disk or input) and `message`. Four things of upstream's
 are changed from outside:
 
 - Tensors are read into memory that is given back, not mapped: pages of a mapped checkpoint stay resident.
 - A tensor is evaluated, rounded and written in pieces. Upstream widens bf16 to f32 and keeps every intermediate step,
   ten bytes per weight; here a stack of experts is taken one expert at a time and the widening happens on a few rows.
+- A tensor that two shards hold is taken from the one that the index names, not from the last.
 - Python code that comes with a checkpoint is never run.
 """
 
@@ -30,6 +31,7 @@ def main(tree: str, folder: str, outfile: str, outtype: str, name: str, *flags: 
     import gguf
 
     read_instead_of_mapping(gguf)
+    take_what_the_index_names(gguf, Path(folder))
     write_in_pieces(gguf, conversion.LazyTorchTensor, torch)
     never_run_foreign_code()
 
@@ -61,6 +63,18 @@ def read_instead_of_mapping(gguf) -> None:
         return np.fromfile(where.filename, np.uint8, count=where.size, offset=where.offset)
 
     gguf.utility.LocalTensor.mmap_bytes = read
+
+
+def take_what_the_index_names(gguf, folder: Path) -> None:
+    index, local = folder / "model.safetensors.index.json", gguf.utility.SafetensorsLocal
+    where = json.loads(index.read_bytes())["weight_map"] if index.exists() else {}
+    enter = local.__init__
+
+    def __init__(self, filename):
+        enter(self, filename)
+        self.tensors = {n: t for n, t in self.tensors.items() if folder / where.get(n, filename) == Path(filename)}
+
+    local.__init__ = __init__
 
 
 def write_in_pieces(gguf, lazy, torch) -> None:

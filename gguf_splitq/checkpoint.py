@@ -106,13 +106,31 @@ def stem(model: str | Path) -> str:
 def check_folder(folder: Path) -> tuple[list[Path], str]:
     """(safetensors files, precision most weights are stored in: f32, f16 or bf16) of a sound Hugging Face folder."""
     _json(folder / "config.json", "a Hugging Face checkpoint needs it")
+    shards, bytes_of = _weights(folder), Counter()
+    for tensors in shards.values():
+        for kind, count in tensors.values():
+            bytes_of[kind] += count
+    main = max(bytes_of, key=bytes_of.get, default="BF16")
+    return list(shards), {"F32": "f32", "F64": "f32", "F16": "f16"}.get(main, "bf16")
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that it is taken from, whoever reads the checkpoint."""
+    return {name: shard for shard, tensors in _weights(folder).items() for name in tensors}
+
+
+def _weights(folder: Path) -> dict[Path, dict[str, tuple[str, int]]]:
+    """File -> name -> (dtype, weights): what the index maps to this file, or without an index all of model*.safetensors.
+
+    A file that the index does not name is not looked at, nor a tensor where the index has it in another file.
+    """
     index = folder / "model.safetensors.index.json"
-    named: dict[str, str] = {}
+    where: dict[str, str] = {}
     if index.exists():
-        named = _json(index, "").get("weight_map")
-        if not (isinstance(named, dict) and named and all(isinstance(shard, str) for shard in named.values())):
+        where = _json(index, "").get("weight_map")
+        if not (isinstance(where, dict) and where and all(isinstance(shard, str) for shard in where.values())):
             raise InputError(f"{index}: there is no weight_map of names: get the file again")
-        shards = [_shard(folder, index, shard) for shard in sorted(set(named.values()))]
+        shards = [_shard(folder, index, shard) for shard in sorted(set(where.values()))]
     else:
         shards = sorted(folder.glob("model*.safetensors"))
     if not shards:
@@ -121,16 +139,17 @@ def check_folder(folder: Path) -> tuple[list[Path], str]:
                 f"{folder}: the weights are pickles, which can run code when loaded: convert them to safetensors first"
             )
         raise InputError(f"{folder}: there is no model.safetensors: check that the download is complete")
-    bytes_of, present = Counter(), {}
-    for shard in shards:
-        for name, (kind, count) in _safetensors(shard).items():
-            present[name] = shard.name
-            bytes_of[kind] += count
-    for name, shard in named.items():
-        if name not in present:
+    found = {shard: _safetensors(shard) for shard in shards}
+    for name, shard in where.items():
+        if name not in found[folder / shard]:
             raise InputError(f"{index}: tensor {name!r} is not in {shard} as the index says: get the checkpoint again")
-    main = max(bytes_of, key=bytes_of.get, default="BF16")
-    return shards, {"F32": "f32", "F64": "f32", "F16": "f16"}.get(main, "bf16")
+    for shard, tensors in found.items() if where else ():
+        for name in list(tensors):
+            if name not in where:
+                raise InputError(f"{index}: tensor {name!r} of {shard.name} is not in it: get the checkpoint again")
+            if folder / where[name] != shard:
+                del tensors[name]
+    return found
 
 
 def fingerprint(files: Iterable[Path]) -> str:

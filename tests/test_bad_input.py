@@ -162,6 +162,14 @@ def test_an_index_that_names_a_missing_tensor(tmp_path, refuses):
     refuses(folder, 3, "index.json", "'model.layers.9.weight' is not in")
 
 
+def test_a_tensor_that_the_index_leaves_out(tmp_path, refuses):
+    folder = crafted.split_demo(tmp_path / "demo")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(folder, 3, "index.json", "'model.norm.weight' of model-00001-of-00001.safetensors is not in it")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100000])
 def test_an_index_that_is_no_index(tmp_path, refuses, text):
     folder = crafted.split_demo(tmp_path / "hf")

@@ -127,6 +127,53 @@ def test_one_layer_is_in_memory_at_a_time(checkpoint, kind):
     assert not any(p.is_meta for p in model.module.get_input_embeddings().parameters())
 
 
+def another_name(folder, tensors, where):
+    """A shard that is not called model..."""
+    where |= {name: "extra.safetensors" for name in where if ".layers.1." in name}
+    return {}
+
+
+def a_stale_file(folder, tensors, where):
+    """One that the index does not name, with the name of a checkpoint in one file."""
+    from safetensors.torch import save_file
+
+    save_file({name: t + 1 for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    return {}
+
+
+def a_tensor_twice(folder, tensors, where):
+    """In the last shard as well, where the index does not have it."""
+    where |= {name: "model-2.safetensors" for name in where if ".layers.1." in name}
+    return {name: t + 1 for name, t in tensors.items() if ".layers.0." in name}
+
+
+@pytest.mark.parametrize("kind", [another_name, a_stale_file, a_tensor_twice])
+def test_runs_the_weights_that_are_written(checkpoint, tmp_path, kind):
+    from safetensors.torch import load_file, save_file
+
+    folder, tensors = shutil.copytree(checkpoint("llama"), tmp_path / "model"), {}
+    for path in folder.glob("model*.safetensors"):
+        tensors |= load_file(path)
+        path.unlink()
+    where = dict.fromkeys(tensors, "model-1.safetensors")
+    others = kind(folder, tensors, where)
+    for shard in set(where.values()):
+        held = {name: t for name, t in tensors.items() if where[name] == shard}
+        save_file((others if shard == "model-2.safetensors" else {}) | held, folder / shard, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    model = Model(folder)
+    written = convert.convert(folder, "bf16", tmp_path / "out.gguf", threads=1)
+    with gguf_file.read(written) as file:
+        by_name = {t.name: t for t in file.tensors}
+        for index in (0, 1):
+            with model.layer(index) as layer:
+                tensor = by_name[f"blk.{index}.ffn_down.weight"]
+                rows = file.read_rows(tensor, 0, tensor.n_rows)
+                expected = tensors[f"model.layers.{index}.mlp.down_proj.weight"]
+                assert torch.equal(layer.mlp.down_proj.weight, expected.float())
+                assert np.array_equal(rows.view(np.int16), expected.view(torch.int16).numpy())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_may_be_in_a_file(checkpoint, tmp_path, dtype):

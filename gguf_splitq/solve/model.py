@@ -25,6 +25,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from .. import checkpoint
 from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError
 from ..gguf_file import disk_error
 
@@ -233,11 +234,7 @@ class Model:
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                 self.tensors = quantizer.get_state_dict(str(self.path), self.module)
         else:
-            self.read = self._read_files
-            self.tensors = {}
-            for path in sorted(self.path.glob("model*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    self.tensors |= dict.fromkeys(file.keys(), path)
+            self.read, self.tensors = self._read_files, checkpoint.weight_files(self.path)
         mapping = get_model_conversion_mapping(self.module, None, quantizer)
         self.loading = LoadStateDictConfig(
             pretrained_model_name_or_path=str(self.path), device_map={"": self.device}, dtype=self.dtype,
