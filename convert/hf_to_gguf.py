@@ -72,7 +72,8 @@ def take_what_the_index_names(gguf, folder: Path) -> None:
 
     def __init__(self, filename):
         enter(self, filename)
-        self.tensors = {n: t for n, t in self.tensors.items() if folder / where.get(n, filename) == Path(filename)}
+        mine = Path(filename)
+        self.tensors = {n: t for n, t in self.tensors.items() if n not in where or folder / where[n] == mine}
 
     local.__init__ = __init__
 
