@@ -1,28 +1,37 @@
 """Runs llama.cpp's own converter on a Hugging Face folder, with the tree's own gguf-py, in bounded memory.
 
-usage: hf_to_gguf.py TREE FOLDER OUTFILE OUTTYPE NAME [--header-only]
+usage: hf_to_gguf.py TREE FOLDER OUTFILE OUTTYPE NAME [--header-only | --mmproj]
 
-Prints the line `header` once everything before the tensor data is on disk, then writes the data. On failure the last
-line is a JSON object with `kind` (unsupported, environment, disk or input) and `message`. Four things of upstream's
-are changed from outside:
+Prints the line `header` once everything before the tensor data is on disk, then writes the data; before it lines
+`note TEXT`, with TEXT in JSON, and `aside N 0|1`, the number of tensors of a vision or audio part that are left out and
+whether --mmproj can write them. On failure the last line is a JSON object with `kind` (unsupported, environment, disk
+or input) and `message`. Five things of upstream's are changed from outside:
 
 - Tensors are read into memory that is given back, not mapped: pages of a mapped checkpoint stay resident.
 - A tensor is evaluated, rounded and written in pieces. Upstream widens bf16 to f32 and keeps every intermediate step,
   ten bytes per weight; here a stack of experts is taken one expert at a time and the widening happens on a few rows.
 - A tensor that two shards hold is taken from the one that the index names, not from the last.
+- Layers for multi-token prediction that are declared and not there are no longer declared.
 - Python code that comes with a checkpoint is never run.
 """
 
 import errno
 import json
 import os
+import re
 import sys
+import traceback
 from pathlib import Path
 
 WEIGHTS_AT_ONCE = 1 << 20  # per rounded piece
+LAYERS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")
+MTP_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+ASIDE = r"vis|vit\.|vpm|image|audio|speech|sound|patch_|projector|merger|resampler|siglip|conformer|connector|talker"
+PACKED = (".qweight", ".qzeros", "_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax", ".quant_map")
 
 
-def main(tree: str, folder: str, outfile: str, outtype: str, name: str, *flags: str) -> None:
+def main(known: dict, tree: str, folder: str, outfile: str, outtype: str, name: str, *flags: str) -> None:
+    """known: gets what `explain` can use."""
     sys.path[0:1] = [tree, str(Path(tree) / "gguf-py")]
     import torch
 
@@ -47,12 +56,75 @@ def main(tree: str, folder: str, outfile: str, outtype: str, name: str, *flags: 
             info.tensor = None
 
     gguf.GGUFWriter.write_tensors_to_file = write_tensors
+    known["names"] = tensor_names(gguf, Path(folder))
     with torch.inference_mode():
-        hparams = conversion.ModelBase.load_hparams(Path(folder), False)
-        architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
-        model_class = conversion.get_model_class(architecture)
-        file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[outtype]
-        model_class(Path(folder), gguf.LlamaFileType[file_type], Path(outfile), model_name=name or None).write()
+        known["config"] = config = conversion.ModelBase.load_hparams(Path(folder), False)
+        mmproj = "--mmproj" in flags
+        kind = conversion.ModelType.MMPROJ if mmproj else conversion.ModelType.TEXT
+        model_class = conversion.get_model_class(conversion.get_model_architecture(config, kind), mmproj)
+        changed = {} if mmproj else declare_no_lost_mtp(model_class, config, known["names"])
+        dropped = record_dropped(model_class)
+        file_type = gguf.LlamaFileType[{"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[outtype]]
+        model = model_class(Path(folder), file_type, Path(outfile), model_name=name or None, **changed)
+        known["model"] = model
+        if aside := [] if mmproj else [n for n in dropped if re.search(ASIDE, n)]:
+            able = (config.get("architectures") or [""])[0] in conversion.MMPROJ_MODEL_MAP
+            print(f"aside {len(aside)} {int(able)}", flush=True)
+        model.write()
+
+
+def tensor_names(gguf, folder: Path) -> set[str]:
+    """The tensors of the checkpoint's own files."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return set(json.loads(index.read_bytes())["weight_map"])
+    return {name for part in folder.glob("model*.safetensors") for name in gguf.utility.SafetensorsLocal(part).tensors}
+
+
+def record_dropped(model_class) -> list[str]:
+    """A list that the names of the tensors which the class does not take are put into."""
+    plain, dropped = model_class.filter_tensors, []
+
+    def filter_tensors(item):
+        result = plain(item)
+        if result is None:
+            dropped.append(item[0])
+        return result
+
+    model_class.filter_tensors = staticmethod(filter_tensors)
+    return dropped
+
+
+def declare_no_lost_mtp(model_class, config: dict, names: set[str]) -> dict:
+    """Options with which the class asks for no layers of multi-token prediction where the checkpoint has none."""
+    text = text_part(config)
+    layers = number_of(text, LAYERS)[1] or 0
+    if any(re.search(r"(^|[._])(mtp|nextn)[._]", name) for name in names) or n_layers(names) > layers:
+        return {}
+    if model_class.supports_mtp_export:
+        model_class.no_mtp = True
+    declared = {key: text[key] for key in MTP_LAYERS if isinstance(text.get(key), int) and text[key] > 0}
+    for key, count in declared.items():
+        text[key] = 0
+        what = f"{count} MTP layer{'s' if count > 1 else ''}"
+        print("note", json.dumps(f"{key} declares {what}, not in the checkpoint: left out of the file"), flush=True)
+    return {"hparams": config} if declared else {}
+
+
+def text_part(config: dict) -> dict:
+    """The configuration of the language model."""
+    return config["text_config"] if isinstance(config.get("text_config"), dict) else config
+
+
+def number_of(config: dict, keys) -> tuple[str, int | None]:
+    """The first of the keys that is there, and its value."""
+    return next(((key, config[key]) for key in keys if isinstance(config.get(key), int)), (keys[0], None))
+
+
+def n_layers(names) -> int:
+    """Layers of the language model that have tensors."""
+    own = [name for name in names if not re.search(ASIDE, name)]
+    return 1 + max((int(m[1]) for n in own if (m := re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", n))), default=-1)
 
 
 def read_instead_of_mapping(gguf) -> None:
@@ -176,25 +248,72 @@ def never_run_foreign_code() -> None:
         auto.from_pretrained = from_pretrained
 
 
-def explain(error: BaseException) -> dict:
-    """The kind and one line of an upstream failure."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, NotImplementedError) or "trust_remote_code" in text or "execute the" in text:
-        return {"kind": "unsupported", "message": text}
+def explain(error: BaseException, names=frozenset(), config=None, model=None) -> dict:
+    """The kind and one line of an upstream failure, with what the checkpoint itself says about the cause."""
+    text = " ".join(str(error).split())
+    if not text:  # an assertion without words
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = frame.line or type(error).__name__
     if isinstance(error, (ImportError, MemoryError)):
         return {"kind": "environment", "message": f"{type(error).__name__}: {text}"}
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return {"kind": "disk", "message": text}
+    if config and (method := quantization(config, names)):
+        return {
+            "kind": "unsupported",
+            "message": f"it is quantized with {method} ({text}): get the BF16 or F16 original, or save it dequantized",
+        }
+    if isinstance(error, NotImplementedError) or "trust_remote_code" in text or "execute the" in text:
+        return {"kind": "unsupported", "message": text}
+    if config and (cause := contradiction(config, names, model)):
+        return {"kind": "input", "message": f"{cause}: correct config.json or get the checkpoint again"}
     return {"kind": "input", "message": f"{type(error).__name__}: {text}"}
 
 
-if __name__ == "__main__":
+def quantization(config: dict, names) -> str | None:
+    """What the weights are quantized with, as the configuration or their names tell."""
+    for part in (config, text_part(config)):
+        if isinstance(part.get("quantization_config"), dict):
+            return part["quantization_config"].get("quant_method") or "an unknown method"
+    return "an unknown method" if any(name.endswith(PACKED) for name in names) else None
+
+
+def contradiction(config: dict, names, model) -> str | None:
+    """A number of the configuration that the tensors or the tokenizer do not bear out."""
+    text = text_part(config)
+    key, layers = number_of(text, LAYERS)
+    found, mtp = n_layers(names), number_of(text, MTP_LAYERS)[1] or 0
+    if layers is not None and found and not layers <= found <= layers + mtp:
+        return f"{key} is {layers} and the checkpoint has {found} layers"
+    vocabulary = text.get("vocab_size")
+    if not isinstance(vocabulary, int):
+        return None
+    for name, tensor in getattr(model, "model_tensors", {}).items():
+        if re.search(r"(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$", name):
+            rows = tensor().shape[0]
+            if rows != vocabulary:
+                return f"vocab_size is {vocabulary} and the embedding has {rows} rows"
+    largest = largest_token(model.dir_model) if model else -1
+    return f"vocab_size is {vocabulary} and the tokenizer has a token {largest}" if largest >= vocabulary else None
+
+
+def largest_token(folder: Path) -> int:
+    """The largest id in tokenizer.json, -1 where that cannot be told."""
     try:
-        main(*sys.argv[1:])
+        content = json.loads((folder / "tokenizer.json").read_bytes())
+        vocabulary = content["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        return max(ids + [token["id"] for token in content.get("added_tokens", [])])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+if __name__ == "__main__":
+    known = {}
+    try:
+        main(known, *sys.argv[1:])
     except Exception as error:
         if "SPLITQ_DEBUG" in os.environ:
-            import traceback
-
             traceback.print_exc()
-        print(json.dumps(explain(error)), flush=True)
+        print(json.dumps(explain(error, **known)), flush=True)
         sys.exit(1)

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from . import gguf_file, resources, runtime
@@ -29,8 +29,19 @@ from .gguf_file import Gguf
 
 ADAPTER_RAM = 1 << 30  # bytes: PyTorch, transformers and the tokenizer in the child process
 HEAD, SAMPLE, SAMPLES = 1 << 20, 1 << 14, 1 << 10  # of a file: bytes in front, bytes of a sample, samples of the rest
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]  # of a Hub repository
+LAYERS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")  # keys of a configuration
+MTP_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+
+# Of a Hub repository; the same weights are often there in other formats, too.
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MERGE = (
+    'python -c "from peft import AutoPeftModelForCausalLM as Model; '
+    + "Model.from_pretrained('{0}').merge_and_unload().save_pretrained('{0}-merged')"
+    + '"'
+)
+_PART = re.compile(r"(model.*)-\d{5}-of-(\d{5})\.safetensors")
 _KINDS = {"unsupported": UnsupportedError, "environment": EnvironmentFailed, "input": InputError}
 
 
@@ -43,6 +54,8 @@ class Source:
     header: Gguf
     files: list[Path]  # all inputs, none of which may be overwritten
     child: _Child | None = None
+    config: dict = field(default_factory=dict)  # of a folder
+    notes: list[str] = field(default_factory=list)  # what is worth a line in the summary
 
     def data(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Gguf:
         """The GGUF with its data, once the child (if any) has written it; progress gets bytes done and in all."""
@@ -65,6 +78,7 @@ def opened(
     """
     path, name = resolve(str(model), revision)
     if path.is_file():
+        _check_is_no_part(path)
         with gguf_file.read(path) as file:
             yield Source(stem(path), path, file, file.files)
         return
@@ -73,7 +87,11 @@ def opened(
     total = sum(shard.stat().st_size for shard in shards)
     with temporary_folder(scratch, name) as temp:
         with _Child(path, temp / "model.gguf", outtype, hub_name, total, header_only) as child:
-            yield Source(name, path, child.header(), [*shards, path / "config.json"], child)
+            head = child.header()
+            if not head.tensors:
+                raise InputError(f"{path}: llama.cpp's converter finds no tensor in it: get the checkpoint again")
+            files = [*shards, path / "config.json"]
+            yield Source(name, path, head, files, child, _json(path / "config.json", ""), child.notes)
 
 
 def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:
@@ -89,7 +107,9 @@ def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        folder = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_WANTED)
+        folder = huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
         return Path(folder), model.split("/")[1]
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UsageError(f"{model}: not a path here nor a model on the Hub: check name and --revision") from error
@@ -105,12 +125,16 @@ def stem(model: str | Path) -> str:
 
 def check_folder(folder: Path) -> tuple[list[Path], str]:
     """(safetensors files, precision most weights are stored in: f32, f16 or bf16) of a sound Hugging Face folder."""
-    _json(folder / "config.json", "a Hugging Face checkpoint needs it")
-    shards, bytes_of = _weights(folder), Counter()
+    if not (folder / "config.json").exists() or not any(folder.glob("model*.safetensors*")):
+        _explain_other_kinds(folder)
+    config = _json(folder / "config.json", "a Hugging Face checkpoint needs it")
+    _check_architectures(folder / "config.json", config)
+    shards, weights_of = _weights(folder), Counter()
     for tensors in shards.values():
         for kind, count in tensors.values():
-            bytes_of[kind] += count
-    main = max(bytes_of, key=bytes_of.get, default="BF16")
+            weights_of[kind] += count
+    floats = {kind: weights_of[kind] for kind in ("F64", "F32", "F16", "BF16") if weights_of[kind]}
+    main = max(floats, key=floats.get, default="BF16")  # integers are codes of quantized weights
     return list(shards), {"F32": "f32", "F64": "f32", "F16": "f16"}.get(main, "bf16")
 
 
@@ -120,7 +144,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def _weights(folder: Path) -> dict[Path, dict[str, tuple[str, int]]]:
-    """File -> name -> (dtype, weights): what the index maps to this file, or without an index all of model*.safetensors.
+    """File -> name -> (dtype, weights): what the index maps to it, or without an index what model*.safetensors hold.
 
     A file that the index does not name is not looked at, nor a tensor where the index has it in another file.
     """
@@ -133,23 +157,96 @@ def _weights(folder: Path) -> dict[Path, dict[str, tuple[str, int]]]:
         shards = [_shard(folder, index, shard) for shard in sorted(set(where.values()))]
     else:
         shards = sorted(folder.glob("model*.safetensors"))
+        for shard in shards:
+            if part := _PART.fullmatch(shard.name):
+                _check_parts(folder, part[1], int(part[2]))
     if not shards:
-        if any(p.suffix in _PICKLES for p in folder.iterdir()):
-            raise UnsupportedError(
-                f"{folder}: the weights are pickles, which can run code when loaded: convert them to safetensors first"
-            )
         raise InputError(f"{folder}: there is no model.safetensors: check that the download is complete")
     found = {shard: _safetensors(shard) for shard in shards}
     for name, shard in where.items():
         if name not in found[folder / shard]:
             raise InputError(f"{index}: tensor {name!r} is not in {shard} as the index says: get the checkpoint again")
-    for shard, tensors in found.items() if where else ():
+    first: dict[str, Path] = {}
+    for shard, tensors in found.items():
         for name in list(tensors):
-            if name not in where:
+            if not where and first.setdefault(name, shard) != shard:
+                raise InputError(
+                    f"{folder}: tensor {name!r} is in {first[name].name} and in {shard.name}, and no index says which "
+                    "counts: take the file that is not meant out of the folder"
+                )
+            if where and name not in where:
                 raise InputError(f"{index}: tensor {name!r} of {shard.name} is not in it: get the checkpoint again")
-            if folder / where[name] != shard:
+            if where and folder / where[name] != shard:
                 del tensors[name]
     return found
+
+
+def _check_parts(folder: Path, stem: str, count: int) -> None:
+    """InputError unless all parts that their names count are there."""
+    for number in range(1, count + 1):
+        part = f"{stem}-{number:05}-of-{count:05}.safetensors"
+        if not (folder / part).is_file():
+            raise InputError(f"{folder}: {part} is missing: complete the download")
+
+
+def _check_is_no_part(path: Path) -> None:
+    """UsageError for a file of a checkpoint in place of its folder; UnsupportedError for a pickle."""
+    if path.suffix in (".safetensors", ".json", ".model"):
+        raise UsageError(f"{path}: this is a file of a checkpoint: give its folder, {path.absolute().parent}")
+    if path.suffix in _PICKLES:
+        raise UnsupportedError(
+            f"{path}: this is a pickle, which can run code when loaded: give the folder of a checkpoint in safetensors"
+        )
+
+
+def _check_architectures(path: Path, config: dict) -> None:
+    """InputError unless the configuration names the model's class."""
+    places = [config, config.get("text_config")]
+    named = [place["architectures"] for place in places if isinstance(place, dict) and place.get("architectures")]
+    if not named and "ssm_cfg" not in config:  # which llama.cpp's converter knows by that
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+        kind = config.get("model_type")
+        known = CLASSES.get(kind) if isinstance(kind, str) else None
+        for_this = f" for model_type {kind!r}" if known else ""
+        raise InputError(
+            f"{path}: there is no `architectures`, which names the model's class: add it, "
+            f'"architectures": ["{known or "LlamaForCausalLM"}"]{for_this or " for a Llama"}'
+        )
+    for names in named:
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise InputError(f"{path}: `architectures` is not a list of names: get the file again")
+
+
+def _explain_other_kinds(folder: Path) -> None:
+    """Raise what a folder that is not a whole checkpoint in safetensors seems to be, with the way on; or nothing."""
+    names = {p.name for p in folder.iterdir() if p.is_file()}
+    others = sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("consolidated"))
+    if "adapter_config.json" in names or "adapter_model.safetensors" in names:
+        raise UnsupportedError(
+            f"{folder}: this is a LoRA adapter, not a model: merge it first with `{_MERGE.format(folder)}`, and copy "
+            "the tokenizer's files beside the result"
+        )
+    if any(n.startswith("consolidated") and n.endswith(".safetensors") for n in names):
+        raise UnsupportedError(
+            f"{folder}: the weights are in Mistral's own format alone (consolidated.safetensors): get the model in "
+            "the Hugging Face format, or give a GGUF that llama.cpp's `convert_hf_to_gguf.py --mistral-format` made"
+        )
+    if "model_index.json" in names:
+        raise UnsupportedError(f"{folder}: this is a pipeline of diffusers, not a language model: give one of those")
+    if ggufs := sorted(n for n in names if n.endswith(".gguf")):
+        raise UsageError(f"{folder}: there is no checkpoint in this folder but a GGUF: give {folder / ggufs[0]}")
+    if "config.json" in names and others:
+        raise InputError(
+            f"{folder}: there is no model.safetensors, and {others[0]} is not named as weights of a model are: rename "
+            "it to model.safetensors if it holds all of them"
+        )
+    if not others and any(Path(n).suffix in _PICKLES for n in names):
+        raise UnsupportedError(
+            f"{folder}: the weights are pickles, which can run code when loaded: convert them to safetensors first"
+        )
+    if "config.json" not in names and (below := sorted(folder.glob("*/config.json"))):
+        raise InputError(f"{folder}: config.json is missing here, but {below[0].parent} has one: give that folder")
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -188,6 +285,8 @@ class _Child:
     def __init__(self, folder: Path, outfile: Path, outtype: str, name: str, total: int, header_only: bool):
         self.folder, self.outfile, self.total = folder, outfile, total
         self.lock, self.failed = threading.Lock(), None
+        self.notes: list[str] = []  # known with the header
+        self.aside = 0, 0  # tensors of a vision or audio part, and whether an mmproj file can hold them
         script, tree = resources.folder("convert") / "hf_to_gguf.py", runtime.fetch()
         command = [sys.executable, script, tree, folder, outfile, outtype, name, *["--header-only"][: int(header_only)]]
         env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -209,6 +308,10 @@ class _Child:
         for line in self.process.stdout:
             if line.strip() == "header":
                 return gguf_file.read(self.outfile, data=False)
+            if line.startswith("note "):
+                self.notes.append(json.loads(line.removeprefix("note ")))
+            elif line.startswith("aside "):
+                self.aside = tuple(map(int, line.split()[1:]))
             lines.append(line)
         raise self.failure(lines)
 
@@ -278,9 +381,14 @@ def _safetensors(path: Path) -> dict[str, tuple[str, int]]:
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            return {name: (s.get_dtype(), _product(s.get_shape())) for name, s in slices.items()}
+            found = {name: (s.get_dtype(), _product(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a sound safetensors file ({_line(error)}): get it again") from error
+    for name, (_, count) in found.items():
+        if count == 0 and name.endswith(".weight"):
+            cause = f"tensor {name!r} has no weights, as when each process saved its share"
+            raise InputError(f"{path}: {cause}: save the checkpoint again with its parameters gathered")
+    return found
 
 
 def _product(shape: list[int]) -> int:

@@ -273,10 +273,11 @@ def padded(size: int, alignment: int = ALIGNMENT) -> int:
 
 
 @contextlib.contextmanager
-def atomic(path: Path, needed: int) -> Iterator[BinaryIO]:
+def atomic(path: Path, needed: int, check: Callable[[Path], None] = lambda temp: None) -> Iterator[BinaryIO]:
     """A file that appears under `path` only when the block ends well, was synced, and reads back as a sound GGUF.
 
-    needed: bytes the file will take, for the check of free space and the message when the disk fills.
+    needed: bytes the file will take, for the check of free space and the message when the disk fills. check: raises
+    what else speaks against the file, which has a temporary name then.
     Raises EnvironmentFailed when the folder cannot be written to or is too small. Nothing is left behind on any
     exception, KeyboardInterrupt included.
     """
@@ -288,6 +289,7 @@ def atomic(path: Path, needed: int) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         _check_written(temp, path)
+        check(temp)
         os.replace(temp, path)
     except OSError as error:
         raise disk_error(error, path, needed) from error

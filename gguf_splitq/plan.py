@@ -45,6 +45,12 @@ _FALLBACK = {
     "iq3_xxs": "iq4_nl", "iq3_s": "iq4_nl", "iq4_xs": "iq4_nl",
 }  # fmt: skip
 
+# Reasons of a type that nobody asked for by the tensor's name; what is quantized already is not changed for them.
+_UNSAID = ("--type", "bit budget", "embeddings", "output")
+
+# Types that the `gguf` package cannot decode.
+_ONE_WAY = ("q1_0", "q8_1", "q8_k", "i8", "i16", "i32", "i64", "f64")
+
 # Stock types whose encoder is useless, or aborts, without an importance matrix (tensor_requires_imatrix, same file).
 _NEEDS_IMPORTANCE = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
 
@@ -122,7 +128,7 @@ def make(
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
     architecture: str = "",
-    importance: Collection[str] = (),
+    importance: Collection[str] | None = None,
     chosen: Mapping[str, str] | None = None,
     claq_metric: str = "hessian",
 ) -> list[Entry]:
@@ -130,10 +136,11 @@ def make(
 
     Embeddings and output get q8_0 unless told otherwise or unless `type` is larger anyway; an explicit embedding or
     output type beats the rules, and a tied embedding takes the output's, as in llama-quantize.
-    importance: names of the tensors that the importance matrix covers. chosen: tensor -> type, before `type`.
-    claq_metric: what makes a column of cq2.x, sq2.x and so on worth more bits, "hessian" or "outlier".
-    Raises UsageError for bad rules, missing importance and a size that cannot be met, UnsupportedError for a file that
-    is quantized already.
+    importance: names of the tensors that the importance matrix covers, None without a matrix. chosen: tensor -> type,
+    before `type`. claq_metric: what makes a column of cq2.x, sq2.x and so on worth more bits, "hessian" or "outlier".
+    What is quantized already is copied as stored, unless a rule or an option names a type for that very tensor.
+    Raises UsageError for bad rules, missing importance and a size that cannot be met, UnsupportedError for a file whose
+    linear layers are all quantized already.
     """
     base = types.get(type)
     large = base if base.bpw > types.get("q8_0").bpw else types.get("q8_0")
@@ -163,30 +170,39 @@ def make(
             if source in FLOATS and len(tensor.shape) <= 1:
                 return Entry(tensor, types.get("f32"), "one dimension")
             return Entry(tensor, types.get(source) if source in FLOATS else None, "never quantized")
-        if source not in FLOATS:
-            raise UnsupportedError(
-                f"tensor {tensor.name!r} is already quantized ({source}): convert from the F32, F16 or BF16 original"
-            )
         entry = Entry(tensor, *choose(tensor))
+        if source not in FLOATS:
+            if entry.reason in _UNSAID:
+                return Entry(tensor, None, entry.reason, f"quantized already ({source}): copied as stored")
+            if source in _ONE_WAY or tensor.type_id in columns.IDS:
+                raise UnsupportedError(
+                    f"tensor {tensor.name!r} is already quantized ({source}), which {entry.reason} cannot change: "
+                    "leave that out, or convert from the F32, F16 or BF16 original"
+                )
         if isinstance(entry.target, columns.ColumnType):
             if not is_linear(tensor, architecture):
                 raise UsageError(f"{entry.target.name} is for linear layers only: give {entry.name!r} another type")
             entry = replace(entry, target=replace(entry.target, metric=claq_metric))
         entry = replace(entry, **_fit(entry.target, tensor))
-        if entry.target.name in _NEEDS_IMPORTANCE and tensor.name not in importance:
-            raise UsageError(f"type {entry.target.name} for {tensor.name!r} needs importance data: pass --imatrix")
         return entry
 
     entries = [decide(tensor) for tensor in tensors]
     for rule in rules:
         if not rule.used:
             raise UsageError(f"--tensor-type {rule.text!r} decides no tensor: check the pattern with --dry-run")
+    _check_importance(entries, importance)
+    linear = [e for e in entries if is_linear(e.tensor, architecture)]
+    if linear and all(e.target is None for e in linear):
+        raise UnsupportedError(
+            f"tensor {linear[0].name!r} is already quantized ({linear[0].source_name}), and so is every linear layer: "
+            "convert from the F32, F16 or BF16 original"
+        )
     return _filled(entries)
 
 
 def widen(entry: Entry, largest: float) -> Entry:
     """The entry again with a type that holds weights as large as `largest`, which the planned one does not."""
-    for name in ("q8_0", "f16", "f32"):
+    for name in ("bf16",) if entry.target.name == "f16" else ("q8_0", "f16", "bf16"):
         wider = types.get(name)
         if entry.tensor.n_cols % wider.block_size == 0 and (wider.max_abs is None or largest <= wider.max_abs):
             break
@@ -216,6 +232,23 @@ def text(entries: Sequence[Entry]) -> str:
 def fallbacks(entries: Iterable[Entry]) -> dict[str, int]:
     """Cause -> number of tensors that could not have the type asked for."""
     return dict(Counter(e.fallback for e in entries if e.fallback))
+
+
+def _check_importance(entries: Iterable[Entry], importance: Collection[str] | None) -> None:
+    """UsageError when a type that cannot do without an importance matrix has no entry there."""
+    lacking = [
+        e for e in entries if e.target and e.target.name in _NEEDS_IMPORTANCE and e.name not in (importance or ())
+    ]
+    if not lacking:
+        return
+    name, wanted = lacking[0].name, lacking[0].target.name
+    if importance is None:
+        raise UsageError(f"type {wanted} for {name!r} needs importance data: pass --imatrix")
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    raise UsageError(
+        f"the importance matrix has no entry for {name!r}{more}, and type {wanted} needs one: give another type with "
+        f"--tensor-type '{re.escape(name)}=q2_k', or make the matrix on more text"
+    )
 
 
 class _Rule:

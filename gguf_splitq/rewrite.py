@@ -89,12 +89,13 @@ def rewrite(
     max_ram: int | None = None,
     solved: Mapping[str, np.ndarray] | None = None,
     done: Callable[[plan.Entry, Stats], None] = lambda entry, stats: None,
+    check: Callable[[Path], None] = lambda written: None,
 ) -> tuple[list[plan.Entry], list[Stats]]:
     """Write `outfile` with every tensor in the type its entry names; returns the entries as they came out and errors.
 
     importance: tensor name -> float32 [experts * n_cols], missing names allowed. solved: tensor name -> uint8
     [n_rows, row_bytes], tensors encoded already, and [matrices, size], their side tensors. done: called after each
-    tensor.
+    tensor. check: called with the written file before it gets its name; raises to have it dropped.
     A tensor with a weight beyond its type's reach is encoded again in a wider one (`plan.widen`).
     Raises InputError for NaN or Inf (naming the place) and EnvironmentFailed when the disk fails.
     """
@@ -119,7 +120,7 @@ def rewrite(
         expected = header_size(kv, entries) + sum(
             gguf_file.padded(gguf_file.n_bytes(shape, type_id)) for _, shape, type_id in tensors
         )
-        with gguf_file.atomic(outfile, expected) as out:
+        with gguf_file.atomic(outfile, expected, check) as out:
             out.seek(header_size(kv, entries))
             stream = _in_order(pool, source, jobs(), window)
             for entry in entries:
@@ -187,7 +188,12 @@ def to_float32(raw: np.ndarray, type_id: int) -> np.ndarray:
         values = bits.view(np.float32)
         values *= np.float32(2.0**112)
         return values if values.max() < 65536 and values.min() > -65536 else raw.view(np.float16).astype(np.float32)
-    return types.by_id(type_id).decode(raw)
+    try:
+        return types.by_id(type_id).decode(raw)
+    except KeyError:  # a type that is read but not written here, such as MXFP4
+        from gguf import GGMLQuantizationType, quants
+
+        return quants.dequantize(np.ascontiguousarray(raw), GGMLQuantizationType(type_id))
 
 
 def widen(raw: np.ndarray, type_id: int) -> tuple[np.ndarray, float]:
@@ -273,7 +279,7 @@ def _code(source: Gguf, entry: plan.Entry, importance: np.ndarray | None) -> tup
     from .solve import free
 
     tensor, packed, sides = entry.tensor, [], []
-    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[entry.source_name]
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(entry.source_name, torch.float32)
     by_matrix = None if importance is None else torch.from_numpy(importance.reshape(-1, tensor.n_cols))
     for number, first in enumerate(range(0, tensor.n_rows, tensor.shape[-2])):
         raw = source.read_rows(tensor, first, tensor.shape[-2])
@@ -282,6 +288,8 @@ def _code(source: Gguf, entry: plan.Entry, importance: np.ndarray | None) -> tup
             if not math.isfinite(largest):
                 raise _not_finite(tensor, rows, first + at)
         weights = None if by_matrix is None else by_matrix[number]
+        if entry.source_name not in plan.FLOATS:
+            raw = to_float32(raw, tensor.type_id).view(np.uint8)
         found = free.code(torch.from_numpy(raw).view(dtype), entry.target, weights)
         packed.append(found[0])
         sides.append(found[1])

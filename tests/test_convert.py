@@ -131,6 +131,7 @@ def test_a_weight_beyond_the_types_reach_falls_back(tmp_path, capsys):
     tensors = crafted.llama_tensors()
     tensors["blk.0.attn_k.weight"][5, 7] = 60000  # sq4 cannot hold it
     tensors["blk.1.attn_k.weight"][-1, -1] = 1e6  # f16 cannot either
+    wider = {"sq4": "q8_0", "f16": "bf16"}
     path = crafted.write_gguf(tmp_path / "m.gguf", tensors, "F32")
     report = tmp_path / "r.json"
     for name, changed in (("sq4", {0, 1}), ("f16", {1})):
@@ -141,13 +142,13 @@ def test_a_weight_beyond_the_types_reach_falls_back(tmp_path, capsys):
         result = json.loads(report.read_text())
         by_name = {row["name"]: row for row in result["tensors"]}
         for i in (0, 1):
-            assert by_name[f"blk.{i}.attn_k.weight"]["type"] == ("q8_0" if i in changed else name)
+            assert by_name[f"blk.{i}.attn_k.weight"]["type"] == (wider[name] if i in changed else name)
         assert sum(result["fallbacks"].values()) == len(changed)
         assert capsys.readouterr().out.count("is beyond") == len(result["fallbacks"])
         fresh = decoded(tmp_path / f"{name}.gguf")
-        q8_0 = types.get("q8_0")
+        held = types.get(wider[name])
         np.testing.assert_array_equal(
-            fresh["blk.1.attn_k.weight"], q8_0.decode(q8_0.encode(tensors["blk.1.attn_k.weight"]))
+            fresh["blk.1.attn_k.weight"], held.decode(held.encode(tensors["blk.1.attn_k.weight"]))
         )
         assert by_name["output_norm.weight"]["type"] == "f32"
 

@@ -1,6 +1,8 @@
 """The plan against golden text files; `SPLITQ_GOLDEN=write pytest tests/test_plan.py` writes them anew."""
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from gguf_splitq.errors import UnsupportedError, UsageError
 from gguf_splitq.gguf_file import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
-F32, F16, Q4_0, BF16, I32 = 0, 1, 2, 30, 26
+F32, F16, Q4_0, BF16, I32, MXFP4 = 0, 1, 2, 30, 26, 39
 
 
 def tensors(shapes, type_id=F16):
@@ -96,9 +98,49 @@ def test_importance_satisfies_types_that_need_it():
     assert [e.target_name for e in entries] == ["iq2_xs"]
 
 
+@pytest.mark.parametrize(("importance", "words"), [(None, "pass --imatrix"), ((), "has no entry for .blk.0.attn_q")])
+def test_a_missing_entry_is_not_a_missing_matrix(importance, words):
+    shapes = {f"blk.{i}.attn_q.weight": (256, 256) for i in range(3)}
+    with pytest.raises(UsageError, match=words):
+        plan.make(tensors(shapes), "iq2_xs", importance=importance)
+
+
+def test_the_next_step_for_a_missing_entry_works():
+    shapes = {f"blk.{i}.attn_q.weight": (256, 256) for i in range(3)}
+    with pytest.raises(UsageError, match="and 1 more") as error:
+        plan.make(tensors(shapes), "iq2_xs", importance=["blk.0.attn_q.weight"])
+    rule = re.search("--tensor-type '(.*?)'", str(error.value))[1]
+    with pytest.raises(UsageError, match="blk.2.attn_q"):
+        plan.make(tensors(shapes), "iq2_xs", [rule], importance=["blk.0.attn_q.weight"])
+
+
 def test_quantized_input_is_refused():
+    quantized = tensors({"blk.0.attn_q.weight": (64, 64), "blk.1.attn_q.weight": (64, 64)}, Q4_0)
     with pytest.raises(UnsupportedError, match="already quantized .q4_0."):
-        plan.make(tensors({"blk.0.attn_q.weight": (64, 64)}, Q4_0), "sq4")
+        plan.make(quantized, "sq4")
+    with pytest.raises(UnsupportedError, match="already quantized .q4_0."):  # only the embedding is not
+        plan.make(quantized + tensors({"token_embd.weight": (64, 64)}), "sq4")
+
+
+@pytest.mark.parametrize("type_id", [Q4_0, MXFP4])
+def test_what_is_quantized_already_is_copied_unless_a_rule_says_otherwise(type_id):
+    given = tensors({"blk.0.attn_q.weight": (64, 64)})
+    given += tensors({"token_embd.weight": (64, 64), "blk.0.ffn_up_exps.weight": (2, 64, 64)}, type_id)
+    q, embedding, experts = plan.make(given, "sq4")
+    assert q.target_name == "sq4" and embedding.copied and experts.copied
+    assert list(plan.fallbacks([q, embedding, experts]).values()) == [2]
+    assert "quantized already" in experts.fallback and "copied" in experts.fallback
+    q, embedding, experts = plan.make(given, "sq4", ["exps=sq3"], "q8_0")
+    assert [q.target_name, embedding.target_name, experts.target_name] == ["sq4", "q8_0", "sq3"]
+    plan.make(given[1:], "sq4", ["exps=sq3"])  # a rule applies before a refusal
+
+
+def test_a_rule_for_what_cannot_be_decoded_is_refused():
+    given = tensors({"blk.0.attn_q.weight": (64, 64), "blk.0.attn_k.weight": (64, 64)})
+    given[1] = replace(given[1], type_id=I32)
+    assert plan.make(given, "sq4")[1].copied
+    with pytest.raises(UnsupportedError, match="attn_k.*--tensor-type attn_k=q8_0"):
+        plan.make(given, "sq4", ["attn_k=q8_0"])
 
 
 def test_rows_of_one_count_as_one_dimension():
@@ -114,6 +156,7 @@ def test_integers_are_copied():
 def test_widening_takes_a_type_that_fits():
     shapes = {"blk.0.attn_q.weight": (64, 64), "blk.0.odd.weight": (64, 33)}
     q, odd = plan.make(tensors(shapes, F32), "f16")
-    assert plan.widen(q, 70000.0).target_name == "q8_0"
-    assert plan.widen(odd, 70000.0).target_name == "f32"
+    assert plan.widen(q, 70000.0).target_name == plan.widen(odd, 70000.0).target_name == "bf16"
     assert "70000" in plan.widen(q, 70000.0).fallback
+    (q,) = plan.make(tensors({"blk.0.attn_q.weight": (64, 64)}, BF16), "sq4")
+    assert [plan.widen(q, largest).target_name for largest in (15, 1e6, 1e7)] == ["q8_0", "q8_0", "bf16"]
