@@ -61,7 +61,10 @@ def main(known: dict, tree: str, folder: str, outfile: str, outtype: str, name: 
         known["config"] = config = conversion.ModelBase.load_hparams(Path(folder), False)
         mmproj = "--mmproj" in flags
         kind = conversion.ModelType.MMPROJ if mmproj else conversion.ModelType.TEXT
-        model_class = conversion.get_model_class(conversion.get_model_architecture(config, kind), mmproj)
+        architecture = conversion.get_model_architecture(config, kind)
+        if mmproj and architecture not in conversion.MMPROJ_MODEL_MAP:
+            raise NotImplementedError(f"it makes no mmproj file for {architecture}: leave --mmproj out")
+        model_class = conversion.get_model_class(architecture, mmproj)
         changed = {} if mmproj else declare_no_lost_mtp(model_class, config, known["names"])
         dropped = record_dropped(model_class)
         file_type = gguf.LlamaFileType[{"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[outtype]]
@@ -265,6 +268,13 @@ def explain(error: BaseException, names=frozenset(), config=None, model=None) ->
         }
     if isinstance(error, NotImplementedError) or "trust_remote_code" in text or "execute the" in text:
         return {"kind": "unsupported", "message": text}
+    if isinstance(error, json.JSONDecodeError) and model and (broken := broken_json(model.dir_model)):
+        return {"kind": "input", "message": f"{broken} is not valid JSON: get it again"}
+    if getattr(model, "preprocessor_config", None) == {}:
+        return {
+            "kind": "input",
+            "message": f"it has no preprocessor_config.json ({text}): get it, or leave --mmproj out",
+        }
     if config and (cause := contradiction(config, names, model)):
         return {"kind": "input", "message": f"{cause}: correct config.json or get the checkpoint again"}
     return {"kind": "input", "message": f"{type(error).__name__}: {text}"}
@@ -295,6 +305,16 @@ def contradiction(config: dict, names, model) -> str | None:
                 return f"vocab_size is {vocabulary} and the embedding has {rows} rows"
     largest = largest_token(model.dir_model) if model else -1
     return f"vocab_size is {vocabulary} and the tokenizer has a token {largest}" if largest >= vocabulary else None
+
+
+def broken_json(folder: Path) -> str | None:
+    """The name of a file that upstream could not read."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return path.name
+    return None
 
 
 def largest_token(folder: Path) -> int:

@@ -56,6 +56,7 @@ class Source:
     child: _Child | None = None
     config: dict = field(default_factory=dict)  # of a folder
     notes: list[str] = field(default_factory=list)  # what is worth a line in the summary
+    mmproj: Path | None = None  # the vision or audio part, written already, in the temporary folder
 
     def data(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Gguf:
         """The GGUF with its data, once the child (if any) has written it; progress gets bytes done and in all."""
@@ -69,9 +70,10 @@ class Source:
 
 @contextlib.contextmanager
 def opened(
-    model: str | Path, scratch: Path, revision: str | None = None, header_only: bool = False
+    model: str | Path, scratch: Path, revision: str | None = None, header_only: bool = False, mmproj: bool = False
 ) -> Iterator[Source]:
-    """Resolve and check MODEL. scratch: the folder for the intermediate file, which is gone afterwards.
+    """Resolve and check MODEL. scratch: the folder for intermediate files, gone afterwards. mmproj: also write
+    the vision or audio part, first, which takes little beside the rest.
 
     Raises UsageError (no such model), InputError (damaged), UnsupportedError (pickles, unknown architecture),
     EnvironmentFailed (network, disk, a missing package).
@@ -79,6 +81,10 @@ def opened(
     path, name = resolve(str(model), revision)
     if path.is_file():
         _check_is_no_part(path)
+        if mmproj:
+            raise UsageError(
+                f"{path}: --mmproj takes the vision part of a Hugging Face folder, not of a GGUF: give that"
+            )
         with gguf_file.read(path) as file:
             yield Source(stem(path), path, file, file.files)
         return
@@ -86,12 +92,35 @@ def opened(
     hub_name = "" if Path(model).exists() else name  # a downloaded folder is named by a hash
     total = sum(shard.stat().st_size for shard in shards)
     with temporary_folder(scratch, name) as temp:
-        with _Child(path, temp / "model.gguf", outtype, hub_name, total, header_only) as child:
-            head = child.header()
+        written = None
+        if mmproj and not header_only:
+            with _Child(path, temp / "mmproj.gguf", outtype, hub_name, total, "--mmproj") as child:
+                written = child.finish().path
+        flags = ["--header-only"] if header_only else []
+        with _Child(path, temp / "model.gguf", outtype, hub_name, total, *flags) as child:
+            head, files, config = child.header(), [*shards, path / "config.json"], _json(path / "config.json", "")
             if not head.tensors:
                 raise InputError(f"{path}: llama.cpp's converter finds no tensor in it: get the checkpoint again")
-            files = [*shards, path / "config.json"]
-            yield Source(name, path, head, files, child, _json(path / "config.json", ""), child.notes)
+            notes = [*child.notes, *_absent(head, config, *child.aside, mmproj)]
+            yield Source(name, path, head, files, child, config, notes, written)
+
+
+def _absent(head: Gguf, config: dict, count: int, able: int, mmproj: bool) -> Iterator[str]:
+    """What of the checkpoint is not in the file, or not as the configuration says. count, able: `_Child.aside`."""
+    if count:
+        way = "they are in the mmproj file" if mmproj else "--mmproj writes them to a file of their own"
+        way = way if able else "llama.cpp has no use for them"
+        yield f"{count} tensors of the vision or audio part are left out: {way}"
+    generates = str(config.get("architectures")).endswith(("ForCausalLM']", "ForConditionalGeneration']"))
+    untied = config.get("tie_word_embeddings") is False and all(t.name != "output.weight" for t in head.tensors)
+    if generates and untied:
+        yield "tie_word_embeddings is false and there is no output matrix: llama.cpp takes the embedding for it"
+
+
+def keep_mmproj(written: Path, path: Path) -> None:
+    """Copy the vision or audio part to its final name, under which it appears whole or not at all."""
+    with open(written, "rb") as part, gguf_file.atomic(path, written.stat().st_size) as out:
+        shutil.copyfileobj(part, out)
 
 
 def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:
@@ -282,13 +311,13 @@ def temporary_folder(where: Path, name: str) -> Iterator[Path]:
 class _Child:
     """The converter process. It writes the header first, so that the plan can be checked before the long job."""
 
-    def __init__(self, folder: Path, outfile: Path, outtype: str, name: str, total: int, header_only: bool):
+    def __init__(self, folder: Path, outfile: Path, outtype: str, name: str, total: int, *flags: str):
         self.folder, self.outfile, self.total = folder, outfile, total
         self.lock, self.failed = threading.Lock(), None
         self.notes: list[str] = []  # known with the header
         self.aside = 0, 0  # tensors of a vision or audio part, and whether an mmproj file can hold them
         script, tree = resources.folder("convert") / "hf_to_gguf.py", runtime.fetch()
-        command = [sys.executable, script, tree, folder, outfile, outtype, name, *["--header-only"][: int(header_only)]]
+        command = [sys.executable, script, tree, folder, outfile, outtype, name, *flags]
         env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
         self.log = open(outfile.with_name("log"), "w+b")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, env=env, text=True)
@@ -315,10 +344,10 @@ class _Child:
             lines.append(line)
         raise self.failure(lines)
 
-    def finish(self, progress: Callable[[int, int], None]) -> Gguf:
+    def finish(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Gguf:
         """Wait for the data, then check the whole file."""
         while self.process.poll() is None:
-            progress(min(self.outfile.stat().st_size, self.total), self.total)
+            progress(min(self.outfile.stat().st_size if self.outfile.exists() else 0, self.total), self.total)
             time.sleep(0.1)
         if self.process.returncode:
             raise self.failure(self.process.stdout.readlines())

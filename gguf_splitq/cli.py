@@ -158,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     metric = "what gives a column of cq2.x, cq3.x, sq2.x, sq3.x more bits (%(default)s)"
     p.add_argument("--claq-metric", choices=("hessian", "outlier"), default="hessian", help=metric)
     p.add_argument("--dry-run", action="store_true", help="print the plan with sizes, write only --save-plan")
+    aside = "also write the vision or audio part (%(const)s beside the output)"
+    p.add_argument("--mmproj", nargs="?", const="mmproj-{name}.gguf", metavar="FILE", help=aside)
+    p.add_argument("--no-check", dest="load", action="store_false", help="do not try whether llama.cpp loads the file")
     p.add_argument("--report", metavar="FILE", help="write every tensor's error as JSON, over an earlier report")
     p.add_argument("--threads", type=int, metavar="N", help="worker threads, all CPUs unless given")
     p.add_argument("--max-ram", metavar="SIZE", help="memory to stay below, such as 1500M or 2G")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import __version__, checkpoint, display, gguf_file, mix, options, output, overlap, plan, rewrite, types
+from . import __version__, checkpoint, display, gguf_file, loading, mix, options, output, overlap, plan, rewrite, types
 from .errors import UsageError
 from .gguf_file import Gguf, Value
 from .imatrix import Imatrix
@@ -33,7 +33,7 @@ class Job:
 
     make: tensor -> type, to the plan's entries. mix: the types that --plan or --bpw chose. importance: tensor ->
     float32 [experts * n_cols]. kv: the metadata without what `metadata` adds. solvers: matrices solved at a time.
-    at_once: encode while the checkpoint is being read.
+    at_once: encode while the checkpoint is being read. loads: whether the finished file is to be loaded.
     """
 
     given: options.Convert
@@ -45,6 +45,7 @@ class Job:
     kv: dict[str, Value]
     solvers: int
     at_once: bool
+    loads: bool
 
     @property
     def architecture(self) -> str:
@@ -72,7 +73,8 @@ def convert(model: str | Path, type: str | None = None, outfile: str | Path = ou
     importance = load_imatrix(given.imatrix) if given.imatrix else None
     display.say(f"checking {given.model}")
     with given.writing():
-        with checkpoint.opened(given.model, given.scratch, given.revision, given.plans_only) as source:
+        mmproj = given.mmproj is not None
+        with checkpoint.opened(given.model, given.scratch, given.revision, given.plans_only, mmproj) as source:
             job = prepare(given, source, importance)
             if given.plans_only:
                 display.show_plan(given.path, job.entries)
@@ -86,6 +88,8 @@ def convert(model: str | Path, type: str | None = None, outfile: str | Path = ou
                 with journal(job) as kept:
                     solved = calibrate(job, file, kept, progress)
                     entries, stats = write(job, file, solved, progress)
+            if source.mmproj and given.mmproj_path:
+                checkpoint.keep_mmproj(source.mmproj, given.mmproj_path)
         report(job, entries, stats, solved)
     return given.path
 
@@ -94,7 +98,7 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
     """Decide every tensor's type, and refuse what memory, disk and build do not allow."""
     given.check_files(source.path)  # a Hub id's are known now
     head = source.header
-    importance = matrix.for_tensors(head.tensors) if matrix else {}
+    importance = matrix.for_tensors(head.tensors) if matrix else None
     architecture = head.get("general.architecture", str, "")
     make = functools.partial(
         plan.make,
@@ -118,6 +122,7 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
     solvers, peak, at_once = memory_needs(given, source, entries)
     kv = {key: value for key, value in head.kv.items() if not key.startswith("quantize.")}
     kv |= matrix.metadata() if matrix else {}
+    loads = given.load and loading.check_plan(source, entries, kv, given.scratch)
     if not given.plans_only:
         require_space(given, source, entries)
         what = "measuring" if given.dry_run else "writing"
@@ -125,7 +130,7 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
         if given.calib and given.calib != "self":
             text = Path(given.calib).read_text(encoding="utf-8", errors="replace")
             kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text))
-    return Job(given, source, make, entries, given.plan, importance, kv, solvers, at_once)
+    return Job(given, source, make, entries, given.plan, importance or {}, kv, solvers, at_once, loads)
 
 
 def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
@@ -183,8 +188,22 @@ def write(
     """Write the output; returns the entries as they came out, and their errors."""
     given, rows = job.given, solved.rows if solved else None
     progress.start(job.entries)
+
+    def check(written: Path) -> None:
+        if job.loads:
+            loading.check_file(written, job.source)
+
     return rewrite.rewrite(
-        file, job.entries, job.metadata(), given.path, job.importance, given.workers, given.limit, rows, progress.done
+        file,
+        job.entries,
+        job.metadata(),
+        given.path,
+        job.importance,
+        given.workers,
+        given.limit,
+        rows,
+        progress.done,
+        check,
     )
 
 
@@ -199,6 +218,7 @@ def report(job: Job, entries: Sequence[plan.Entry], stats: Sequence[rewrite.Stat
         **{key: kv[f"gguf_splitq.{key}"].python for key in ("version", "type", "llama_cpp")},
         "options": deciding(given),
         "fallbacks": plan.fallbacks(entries),
+        "notes": job.source.notes,
         "without_importance": [n for n in weighted if n not in job.importance] if given.imatrix else None,
         "calibration": calibration_report(solved),
         "budget": job.mix and {"bpw": job.mix.bpw, "costs": job.mix.costs},
@@ -247,7 +267,7 @@ def require_space(given: options.Convert, source: checkpoint.Source, entries: Se
     """
     folder, needed = given.scratch, source.child.total if source.child else 0
     if not given.dry_run:
-        needed += sum(e.n_bytes for e in entries)
+        needed += sum(e.n_bytes for e in entries) + (source.mmproj.stat().st_size if source.mmproj else 0)
     if given.calib and not given.dry_run:
         inside = [e for e in entries if e.quantized and e.name.startswith("blk.")]
         kept = sum(e.n_bytes for e in inside)

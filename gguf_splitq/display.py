@@ -47,6 +47,8 @@ def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stat
         table.add_row(name, *map(str, row), f"{total.largest:.3g}")
     out = console()
     out.print(table)
+    for note in result["notes"]:
+        out.print(note, soft_wrap=True)
     for cause, count in result["fallbacks"].items():
         out.print(f"fallback x{count}: {cause}")
     if result["calibration"]:

@@ -41,13 +41,13 @@ def check_plan(source: Source, entries: Sequence[plan.Entry], kv: Mapping[str, V
     if source.child is None and reason(source.path) is not None:
         source.notes.append(f"llama.cpp does not load {source.path.name} as it is given ({why}), nor this file")
         return False
-    raise _refusal(source, (source.child and mismatch(source)) or f"llama.cpp says: {why}")
+    raise _refusal(source, (source.child and mismatch(source)) or why)
 
 
 def check_file(path: Path, source: Source) -> None:
     """InputError when llama.cpp refuses the finished file; nothing happens where it is not built."""
     if _library() is not None and (why := reason(path)) is not None:
-        raise _refusal(source, f"llama.cpp says: {why}")
+        raise _refusal(source, why)
 
 
 def reason(path: Path) -> str | None:
@@ -78,10 +78,10 @@ def mismatch(source: Source) -> str | None:
     """What the configuration or the metadata of a checkpoint's header say against its tensors: key and both numbers."""
     head, config = source.header, source.config
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    architecture = head.get("general.architecture", "")
+    architecture = head.get("general.architecture", str, "")
     shapes = {t.name: t.shape for t in head.tensors}
     blocks = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blk\.(\d+)\.", name))), default=-1)
-    declared = head.get(f"{architecture}.block_count", blocks)
+    declared = head.get(f"{architecture}.block_count", int, blocks)
     if declared != blocks:
         layers, mtp = (
             next((key for key in keys if isinstance(text.get(key), int)), None)
@@ -93,12 +93,12 @@ def mismatch(source: Source) -> str | None:
         key, value = (layers, text[layers]) if layers else (f"{architecture}.block_count", declared)
         return f"{key} is {value} and the checkpoint has {blocks} layers"
     embedding = shapes.get("token_embd.weight", ())
-    tokens = head.get("tokenizer.ggml.tokens", ())
+    tokens = head.get("tokenizer.ggml.tokens", list, [])
     if len(embedding) == 2 and len(tokens) != embedding[0]:
         if isinstance(text.get("vocab_size"), int) and text["vocab_size"] != embedding[0]:
             return f"vocab_size is {text['vocab_size']} and the embedding has {embedding[0]} rows"
         return f"the tokenizer has {len(tokens)} tokens (vocab_size) and the embedding {embedding[0]} rows"
-    width = head.get(f"{architecture}.embedding_length")
+    width = head.get(f"{architecture}.embedding_length", int)
     if len(embedding) == 2 and width is not None and width != embedding[1]:
         return f"hidden_size is {width} and the embedding has rows of {embedding[1]}"
     return None
@@ -129,6 +129,6 @@ def _sparse(path: Path, entries: Sequence[plan.Entry], kv: Mapping[str, Value]) 
 def _refusal(source: Source, cause: str) -> InputError:
     where = source.path / "config.json" if source.child else source.path
     return InputError(
-        f"{where}: llama.cpp would not load what this becomes, since {cause}: correct the checkpoint or get it again "
+        f"{where}: llama.cpp would not load what this becomes ({cause}): correct the checkpoint or get it again "
         "(--no-check writes it all the same)"
     )

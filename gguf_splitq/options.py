@@ -78,7 +78,8 @@ class Convert(Options):
     written. tune: train block scales and norms on the calibration tokens. claq_metric: what gives a column of cq2.x,
     sq2.x and so on more bits, "hessian" or "outlier".
     dry_run: print the plan, write nothing but save_plan. report: a JSON file for the per-tensor errors. max_ram: bytes,
-    or text like "2G". overwrite: replace an existing outfile and save_plan; a report replaces an earlier one anyway.
+    or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
+    template for the vision or audio part of the checkpoint; the template alone lies beside the output. overwrite: replace an existing outfile and save_plan; a report replaces an earlier one anyway.
     """
 
     model: str | Path = _path("read", "the model")
@@ -98,6 +99,8 @@ class Convert(Options):
     claq_metric: str = "hessian"
     dry_run: bool = False
     report: str | Path | None = _path("written", "--report", None)
+    load: bool = True
+    mmproj: str | Path | None = _path("written", "--mmproj", None)
     threads: int | None = None
     max_ram: str | int | None = None
     overwrite: bool = False
@@ -151,6 +154,15 @@ class Convert(Options):
         """The output."""
         return output.path(self.outfile, checkpoint.stem(self.model), self.label)
 
+    @functools.cached_property
+    def mmproj_path(self) -> Path | None:
+        """The file of the vision or audio part."""
+        if self.mmproj is None:
+            return None
+        beside = str(self.mmproj) == output.MMPROJ
+        template = self.path.parent / output.MMPROJ if beside else Path(self.mmproj)
+        return output.path(template / output.MMPROJ if template.is_dir() else template, checkpoint.stem(self.model), "")
+
     @property
     def journal(self) -> Path:
         """The folder of what a calibration has finished."""
@@ -165,6 +177,8 @@ class Convert(Options):
         found = dict(super().paths(role))
         if role == "written":
             found["--outfile"] = self.path
+            if self.mmproj_path is not None:
+                found["--mmproj"] = self.mmproj_path
             if self.hessians is not None and not Path(self.hessians).exists():
                 found["--hessians"] = Path(self.hessians)
         else:

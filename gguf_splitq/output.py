@@ -17,6 +17,7 @@ from .gguf_file import Value, disk_error
 from .types import TensorType
 
 TEMPLATE = "{name}-{type}.gguf"
+MMPROJ = "mmproj-{name}.gguf"
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
 
 
