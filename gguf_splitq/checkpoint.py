@@ -94,10 +94,9 @@ def opened(
     with temporary_folder(scratch, name) as temp:
         written = None
         if mmproj and not header_only:
-            with _Child(path, temp / "mmproj.gguf", outtype, hub_name, total, "--mmproj") as child:
+            with _Child(path, temp / "mmproj.gguf", outtype, hub_name, total, False, mmproj=True) as child:
                 written = child.finish().path
-        flags = ["--header-only"] if header_only else []
-        with _Child(path, temp / "model.gguf", outtype, hub_name, total, *flags) as child:
+        with _Child(path, temp / "model.gguf", outtype, hub_name, total, header_only) as child:
             head, files, config = child.header(), [*shards, path / "config.json"], _json(path / "config.json", "")
             if not head.tensors:
                 raise InputError(f"{path}: llama.cpp's converter finds no tensor in it: get the checkpoint again")
@@ -311,13 +310,16 @@ def temporary_folder(where: Path, name: str) -> Iterator[Path]:
 class _Child:
     """The converter process. It writes the header first, so that the plan can be checked before the long job."""
 
-    def __init__(self, folder: Path, outfile: Path, outtype: str, name: str, total: int, *flags: str):
+    def __init__(
+        self, folder: Path, outfile: Path, outtype: str, name: str, total: int, header_only: bool, mmproj: bool = False
+    ):
         self.folder, self.outfile, self.total = folder, outfile, total
         self.lock, self.failed = threading.Lock(), None
         self.notes: list[str] = []  # known with the header
         self.aside = 0, 0  # tensors of a vision or audio part, and whether an mmproj file can hold them
         script, tree = resources.folder("convert") / "hf_to_gguf.py", runtime.fetch()
-        command = [sys.executable, script, tree, folder, outfile, outtype, name, *flags]
+        command = [sys.executable, script, tree, folder, outfile, outtype, name]
+        command += ["--header-only"] * header_only + ["--mmproj"] * mmproj
         env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
         self.log = open(outfile.with_name("log"), "w+b")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, env=env, text=True)

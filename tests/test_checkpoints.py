@@ -12,7 +12,7 @@ import pytest
 
 from gguf_splitq import checkpoint, cli, gguf_file, loading, types
 from gguf_splitq.convert import convert
-from gguf_splitq.errors import InputError, UnsupportedError, UsageError
+from gguf_splitq.errors import EnvironmentFailed, InputError, UnsupportedError, UsageError
 from gguf_splitq.gguf_file import Value
 
 spec = importlib.util.spec_from_file_location("hf_to_gguf", Path(__file__).parents[1] / "convert" / "hf_to_gguf.py")
@@ -296,10 +296,21 @@ def test_only_the_header_is_read(runtime_programs, demo_f16, tmp_path, name):
     assert "not within the file bounds" in loading.reason(path)
 
 
-def test_a_failed_assertion_of_llama_cpp_is_a_reason(runtime_programs, demo_f16, tmp_path):
-    heads = {"llama__attention__head_count": Value.of(0), "llama__attention__head_count_kv": Value.of(0)}
-    path = with_metadata(demo_f16, tmp_path / "m.gguf", **heads)
-    assert loading.reason(path)
+def test_a_failed_assertion_of_llama_cpp_is_a_reason(runtime_programs, demo_f16, tmp_path, monkeypatch):
+    script = [
+        "import os, sys",
+        "print('x.cpp:1: GGML_ASSERT(n > 0) failed', 'more', sep='\\n', file=sys.stderr, flush=True)",
+        "os.abort()",
+    ]
+    (tmp_path / "load_gguf.py").write_text("\n".join(script))
+    monkeypatch.setattr(loading.resources, "folder", lambda name: tmp_path)
+    assert loading.reason(demo_f16) == "x.cpp:1: GGML_ASSERT(n > 0) failed"
+
+
+def test_a_runtime_that_does_not_start_is_not_the_files_fault(runtime_programs, demo_f16, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_library", lambda: tmp_path)
+    with pytest.raises(EnvironmentFailed, match="does not start.*--no-check"):
+        loading.reason(demo_f16)
 
 
 def test_the_structures_are_those_of_the_library(runtime_programs):
