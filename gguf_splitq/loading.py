@@ -98,8 +98,8 @@ def mismatch(source: Source) -> str | None:
         if isinstance(text.get("vocab_size"), int) and text["vocab_size"] != embedding[0]:
             return f"vocab_size is {text['vocab_size']} and the embedding has {embedding[0]} rows"
         return f"the tokenizer has {len(tokens)} tokens (vocab_size) and the embedding {embedding[0]} rows"
-    width = head.get(f"{architecture}.embedding_length", int)
-    if len(embedding) == 2 and width is not None and width != embedding[1]:
+    width = head.get(f"{architecture}.embedding_length", int, 0)
+    if len(embedding) == 2 and width and width != embedding[1]:
         return f"hidden_size is {width} and the embedding has rows of {embedding[1]}"
     return None
 

@@ -79,7 +79,8 @@ class Convert(Options):
     sq2.x and so on more bits, "hessian" or "outlier".
     dry_run: print the plan, write nothing but save_plan. report: a JSON file for the per-tensor errors. max_ram: bytes,
     or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
-    template for the vision or audio part of the checkpoint; the template alone lies beside the output. overwrite: replace an existing outfile and save_plan; a report replaces an earlier one anyway.
+    template for the vision or audio part of the checkpoint; the template alone lies beside the output. overwrite:
+    replace an existing outfile and save_plan; a report replaces an earlier one anyway.
     """
 
     model: str | Path = _path("read", "the model")

@@ -523,12 +523,12 @@ def test_the_vision_part_in_a_file_of_its_own(multimodal, tmp_path):
     report = tmp_path / "r.json"
     args = ["--type", "sq4", "--outfile", str(tmp_path), "--report", str(report), "--mmproj"]
     assert cli.main(["convert", str(multimodal), *args]) == 0
-    kv, tensors = crafted.read_gguf(tmp_path / "mmproj-Tiny-VL-bf16.gguf")
+    kv, tensors = crafted.read_gguf(tmp_path / "mmproj-Tiny-VL.gguf")
     assert kv["general.architecture"] == "clip" and kv["general.type"] == "mmproj" and kv["clip.has_vision_encoder"]
     name = "model.vision_model.encoder.layers.2.mlp.fc2.weight"
     wanted = load_file(multimodal / "model.safetensors")[name]
     assert tensors["v.blk.2.ffn_down.weight"][1].tobytes() == wanted.view(torch.int16).numpy().tobytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"mmproj-Tiny-VL-bf16.gguf", "Tiny-VL-sq4.gguf", "r.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mmproj-Tiny-VL.gguf", "Tiny-VL-sq4.gguf", "r.json"}
 
 
 def test_an_mmproj_file_that_cannot_be(folder, demo_f16, tmp_path, capsys):
