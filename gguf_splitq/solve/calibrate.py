@@ -1,19 +1,24 @@
 """Calibration: the Hessian of every matrix, and which matrix a GGUF tensor is.
 
 The Hessian is the second moment of a matrix's inputs, each token counted by its Fisher information |g|^2 (fisher.py):
-what an error at this token costs the model's output. Products are float32 per batch, their sum is float64. The huge
-activations of a sequence's first token stay in: without, the result measured worse. An expert that saw fewer tokens
-than it has columns takes the moments of all experts together.
+what an error at this token costs the model's output. Products are float32 per batch, their sum is float64. It is
+summed in blocks of columns, a block by one thread and always the same blocks, so that the number of threads does not
+show. The huge activations of a sequence's first token stay in: without, the result measured worse. An expert that saw
+fewer tokens than it has columns takes the moments of all experts together.
 
 GGUF tensors are found by content, not by name: the rows of a GGUF matrix are rows of one matrix here, in any order
 (llama.cpp reorders those of Q and K), and perhaps not all of them (it splits what transformers fuses). What no matrix
 has is left to nearest rounding and is counted.
+
+Besides the tokens for the Hessians, a few others are run, for the last layers alone: what these matrices saw of them is
+kept, to tell whether the codes are better than nearest rounding's there too.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,21 +26,30 @@ import numpy as np
 import torch
 
 from . import fisher
-from .model import Model
+from .model import BATCH, Model
 from .watch import matrices
+
+
+COLUMNS = 512  # of a Hessian that are one thread's work
+CHECKED = 2  # layers, the first that are solved, whose codes are tried on other tokens
+
+Taken = tuple[torch.Tensor, torch.Tensor]  # of a sequence: x [tokens, in] and float32 |g|^2 [tokens]
 
 
 @dataclass
 class Layer:
     """One matrix, ready to be solved. weight: [out, in], the model's own; hessian: float64 [in, in], None if unknown.
 
-    pooled: the Hessian is that of all experts, because this one saw too few tokens. keys: row content -> row numbers.
+    pooled: the Hessian is that of all experts, because this one saw too few tokens. unknown: why there is no Hessian.
+    held: what it saw of tokens that are not in the Hessian. keys: row content -> row numbers.
     """
 
     name: str
     weight: torch.Tensor
     hessian: torch.Tensor | None = None
     pooled: bool = False
+    unknown: str = "no token reached it"
+    held: Sequence[Taken] = ()
     keys: dict[int, list[int]] = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -48,26 +62,43 @@ def run(
     model: Model,
     tokens: torch.Tensor,
     scratch: Path,
+    threads: int = 1,
     skip: Collection[int] = (),
+    held: torch.Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[int, list[Layer]]]:
     """Yields (decoder layer, its matrices with their Hessians), the last layer first; those in `skip` are left out.
 
-    Arguments and errors as of `fisher.backward`.
+    tokens: int64 [sequences, CONTEXT]. held: others, at most as many and at most BATCH, to be tried afterwards.
+    Other arguments and errors as of `fisher.backward`. The same tokens give the same bits at any number of threads.
     """
+    batches = list(tokens.split(BATCH))
     moments: dict[tuple[str, int | None], _Moment] = {}
+    tried: fisher.Seen = {}
 
-    def see(index: int, name: str, expert: int | None, x: torch.Tensor, g: torch.Tensor) -> None:
-        if index not in skip:
-            moments.setdefault((name, expert), _Moment()).add(x, g)
+    def see(index: int, batch: int, taken: fisher.Seen) -> None:
+        nonlocal tried
+        if index in skip:
+            return
+        if batch == len(batches):
+            tried = taken if index >= len(model) - CHECKED else {}
+            return
+        blocks = []
+        for key, parts in taken.items():
+            blocks += moments.setdefault(key, _Moment()).add(parts)
+        for _ in pool.map(lambda block: block(), sorted(blocks, key=_work, reverse=True)):
+            pass
 
-    for index, module in fisher.backward(model, tokens, see, scratch, progress):
-        if index not in skip:
-            layers = layers_of(module)
-            for layer in layers:
-                _measured(layer, moments)
-            yield index, layers
-        moments.clear()
+    with fisher.workers(threads) as pool:
+        every = batches if held is None else [*batches, held]
+        for index, module in fisher.backward(model, every, _take, see, scratch, pool, progress):
+            if index not in skip:
+                layers = layers_of(module)
+                for layer in layers:
+                    _measured(layer, moments, tried)
+                moments.clear()
+                tried = {}
+                yield index, layers
 
 
 def layers_of(module: torch.nn.Module) -> list[Layer]:
@@ -97,33 +128,68 @@ def _row_keys(rows: torch.Tensor) -> list[int]:
     return [hash(row.tobytes()) for row in rows]
 
 
+def _take(x: torch.Tensor, g: torch.Tensor) -> Taken:
+    return x, g.float().square().sum(1)
+
+
 @dataclass
 class _Moment:
-    """total: float64, the sum of |g|^2 x x^T over `count` tokens; information: the sum of |g|^2."""
+    """total: float64, the sum of |g|^2 x x^T over `count` tokens, in each block of columns down to its last row.
 
-    total: torch.Tensor | float = 0.0
+    information: the sum of |g|^2.
+    """
+
+    total: torch.Tensor | None = None
     information: float = 0.0
     count: int = 0
 
-    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        x, information = x.float(), g.float().square().sum(1)
-        self.total = self.total + (x.T @ (x * information[:, None])).double()
-        self.information += float(information.sum())
-        self.count += len(x)
+    def add(self, taken: Sequence[Taken]) -> list[Callable[[], None]]:
+        """What remains to be done, in any order, to add these."""
+        if not taken:
+            return []
+        size = taken[0][0].shape[1]
+        if self.total is None:
+            self.total = taken[0][0].new_zeros(size, size, dtype=torch.float64)
+        self.information += sum(float(information.sum()) for _, information in taken)
+        self.count += sum(len(x) for x, _ in taken)
+        return [functools.partial(self._block, taken, start) for start in range(0, size, COLUMNS)]
+
+    def _block(self, taken: Sequence[Taken], start: int) -> None:
+        end = min(start + COLUMNS, len(self.total))
+        product = self.total.new_zeros(end, end - start, dtype=torch.float32)
+        for x, information in taken:
+            x = x[:, :end].float()
+            product.addmm_(x.T, x[:, start:] * information[:, None])
+        self.total[:end, start:end] += product
 
     def mean(self) -> torch.Tensor | None:
-        return self.total / self.information if self.information else None
+        return whole(self.total) / self.information if self.information else None
 
 
-def _measured(layer: Layer, moments: dict[tuple[str, int | None], _Moment]) -> None:
-    """Gives a layer its Hessian."""
+def whole(total: torch.Tensor) -> torch.Tensor:
+    """The same tensor, what is missing below blocks of columns filled in from above them."""
+    for start in range(0, len(total), COLUMNS):
+        total[start : start + COLUMNS, :start] = total[:start, start : start + COLUMNS].T
+    return total
+
+
+def _work(block: functools.partial) -> int:
+    """Larger for what takes longer: such blocks begin first."""
+    return block.args[1] * sum(len(x) for x, _ in block.args[0])
+
+
+def _measured(layer: Layer, moments: dict[tuple[str, int | None], _Moment], tried: fisher.Seen) -> None:
+    """Gives a layer its Hessian and what it saw of the tokens that are not in it."""
     name, _, number = layer.name.rstrip("]").partition("[")
-    if not number:
-        layer.hessian = moments[name, None].mean() if (name, None) in moments else None
-        return
-    own = moments.get((name, int(number)))
-    layer.pooled = own is None or own.count < layer.weight.shape[1]
-    if not layer.pooled:
-        layer.hessian = own.mean()
-    elif all_of := [m for (n, expert), m in moments.items() if n == name and expert is not None]:
-        layer.hessian = _Moment(sum(m.total for m in all_of), sum(m.information for m in all_of)).mean()
+    key = name, int(number) if number else None
+    layer.held, own = tried.get(key, ()), moments.get(key)
+    layer.pooled = bool(number) and (own is None or own.count < layer.weight.shape[1])
+    seen = [own] if own else []
+    if layer.pooled:
+        seen = [moment for (n, expert), moment in moments.items() if n == name and expert is not None]
+    counted = [moment for moment in seen if moment.total is not None]
+    if counted:
+        total = sum(m.total for m in counted) if len(counted) > 1 else counted[0].total
+        layer.hessian = _Moment(total, sum(m.information for m in counted)).mean()
+    if layer.hessian is None and seen:
+        layer.unknown = "no gradient reached it"

@@ -4,58 +4,77 @@ A small error dy at a matrix's output changes the model's distribution by the di
 g being the gradient at that output of log p(label) with the label drawn from the model: the Fisher information. The
 model runs forward once, the hidden states between the layers kept in a file, then backward, each layer run again with
 gradients.
+
+A sum in floating point depends on how many threads share it. So none is shared: a sequence goes to a thread, a thread
+computes alone, and what threads give is joined in the order of the sequences. A GPU takes a batch whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import InputError
-from .model import Model, OnDisk
+from .model import BATCH, CONTEXT, Model, OnDisk
 from .watch import Watch
 
-See = Callable[[int, str, int | None, torch.Tensor, torch.Tensor], None]
+Take = Callable[[torch.Tensor, torch.Tensor], Any]
+Seen = Mapping[tuple[str, int | None], Sequence[Any]]
+See = Callable[[int, int, Seen], None]
+
+
+def workers(threads: int) -> ThreadPoolExecutor:
+    """Threads that compute alone, whatever they are given; at most BATCH, for which memory is stated."""
+    return ThreadPoolExecutor(min(threads, BATCH), "calibrate", lambda: torch.set_num_threads(1))
 
 
 def backward(
     model: Model,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | Sequence[torch.Tensor],
+    take: Take,
     see: See,
     scratch: Path,
+    pool: ThreadPoolExecutor,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[int, torch.nn.Module]]:
-    """Yields (layer, its loaded module) from the last to the first, once `see` was called for all of its matrices.
+    """Yields (layer, its loaded module) from the last to the first, once `see` was called for all batches.
 
-    see(layer, name, expert, x, g) comes for each matrix and batch of int64 `tokens` [sequences, CONTEXT], in order.
-    expert: None unless the matrix is one of a stack. x: the matrix's inputs [rows, in]. g: the gradient at its outputs
-    [rows, out] of the log-likelihood summed over the batch, its labels drawn with a fixed seed. scratch: the folder
-    for hidden states, `scratch_bytes` of them. progress: decoder layers done and in all, forwards and backwards.
+    tokens: int64 [sequences, CONTEXT], or batches of them, the first one the largest. take(x, g) comes from a worker for each
+    matrix and sequence. x: the matrix's inputs [rows, in]. g: the gradient at its outputs [rows, out] of the
+    log-likelihood, its labels drawn with a fixed seed. see(layer, batch, taken) comes for each batch, batches in
+    order: what `take` returned by (matrix, expert), in the order of the sequences; an
+    empty list where no gradient reached the matrix. expert: None unless the matrix is one of a stack. scratch: the
+    folder for hidden states, `scratch_bytes` of them. progress: decoder layers done and in all, forwards and backwards.
     Raises InputError when an activation is NaN or Inf.
     """
     boundaries = [model.inputs(tokens, scratch)]
     for index in range(len(model)):
         after = OnDisk(scratch)
-        with model.layer(index) as layer, torch.no_grad():
+        with model.layer(index) as layer:
+            forward = functools.partial(_forward, model, layer, index)
             for hidden in boundaries[-1]:
-                output = model.forward(layer, index, hidden)
-                if not torch.isfinite(output).all():
-                    with Watch(layer, _finite(index)):  # where it comes from
-                        model.forward(layer, index, hidden)
-                    raise InputError(f"decoder layer {index}: an activation is NaN or Inf: check the checkpoint")
-                after.append(output)
+                after.append(torch.cat(list(pool.map(forward, _parts(model, hidden)))))
         boundaries.append(after)
         progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
     gradients = OnDisk(scratch)
-    for hidden in boundaries.pop():
-        gradients.append(_at_the_head(model, hidden, random))
+    with model.heads() as head:
+        for hidden in boundaries.pop():
+            gradients.append(_at_the_head(head, model.device, hidden, random, pool))
     for index in reversed(range(len(model))):
         with model.layer(index) as layer:
+            through = functools.partial(_through, model, layer, index, take)
             for batch, hidden in enumerate(boundaries.pop()):
-                gradients[batch] = _through(model, layer, index, hidden, gradients[batch], see)
+                parts = pool.map(through, _parts(model, hidden), _parts(model, gradients[batch]))
+                before, taken = zip(*parts, strict=True)
+                gradients[batch] = torch.cat(before)
+                see(index, batch, _joined(taken))
+                del taken
             yield index, layer
         progress(2 * len(model) - index, 2 * len(model))
 
@@ -63,6 +82,22 @@ def backward(
 def scratch_bytes(layers: int, tokens: int, width: int, dtype: torch.dtype) -> int:
     """What `backward` keeps in files: hidden states before and after each layer, and gradients."""
     return (layers + 2) * tokens * width * dtype.itemsize
+
+
+def _parts(model: Model, batch: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What a worker takes of a batch: a sequence."""
+    return batch.split(1) if model.device.type == "cpu" else [batch]
+
+
+def _forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    """The hidden states after a layer, on the CPU."""
+    with torch.no_grad():
+        output = model.forward(layer, index, hidden)
+        if not torch.isfinite(output).all():
+            with Watch(layer, _finite(index)):  # where it comes from
+                model.forward(layer, index, hidden)
+            raise InputError(f"decoder layer {index}: an activation is NaN or Inf: check the checkpoint")
+        return output.cpu()
 
 
 def _finite(index: int) -> Callable:
@@ -74,33 +109,49 @@ def _finite(index: int) -> Callable:
     return check
 
 
-def _at_the_head(model: Model, hidden: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer."""
-    gradients = []
-    for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
+def _at_the_head(
+    head: Callable, device: torch.device, hidden: torch.Tensor, random: torch.Generator, pool: ThreadPoolExecutor
+) -> torch.Tensor:
+    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer, on the CPU."""
+
+    def gradient(hidden: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
-            sequence = sequence.to(model.device).requires_grad_()
-            logits = model.head(sequence).flatten(0, 1)
+            hidden = hidden.to(device).requires_grad_()
+            logits = head(hidden).flatten(0, 1)
         p = logits.detach().softmax(-1)
         up_to = p.cumsum(-1)
-        drawn = torch.rand(len(p), 1, generator=random, device=p.device) * up_to[:, -1:]
-        labels = torch.searchsorted(up_to, drawn, right=True).clamp_(max=p.shape[1] - 1)
-        slope = p.neg_().scatter_add_(1, labels, torch.ones_like(drawn))  # of log p(label) by the logits
-        gradients.append(torch.autograd.grad(logits, sequence, slope)[0])
+        labels = torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
+        slope = p.neg_().scatter_add_(1, labels, torch.ones_like(chance))  # of log p(label) by the logits
+        return torch.autograd.grad(logits, hidden, slope)[0].cpu()
+
+    gradients = []
+    for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
+        chance = torch.rand(sequence.shape[1], 1, generator=random, device=device)
+        few = CONTEXT // BATCH if device.type == "cpu" else CONTEXT  # so that all workers have one sequence's logits
+        gradients.append(torch.cat(list(pool.map(gradient, sequence.split(few, 1), chance.split(few))), 1))
     return torch.cat(gradients)
 
 
 def _through(
-    model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor, gradient: torch.Tensor, see: See
-) -> torch.Tensor:
-    """The gradient at the layer's input, from that at its output; the matrices are seen on the way."""
+    model: Model, layer: torch.nn.Module, index: int, take: Take, hidden: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[tuple[str, int | None], Any]]]:
+    """The gradient at the layer's input, from that at its output, and what is taken of its matrices on the way."""
     calls = []
     with torch.enable_grad(), Watch(layer, lambda *call: calls.append(call)):
         hidden = hidden.to(model.device).requires_grad_()
         output = model.forward(layer, index, hidden)
     wanted = [hidden, *(y for _, _, _, y in calls)]
     first, *rest = torch.autograd.grad(output, wanted, gradient.to(model.device), allow_unused=True)
+    taken = []
     for (name, expert, x, _), g in zip(calls, rest, strict=True):
-        if g is not None:
-            see(index, name, expert, x.detach().flatten(0, -2), g.flatten(0, -2))
-    return first
+        taken.append(((name, expert), None if g is None else take(x.detach().flatten(0, -2), g.flatten(0, -2))))
+    return first.cpu(), taken
+
+
+def _joined(taken: Sequence[list[tuple[tuple[str, int | None], Any]]]) -> dict[tuple[str, int | None], list[Any]]:
+    """By matrix, in the order of the sequences."""
+    joined: dict[tuple[str, int | None], list[Any]] = {}
+    for part in taken:
+        for key, value in part:
+            joined.setdefault(key, []).extend([] if value is None else [value])
+    return joined

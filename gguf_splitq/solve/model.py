@@ -13,8 +13,9 @@ import contextlib
 import io
 import re
 import tempfile
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -134,14 +135,16 @@ class Model:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def inputs(self, tokens: torch.Tensor, folder: Path | None = None) -> list[torch.Tensor] | OnDisk:
+    def inputs(
+        self, tokens: torch.Tensor | Sequence[torch.Tensor], folder: Path | None = None
+    ) -> list[torch.Tensor] | OnDisk:
         """The hidden states entering layer 0 for int64 [sequences, CONTEXT]: [BATCH, CONTEXT, hidden], on the CPU.
 
-        folder: a file there keeps them instead of memory; use them as `states[i]` and `states[i] = ...`.
+        tokens: or batches of them, the first one the largest. folder: a file there keeps them instead of memory; use them as `states[i]` and `states[i] = ...`.
         Raises UnsupportedError when layers are given more than hidden states that depends on the tokens.
         """
         states = [] if folder is None else OnDisk(folder)
-        for batch in tokens.split(BATCH):
+        for batch in tokens.split(BATCH) if isinstance(tokens, torch.Tensor) else tokens:
             with self._explained():
                 hidden, arguments = self._catch(batch.to(self.device))
             shares = any(value == {} for _, kwargs in arguments for value in kwargs.values() if isinstance(value, dict))
@@ -151,6 +154,7 @@ class Model:
                     f"hidden states: {self.advice}"
                 )
             states.append(hidden.cpu())
+        self._arguments_of(batch[:1].shape)  # now, not from several threads at once
         return states
 
     @contextlib.contextmanager
@@ -172,20 +176,28 @@ class Model:
 
     def forward(self, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """[batch, CONTEXT, hidden] after `layer`, on the device, called as the model calls its layer `index`."""
-        shape = hidden.shape[:2]
-        if shape not in self.arguments:
-            self.arguments[shape] = self._catch(torch.zeros(shape, dtype=torch.long, device=self.device))[1]
-        args, kwargs = self.arguments[shape][index]
+        args, kwargs = self._arguments_of(hidden.shape[:2])[index]
         result = layer(hidden.to(self.device), *args, **kwargs)
         self.tuples = isinstance(result, tuple)
         return result[0] if self.tuples else result
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 logits [batch, CONTEXT, vocabulary] of the hidden states after the last layer."""
-        hidden = hidden.to(self.device)
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        with self._standing_in(lambda *_, **__: (hidden,) if self.tuples else hidden):
+        """float32 logits [batch, tokens, vocabulary] of the hidden states after the last layer."""
+        with self.heads() as head:
+            return head(hidden)
+
+    @contextlib.contextmanager
+    def heads(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """`head`, for any number of threads at once."""
+        now = threading.local()
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            now.hidden = hidden.to(self.device)
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
             return self.module(tokens, use_cache=False).logits.float()
+
+        with self._standing_in(lambda *_, **__: (now.hidden,) if self.tuples else now.hidden):
+            yield head
 
     # How it is built and loaded
 
@@ -311,6 +323,12 @@ class Model:
             for layer in self.layers:
                 del layer.forward
 
+    def _arguments_of(self, shape: torch.Size) -> list[tuple[tuple, dict]]:
+        """What the layers are called with, besides hidden states [*shape, hidden]."""
+        if shape not in self.arguments:
+            self.arguments[shape] = self._catch(torch.zeros(shape, dtype=torch.long, device=self.device))[1]
+        return self.arguments[shape]
+
     def _catch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """The hidden states entering layer 0, and for each layer the other arguments it is called with."""
         states, arguments = [], []
@@ -350,8 +368,9 @@ class OnDisk:
     def __getitem__(self, index: int) -> torch.Tensor:
         shape = self.shapes[index]  # IndexError ends a loop over them
         self.file.seek(index * self.size)
-        data = np.fromfile(self.file, np.uint8, shape.numel() * self.dtype.itemsize)
-        return torch.from_numpy(data).view(self.dtype).view(shape)
+        tensor = torch.empty(shape, dtype=self.dtype)  # aligned as any other tensor, on which a sum may depend
+        self.file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+        return tensor
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
         try:

@@ -19,6 +19,7 @@ Error feedback is not run for this: it lowers the divergence of sq4, sq3 and sq2
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +44,16 @@ class _Sums:
     rows: torch.Tensor | float = 0.0
     columns: torch.Tensor | float = 0.0
 
-    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        # CONTEXT rows are a sequence, except for experts; tokens of two sequences are independent, so that is no error.
-        for inputs, gradients in zip(x.split(CONTEXT), g.split(CONTEXT), strict=True):
-            squares = (gradients.float().T @ inputs.float()).square()
-            self.rows = self.rows + squares.sum(1).double().cpu()
-            self.columns = self.columns + squares.sum(0).double().cpu()
+    def add(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        self.rows, self.columns = self.rows + rows, self.columns + columns
+
+
+def _take(x: torch.Tensor, g: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What each sequence adds to the sums."""
+    # CONTEXT rows are a sequence, except for experts; tokens of two sequences are independent, so that is no error.
+    pairs = zip(x.split(CONTEXT), g.split(CONTEXT), strict=True)
+    squares = ((gradients.float().T @ inputs.float()).square() for inputs, gradients in pairs)
+    return [(of.sum(1).double().cpu(), of.sum(0).double().cpu()) for of in squares]
 
 
 def of_checkpoint(
@@ -66,7 +71,7 @@ def of_checkpoint(
     model = Model(folder, "cuda" if torch.cuda.is_available() else "cpu")
     count = min(tokens, TOKENS)
     text = model.sample_tokens(count) if calib == "self" else model.read_tokens(Path(calib), count)
-    return measure(model, text, file, candidates, scratch, progress)
+    return measure(model, text, file, candidates, scratch, threads, progress)
 
 
 def measure(
@@ -75,6 +80,7 @@ def measure(
     file: Gguf,
     candidates: Mapping[str, Sequence[TensorType]],
     scratch: Path,
+    threads: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, float]]:
     """Tensor -> type -> expected divergence added, in nats a token, for int64 `tokens` [sequences, CONTEXT].
@@ -84,12 +90,15 @@ def measure(
     """
     sums: dict[tuple[int, str], _Sums] = {}
 
-    def see(index: int, name: str, expert: int | None, x: torch.Tensor, g: torch.Tensor) -> None:
-        key = index, name if expert is None else f"{name}[{expert}]"
-        sums.setdefault(key, _Sums()).add(x, g)
+    def see(index: int, batch: int, taken: fisher.Seen) -> None:
+        for (name, expert), parts in taken.items():
+            key = index, name if expert is None else f"{name}[{expert}]"
+            for part in itertools.chain.from_iterable(parts):
+                sums.setdefault(key, _Sums()).add(*part)
 
-    for _ in fisher.backward(model, tokens, see, scratch, progress):
-        pass
+    with fisher.workers(threads) as pool:
+        for _ in fisher.backward(model, tokens, _take, see, scratch, pool, progress):
+            pass
     costs: dict[str, dict[str, float]] = {}
     for index in range(len(model)):
         wanted = [t for t in file.tensors if t.name in candidates and t.name.startswith(f"blk.{index}.")]
@@ -100,7 +109,6 @@ def measure(
             for tensor in wanted:
                 found = _cost(tensor, file, candidates[tensor.name], layers, sums, index)
                 if found is not None:
-                    # Three digits: what another number of threads adds up in another order must not change the plan.
                     costs[tensor.name] = {type: float(f"{c / tokens.numel():.3g}") for type, c in found.items()}
     return costs
 
