@@ -147,8 +147,14 @@ def a_tensor_twice(folder, tensors, where):
     return {name: t + 1 for name, t in tensors.items() if ".layers.0." in name}
 
 
-@pytest.mark.parametrize("kind", [another_name, a_stale_file, a_tensor_twice])
-def test_runs_the_weights_that_are_written(checkpoint, tmp_path, kind):
+def one_file(folder, tensors, where):
+    """And no index."""
+    where |= dict.fromkeys(where, "model.safetensors")
+    return {}
+
+
+@pytest.mark.parametrize("kind", [another_name, a_stale_file, a_tensor_twice, one_file])
+def test_runs_the_weights_that_are_written(checkpoint, tmp_path, monkeypatch, kind):
     from safetensors.torch import load_file, save_file
 
     folder, tensors = shutil.copytree(checkpoint("llama"), tmp_path / "model"), {}
@@ -161,8 +167,11 @@ def test_runs_the_weights_that_are_written(checkpoint, tmp_path, kind):
         held = {name: t for name, t in tensors.items() if where[name] == shard}
         save_file((others if shard == "model-2.safetensors" else {}) | held, folder / shard, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    if kind is one_file:
+        (folder / "model.safetensors.index.json").unlink()
     model = Model(folder)
-    written = convert.convert(folder, "bf16", tmp_path / "out.gguf", threads=1)
+    monkeypatch.chdir(tmp_path)  # a relative path serves as well
+    written = convert.convert("model", "bf16", tmp_path / "out.gguf", threads=1)
     with gguf_file.read(written) as file:
         by_name = {t.name: t for t in file.tensors}
         for index in (0, 1):
@@ -257,6 +266,7 @@ def test_hessians_are_the_second_moments_of_the_inputs_weighted_by_gradients(che
 def test_experts_have_their_own_hessians_or_the_pooled_one(checkpoint, tmp_path, length, few):
     model, seen = Model(checkpoint("mixtral")), {}
     text = tokens(1)[:, :length]
+
     def see(index, batch, taken):
         seen.update({(index, *key): call for key, [call] in taken.items()})
 
