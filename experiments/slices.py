@@ -58,7 +58,7 @@ def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threa
     def solve(layer: calibrate.Layer) -> None:
         solver.solve(layer.weight.float().cpu(), layer.hessian.cpu(), formats.for_type(target))
 
-    for _, layers in calibrate.run(model, text, folder):
+    for _, layers in calibrate.run(model, text, folder, threads):
         lap("calibration")
         with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
             list(pool.map(solve, layers))

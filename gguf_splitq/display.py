@@ -51,21 +51,39 @@ def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stat
         out.print(note, soft_wrap=True)
     for cause, count in result["fallbacks"].items():
         out.print(f"fallback x{count}: {cause}")
-    if result["calibration"]:
-        errors = result["calibration"]["errors"].values()
-        total = {stage: sum(e[stage] for e in errors) for stage in ("nearest", "polish")}
-        share = total["polish"] / total["nearest"] if total["nearest"] else 1
-        cost = f"{result['calibration']['tokens']:,} tokens in {result['calibration']['seconds'] / 60:.1f} minutes"
-        out.print(f"error feedback: output error {share:.1%} of nearest rounding's on {len(errors)} tensors, {cost}")
-        if left := result["calibration"]["left"]:
-            out.print(f"no layer of the model matches {len(left)} tensors, {left[0]} first: rounded to nearest")
-        if pooled := result["calibration"]["pooled"]:
-            out.print(f"{len(pooled)} experts saw too few tokens and took the Hessian of all, {pooled[0]} first")
-        if tuned := result["calibration"]["tuned"]:
-            out.print(f"tuning: held-out KL divergence {tuned['before']:.5f} before, {tuned['after']:.5f} after")
     if result["without_importance"]:
         count = len(result["without_importance"])
         out.print(f"no importance data for {count} quantized tensors, {result['without_importance'][0]} first")
+    if result["calibration"]:
+        _show_calibration(out, result["calibration"])
+
+
+def _show_calibration(out: Console, done: dict) -> None:
+    """What it cost and brought, what it left, and whether it holds on other tokens."""
+    total = {stage: sum(e[stage] for e in done["errors"].values()) for stage in ("nearest", "polish")}
+    share = total["polish"] / total["nearest"] if total["nearest"] else 1
+    cost = f"{done['tokens']:,} tokens in {done['seconds'] / 60:.1f} minutes, in {done['dtype']}"
+    out.print(
+        f"error feedback: output error {share:.1%} of nearest rounding's on {len(done['errors'])} tensors, {cost}"
+    )
+    for reason in dict.fromkeys(done["left_reasons"].values()):
+        names = [name for name, why in done["left_reasons"].items() if why == reason]
+        out.print(f"rounded to nearest without error feedback x{len(names)}: {reason}, {names[0]} first")
+    if pooled := done["pooled"]:
+        out.print(f"{len(pooled)} experts saw too few tokens and took the Hessian of all, {pooled[0]} first")
+    if tuned := done["tuned"]:
+        out.print(f"tuning: held-out KL divergence {tuned['before']:.5f} before, {tuned['after']:.5f} after")
+    if not (held := done["held_out"]):
+        out.print("not tried on other tokens: the text has no more of them, or none were run")
+    elif held["feedback"] < held["nearest"]:
+        out.print(f"on other tokens: output error {held['feedback'] / held['nearest']:.1%} of nearest rounding's")
+    else:
+        out.print(
+            f"WARNING: the calibration did not pay. On tokens that it has not seen, of the same text, the output error "
+            f"is {held['feedback'] / held['nearest']:.1%} of nearest rounding's: give a longer and more varied --calib "
+            "text and more --calib-tokens, or convert without --calib",
+            style="bold red",
+        )
 
 
 class Progress:

@@ -14,16 +14,18 @@ import torch
 
 from ..errors import InputError
 from ..gguf_file import Gguf, require_space
-from ..plan import Entry
+from ..plan import Entry, is_linear
 from ..rewrite import each_matrix
+from ..types import TensorType
 from ..types.columns import ColumnType, side_name
-from . import calibrate, columns, fisher, formats, solver
+from . import calibrate, columns, fisher, formats, free, solver
 from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
-from .model import Model
+from .model import CONTEXT, Model, held_out
 
 Progress = Callable[[str, int, int], None]
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -31,16 +33,20 @@ class Solved:
     """rows: tensor name -> uint8 [n_rows, row_bytes] or, of a side tensor, [matrices, size]; read when sliced.
 
     errors: tensor name -> the solver's, by stage.
-    left: tensors of a type the solver handles that no linear layer of the model matches; they are rounded to nearest.
+    left: what was quantized without error feedback, rounded to nearest: tensor name -> why.
     pooled: matrices solved with the Hessian of all experts of the layer, because this expert saw too few tokens.
+    tried: tensor name -> on tokens that are not in the Hessians, the outputs' square, that of the error that nearest
+    rounding makes and of the one of these rows; of the layers solved first.
     seconds: of the whole run. tuned: the held-out divergence before and after training, in nats a token.
     """
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
     pooled: list[str] = field(default_factory=list)
+    tried: dict[str, list[float]] = field(default_factory=dict)
     tokens: int = 0
+    dtype: str = ""
     seconds: float = 0.0
     tuned: dict[str, float] | None = None
 
@@ -48,8 +54,22 @@ class Solved:
         """Take in a finished layer."""
         self.rows |= rows
         self.errors |= report["errors"]
-        self.left += report["left"]
+        self.left |= report["left"]
         self.pooled += report["pooled"]
+        self.tried |= report["tried"]
+
+    @property
+    def held_out(self) -> dict[str, float] | None:
+        """Relative output error on other tokens, of nearest rounding and of these rows; None where none was tried."""
+        if not self.tried:
+            return None
+        whole, nearest, fed = np.sum(list(self.tried.values()), axis=0).tolist()
+        return {"nearest": nearest / whole, "feedback": fed / whole}
+
+    def report(self) -> dict:
+        """For the JSON report."""
+        same = ("tokens", "dtype", "seconds", "errors", "pooled", "tuned", "held_out")
+        return {key: getattr(self, key) for key in same} | {"left": list(self.left), "left_reasons": self.left}
 
 
 def run(
@@ -64,35 +84,39 @@ def run(
     progress: Progress,
     hessians: str | Path | None = None,
     tune: bool = False,
+    dtype: str = "auto",
 ) -> Solved:
     """Solve every tensor that has a format; the model runs on a GPU when there is one.
 
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
     from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
     progress: what is being done, steps done and in all. hessians: a file of Hessians, read when it is there and else
-    written. tune: train scales and norms.
+    written. tune: train scales and norms. dtype: as of `precision`.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Model(folder, device, _fast(device))
+    dtype = precision(dtype)
+    model = Model(folder, _device(), DTYPES[dtype])
     cache = Hessians(hessians, journal, len(model)) if hessians else None
-    sample = None if cache and cache.complete and not tune else _sample(model, calib, tokens, journal)
-    solved = Solved(tokens=tokens if sample is None else sample.numel())
+    sample, held = None, None
+    if not (cache and cache.complete) or tune:
+        sample, held = _sample(model, calib, tokens, journal, threads)
+    solved = Solved(tokens=tokens if sample is None else sample.numel(), dtype=dtype)
     # The solver's operations are too small to share, or for a GPU: a matrix to a thread, and a thread to a matrix.
     with ThreadPoolExecutor(solvers, "solve", lambda: torch.set_num_threads(1)) as pool:
-        for index, layers in _calibrated(model, sample, journal, cache, progress):
+        for index, layers in _calibrated(model, sample, held, threads, journal, cache, progress):
             if journal.find(_part(index)) is None:
                 wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
                 _solve_layer(file, wanted, layers, pool, journal, index)
     for index in range(len(model)):
         solved.add(*journal.find(_part(index)))
+    solved.left = _left(entries, solved)
     if cache:
         cache.finish()
     if tune:
         if journal.find("tuned") is None:
-            again = functools.partial(Model, folder, device)
+            again = functools.partial(Model, folder, _device())
             changed = tuning.run(again, file, entries, solved.rows, sample, functools.partial(progress, "tuning"))
             journal.keep("tuned", *changed)
         rows, solved.tuned = journal.find("tuned")
@@ -101,26 +125,50 @@ def run(
     return solved
 
 
-def _sample(model: Model, calib: str | Path, tokens: int, journal: Journal) -> torch.Tensor:
-    """int64 [sequences, CONTEXT] of the text, or drawn from the model."""
+def precision(choice: str) -> str:
+    """What calibration computes in, "f32" or "bf16"; of "auto" the latter where the processor multiplies it fast."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = _device() == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return choice if choice in DTYPES else "bf16" if fast else "f32"
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _sample(
+    model: Model, calib: str | Path, tokens: int, journal: Journal, threads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [sequences, CONTEXT] of the text, or drawn from the model; and others to try the codes on, maybe none."""
     if (kept := journal.find("tokens")) is None:
-        sample = model.sample_tokens(tokens) if calib == "self" else model.read_tokens(Path(calib), tokens)
-        journal.keep("tokens", {"tokens": sample.numpy()})
-        return sample
-    return torch.from_numpy(kept[0]["tokens"][:])
+        if calib == "self":
+            held = held_out(tokens // CONTEXT)
+            drawn = model.sample_tokens(tokens + held * CONTEXT, threads)
+            parts = drawn[:-held].contiguous(), drawn[-held:].contiguous()
+        else:
+            parts = model.split_text(Path(calib), tokens)
+        journal.keep("tokens", {name: part.numpy() for name, part in zip(("tokens", "held"), parts, strict=True)})
+        return parts
+    return tuple(torch.from_numpy(kept[0][name][:]) for name in ("tokens", "held"))
 
 
 def _calibrated(
-    model: Model, sample: torch.Tensor | None, journal: Journal, cache: Hessians | None, progress: Progress
+    model: Model,
+    sample: torch.Tensor | None,
+    held: torch.Tensor | None,
+    threads: int,
+    journal: Journal,
+    cache: Hessians | None,
+    progress: Progress,
 ) -> Iterator[tuple[int, list[calibrate.Layer]]]:
     """(decoder layer, its matrices with their Hessians) for all that are to be measured or solved."""
     every, solved = range(len(model)), {index for index in range(len(model)) if journal.find(_part(index))}
     known = {index for index in every if cache.has(index)} if cache else solved
     if len(known) < len(every):
-        width = model.module.get_input_embeddings().embedding_dim
-        require_space(journal.folder, fisher.scratch_bytes(len(model), sample.numel(), width, model.dtype))
+        width, tokens = model.module.get_input_embeddings().embedding_dim, sample.numel() + held.numel()
+        require_space(journal.folder, fisher.scratch_bytes(len(model), tokens, width, model.dtype))
         step = functools.partial(progress, "calibrating")
-        for index, layers in calibrate.run(model, sample, journal.folder, known, step):
+        for index, layers in calibrate.run(model, sample, journal.folder, threads, known, held, step):
             if cache:
                 cache.keep(index, layers)
             yield index, layers
@@ -136,13 +184,6 @@ def _part(index: int) -> str:
     return f"layer-{index:05}"
 
 
-def _fast(device: str) -> torch.dtype:
-    """What calibration computes in: bfloat16 where the processor multiplies it fast."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = device == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if fast else torch.float32
-
-
 def _solve_layer(
     file: Gguf,
     wanted: list[Entry],
@@ -152,37 +193,54 @@ def _solve_layer(
     index: int,
 ) -> None:
     """Solve the layer's tensors and keep the rows."""
-    rows, errors, left, pooled = {}, {}, [], []
+    wanted = [entry for entry in wanted if _solvable(entry)]
+    rows, report = {}, {"errors": {}, "left": {}, "pooled": [], "tried": {}}
+    results = pool.map(lambda entry: _solve_tensor(file, entry, layers), wanted)
+    for entry, found in zip(wanted, results, strict=True):
+        if isinstance(found, str):
+            report["left"][entry.name] = found
+            continue
+        stored, errors, pooled, tried = found
+        rows |= stored
+        report["errors"][entry.name] = errors
+        report["pooled"] += pooled
+        report["tried"] |= {entry.name: tried} if any(tried) else {}
+    journal.keep(_part(index), rows, report)
 
-    def solve(entry: Entry) -> None:
-        if formats.for_type(entry.target) is None and not isinstance(entry.target, ColumnType):
-            return
-        if found := _solve_tensor(file, entry, layers):
-            stored, errors[entry.name], poor = found
-            rows.update(stored)
-            pooled.extend(poor)
-        else:
-            left.append(entry.name)
 
-    for _ in pool.map(solve, wanted):
-        pass
-    journal.keep(_part(index), rows, {"errors": errors, "left": sorted(left), "pooled": sorted(pooled)})
+def _solvable(entry: Entry) -> bool:
+    return isinstance(entry.target, ColumnType) or bool(entry.target and formats.for_type(entry.target))
+
+
+def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
+    """Why each linear layer, or whatever has such a type, was not solved; by tensor."""
+    left = {}
+    for entry in entries:
+        if not entry.quantized or entry.copied or entry.name in solved.errors:
+            continue
+        if _solvable(entry):
+            left[entry.name] = solved.left.get(entry.name, "outside the decoder layers that transformers runs")
+        elif is_linear(entry.tensor):
+            left[entry.name] = f"no error feedback for {entry.target_name}"
+    return left
 
 
 def _solve_tensor(
     file: Gguf, entry: Entry, layers: list[calibrate.Layer]
-) -> tuple[dict[str, np.ndarray], dict[str, float], list[str]] | None:
-    """What is stored, errors by stage, the experts that took the pooled Hessian; None when unmatched.
+) -> tuple[dict[str, np.ndarray], dict[str, float], list[str], list[float]] | str:
+    """What is stored, errors by stage, the experts that took the pooled Hessian, and as `Solved.tried`; or why not.
 
     Stored: name -> uint8 [n_rows, row_bytes], and [matrices, size] of a side tensor.
     """
-    target, solutions, pooled = entry.target, [], []
+    target, solutions, pooled, tried = entry.target, [], [], np.zeros(3)
     fmt = formats.for_type(target)
     for rows in each_matrix(file, entry.tensor):
         found = calibrate.match(rows, layers)
-        if found is None or found[0].hessian is None:
-            return None
-        layer, _ = found
+        if found is None:
+            return "no linear layer of the model has its rows"
+        layer, order = found
+        if layer.hessian is None:
+            return layer.unknown
         if layer.pooled:
             pooled.append(f"{entry.name}[{len(solutions)}]")
         weight, hessian = torch.from_numpy(rows), layer.hessian.cpu()
@@ -191,8 +249,26 @@ def _solve_tensor(
         except InputError as error:
             raise InputError(f"tensor {entry.name!r}: {error}") from error
         solutions.append((solved.packed.cpu().numpy(), solved.side, solved.errors))
+        tried += _tried(weight, solved.weight.cpu(), target, layer)
     matrices, sides, errors = zip(*solutions, strict=True)
     stored = {entry.name: np.concatenate(matrices)}
     if sides[0] is not None:
         stored[side_name(entry.name)] = np.stack(sides)
-    return stored, {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled
+    return stored, {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled, tried.tolist()
+
+
+def _tried(weight: torch.Tensor, fed: torch.Tensor, target: TensorType, layer: calibrate.Layer) -> np.ndarray:
+    """float64 [3], as `Solved.tried`, of one matrix."""
+    if not layer.held:
+        return np.zeros(3)
+    if isinstance(target, ColumnType):
+        packed, side = free.code(weight, target)
+        nearest = target.decode_rows(packed, target.read_side(side, *weight.shape, target.name), 0)
+    else:
+        nearest = target.decode(target.encode(weight.numpy()))
+    sums = np.zeros(3)
+    for i, change in enumerate((weight, torch.from_numpy(nearest).sub_(weight), fed - weight)):
+        for x, information in layer.held:
+            outputs = (x.cpu().float() @ change.T).square_().sum(1, dtype=torch.float64)
+            sums[i] += float(outputs @ information.cpu().double())
+    return sums

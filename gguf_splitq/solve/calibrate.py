@@ -29,7 +29,6 @@ from . import fisher
 from .model import BATCH, Model
 from .watch import matrices
 
-
 COLUMNS = 512  # of a Hessian that are one thread's work
 CHECKED = 2  # layers, the first that are solved, whose codes are tried on other tokens
 

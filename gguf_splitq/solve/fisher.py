@@ -44,12 +44,12 @@ def backward(
 ) -> Iterator[tuple[int, torch.nn.Module]]:
     """Yields (layer, its loaded module) from the last to the first, once `see` was called for all batches.
 
-    tokens: int64 [sequences, CONTEXT], or batches of them, the first one the largest. take(x, g) comes from a worker for each
-    matrix and sequence. x: the matrix's inputs [rows, in]. g: the gradient at its outputs [rows, out] of the
-    log-likelihood, its labels drawn with a fixed seed. see(layer, batch, taken) comes for each batch, batches in
-    order: what `take` returned by (matrix, expert), in the order of the sequences; an
-    empty list where no gradient reached the matrix. expert: None unless the matrix is one of a stack. scratch: the
-    folder for hidden states, `scratch_bytes` of them. progress: decoder layers done and in all, forwards and backwards.
+    tokens: int64 [sequences, CONTEXT], or batches of them, the first one the largest. take(x, g) comes from a worker
+    for each matrix and sequence. x: the matrix's inputs [rows, in]. g: the gradient at its outputs [rows, out] of the
+    log-likelihood, its labels drawn with a fixed seed. see(layer, batch, taken) comes for each batch, in order: what
+    `take` returned by (matrix, expert), in the order of the sequences; an empty list where no gradient reached the
+    matrix. expert: None unless the matrix is one of a stack. scratch: the folder for hidden states, `scratch_bytes` of
+    them. progress: decoder layers done and in all, forwards and backwards.
     Raises InputError when an activation is NaN or Inf.
     """
     boundaries = [model.inputs(tokens, scratch)]

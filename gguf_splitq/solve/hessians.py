@@ -21,7 +21,7 @@ from .calibrate import Layer
 from .journal import Journal
 
 T = TypeVar("T")
-MEASURED = ("model", "calib", "calib_tokens")  # the settings that Hessians depend on
+MEASURED = ("model", "calib", "calib_tokens", "calib_dtype")  # the settings that Hessians depend on
 
 
 class Hessians:
@@ -71,7 +71,8 @@ class Hessians:
         for layer in layers:
             found = arrays.get(f"{index} {layer.name}")
             if found is None:
-                continue  # nothing went through it when they were measured
+                layer.unknown = "no token or no gradient reached it when the Hessians were measured"
+                continue
             layer.hessian = torch.from_numpy(self._read(layer, found)).double().to(layer.weight.device)
             layer.pooled = f"{index} {layer.name}" in pooled
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..plan import Entry
 from ..types.claq import Claq
 from ..types.columns import ColumnType
-from .model import BATCH, CONTEXT, SAMPLED
+from .model import BATCH, CONTEXT, SAMPLED, TOGETHER
 from .solver import WEIGHTS
 
 BASE = 896 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
@@ -35,7 +35,7 @@ def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = Fals
     vocabulary = max((e.tensor.n_rows for e in outside), default=0)
     heads = sum(e.tensor.n_rows for e in inside if re.search(r"attn_(k|v|qkv)\.weight", e.name))
 
-    reading = _floats(inside) + FLOAT * SAMPLED * CONTEXT * heads if whole else TEXT * tokens
+    reading = _floats(inside) + FLOAT * SAMPLED * TOGETHER * CONTEXT * heads if whole else TEXT * tokens
     logits = 4 * FLOAT * CONTEXT * vocabulary  # of one sequence: themselves, their softmax, gradients
     calibrating = logits + max((_layer(layer, threads) for layer in layers.values()), default=0)
     stages = [reading, calibrating]

@@ -10,12 +10,14 @@ of the model itself, its layers left out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from .. import checkpoint
+from .. import checkpoint, text
 from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError
 from ..gguf_file import disk_error
 
@@ -46,7 +48,9 @@ except ImportError as error:
 
 CONTEXT = 512  # tokens per sequence: what llama-perplexity and llama-imatrix use
 BATCH = 8  # sequences
-SAMPLED = 64  # sequences drawn at a time
+SAMPLED = 16  # sequences that a thread draws at a time
+TOGETHER = 4  # threads that draw, so that memory is bounded
+HELD_OUT = 16  # one sequence, of those not calibrated on, to so many that are
 SAMPLING = {"temperature": 1.2, "seed": 0}
 CHARACTERS = 16  # per token, at most, that are looked at of a long text
 REST = -1  # stands for the tensors outside the decoder layers
@@ -78,15 +82,23 @@ class Model:
         """The number of decoder layers."""
         return len(self.layers)
 
-    def read_tokens(self, text: Path, count: int) -> torch.Tensor:
+    def read_tokens(self, path: Path, count: int) -> torch.Tensor:
         """int64 [sequences, CONTEXT] taken evenly from a text, the model's first token in front of each sequence.
 
-        Raises InputError when the text gives less than four sequences, or the tokenizer is not this model's.
+        Raises InputError when the text is none or gives less than four sequences, or the tokenizer is not this
+        model's, and UnsupportedError when transformers cannot load it.
         """
-        words = _thinned(text.read_text(encoding="utf-8", errors="replace"), CHARACTERS * count)
+        return self.split_text(path, count)[0]
+
+    def split_text(self, path: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`read_tokens`, and `held_out` sequences from between those, or as many as there are."""
+        documents = text.read(path)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(**self.source, trust_remote_code=False)
+            words = self._words(tokenizer, path, documents, CHARACTERS * count)
             ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+        except SplitqError:
+            raise
         except Exception as error:  # a tokenizer's library raises whatever it likes
             raise UnsupportedError(
                 f"{self.path}: transformers cannot load a tokenizer from it ({_line(error)}): use --calib self"
@@ -102,37 +114,64 @@ class Model:
         available = len(ids) // body
         sequences = min(available, count // CONTEXT)
         if sequences < 4:
-            raise InputError(f"{text}: {len(ids)} tokens are too few to calibrate on: give at least {4 * body}")
+            raise InputError(f"{path}: {len(ids)} tokens are too few to calibrate on: give at least {4 * body}")
         rows = torch.tensor(ids[: available * body]).view(available, body)
-        rows = rows[torch.linspace(0, available - 1, sequences).long()]
-        return torch.cat([torch.tensor(first, dtype=torch.long).expand(sequences, len(first)), rows], 1)
+        used = torch.linspace(0, available - 1, sequences).long()
+        others = torch.tensor(sorted({*range(available)} - {*used.tolist()}), dtype=torch.long)
+        others = others[torch.linspace(0, len(others) - 1, min(len(others), held_out(sequences))).long()]
+        start = torch.tensor(first, dtype=torch.long)
+        return tuple(torch.cat([start.expand(len(chosen), -1), rows[chosen]], 1) for chosen in (used, others))
 
-    @torch.no_grad()
-    def sample_tokens(self, count: int) -> torch.Tensor:
+    def _words(self, tokenizer: Any, path: Path, documents: Mapping[int, str | text.Chat], limit: int) -> str:
+        """The documents as one text, or parts of it taken evenly when it is longer than `limit` characters."""
+        if all(isinstance(document, str) for document in documents.values()):
+            return _thinned("\n".join(documents.values()), limit)
+        size, parts = sum(len(text.plain(document)) for document in documents.values()), []
+        for line, document in list(documents.items())[:: max(1, size // limit)]:
+            if not isinstance(document, str):
+                if not tokenizer.chat_template:
+                    raise InputError(
+                        f"{path}: line {line:,}: a chat, and the tokenizer of {self.path} has no chat template: give "
+                        "texts"
+                    )
+                try:
+                    document = tokenizer.apply_chat_template(document, tokenize=False)
+                except Exception as error:  # whatever a template raises
+                    raise InputError(
+                        f"{path}: line {line:,}: the model's chat template does not take this chat ({_line(error)}): "
+                        "correct or remove the line"
+                    ) from error
+            parts.append(document)
+        return "\n".join(parts)
+
+    def sample_tokens(self, count: int, threads: int = 1) -> torch.Tensor:
         """int64 [sequences, CONTEXT] drawn from the model itself, with SAMPLING's temperature and seed.
 
         A sequence starts with the model's first token, if it has one, and a random one: without the latter, and at
         temperature 1, the text is too uniform (KL divergence of ref-a in sq4: 0.0089, so 0.0077, of real text 0.0068).
-        The model is whole in memory meanwhile.
+        The model is whole in memory meanwhile. The same at any number of threads, of which at most TOGETHER are used.
         """
-        torch.manual_seed(SAMPLING["seed"])
         first = self.module.generation_config.bos_token_id
         vocabulary = self.module.get_input_embeddings().num_embeddings
-        sequences, parts = max(4, count // CONTEXT), []
-        with contextlib.ExitStack() as stack:
+        sequences = max(4, count // CONTEXT)
+
+        def draw(start: int) -> torch.Tensor:
+            random = torch.Generator().manual_seed(SAMPLING["seed"] + start)
+            prompt = torch.randint(vocabulary, (min(SAMPLED, sequences - start), 1), generator=random)
+            if first is not None:
+                prompt = torch.cat([torch.full_like(prompt, first), prompt], 1)
+            left = CONTEXT - prompt.shape[1]
+            return self.module.generate(
+                prompt.to(self.device), do_sample=False, min_new_tokens=left, max_new_tokens=left,
+                pad_token_id=first or 0, logits_processor=[_Drawn(random)],
+            ).cpu()  # fmt: skip
+
+        together = TOGETHER if self.device.type == "cpu" else 1
+        alone = functools.partial(torch.set_num_threads, 1)
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(min(threads, together), "draw", alone) as pool:
             for index in range(len(self)):
                 stack.enter_context(self.layer(index))
-            for start in range(0, sequences, SAMPLED):
-                prompt = torch.randint(vocabulary, (min(SAMPLED, sequences - start), 1))
-                if first is not None:
-                    prompt = torch.cat([torch.full_like(prompt, first), prompt], 1)
-                left = CONTEXT - prompt.shape[1]
-                text = self.module.generate(
-                    prompt.to(self.device), do_sample=True, temperature=SAMPLING["temperature"], top_k=0, top_p=1.0,
-                    min_new_tokens=left, max_new_tokens=left, pad_token_id=first or 0,
-                )  # fmt: skip
-                parts.append(text.cpu())
-        return torch.cat(parts)
+            return torch.cat(list(pool.map(draw, range(0, sequences, SAMPLED))))
 
     @torch.no_grad()
     def inputs(
@@ -140,7 +179,8 @@ class Model:
     ) -> list[torch.Tensor] | OnDisk:
         """The hidden states entering layer 0 for int64 [sequences, CONTEXT]: [BATCH, CONTEXT, hidden], on the CPU.
 
-        tokens: or batches of them, the first one the largest. folder: a file there keeps them instead of memory; use them as `states[i]` and `states[i] = ...`.
+        tokens: or batches of them, the first one the largest. folder: a file there keeps the states instead of memory;
+        use them as `states[i]` and `states[i] = ...`.
         Raises UnsupportedError when layers are given more than hidden states that depends on the tokens.
         """
         states = [] if folder is None else OnDisk(folder)
@@ -381,6 +421,17 @@ class OnDisk:
             raise disk_error(error, self.folder, len(self) * self.size) from error
 
 
+class _Drawn(transformers.LogitsProcessor):
+    """Makes the likeliest token a random one: the largest logit plus Gumbel noise is a draw from their softmax."""
+
+    def __init__(self, random: torch.Generator):
+        self.random = random
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty(scores.shape).exponential_(generator=self.random).log_().neg_()
+        return scores.float() / SAMPLING["temperature"] + noise.to(scores.device)
+
+
 class _Caught(Exception):
     pass
 
@@ -396,6 +447,11 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return type(a) is type(b) and bool(a == b)
+
+
+def held_out(sequences: int) -> int:
+    """Sequences to try on what was made with so many."""
+    return min(max(sequences // HELD_OUT, 1), BATCH)
 
 
 def _thinned(text: str, limit: int) -> str:

@@ -70,7 +70,7 @@ def of_checkpoint(
     torch.set_num_threads(threads)
     model = Model(folder, "cuda" if torch.cuda.is_available() else "cpu")
     count = min(tokens, TOKENS)
-    text = model.sample_tokens(count) if calib == "self" else model.read_tokens(Path(calib), count)
+    text = model.sample_tokens(count, threads) if calib == "self" else model.read_tokens(Path(calib), count)
     return measure(model, text, file, candidates, scratch, threads, progress)
 
 
