@@ -155,6 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--calib-tokens", type=int, default=131_072, metavar="N", help="tokens to use (%(default)s)")
     p.add_argument("--hessians", metavar="FILE", help="measure the float model once for many types: read or write FILE")
     p.add_argument("--tune", action="store_true", help="train block scales and norms too; the model must fit twice")
+    dtype = "what the model computes in while it is measured; auto: bf16 where the processor is fast in it"
+    p.add_argument("--calib-dtype", choices=("auto", "f32", "bf16"), default="auto", help=dtype)
     metric = "what gives a column of cq2.x, cq3.x, sq2.x, sq3.x more bits (%(default)s)"
     p.add_argument("--claq-metric", choices=("hessian", "outlier"), default="hessian", help=metric)
     p.add_argument("--dry-run", action="store_true", help="print the plan with sizes, write only --save-plan")

@@ -13,7 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import __version__, checkpoint, display, gguf_file, loading, mix, options, output, overlap, plan, rewrite, types
+from . import (
+    __version__,
+    checkpoint,
+    display,
+    gguf_file,
+    loading,
+    mix,
+    options,
+    output,
+    overlap,
+    plan,
+    rewrite,
+    text,
+    types,
+)
 from .errors import UsageError
 from .gguf_file import Gguf, Value
 from .imatrix import Imatrix
@@ -65,7 +79,8 @@ class Job:
 def convert(model: str | Path, type: str | None = None, outfile: str | Path = output.TEMPLATE, **more) -> Path:
     """Convert a checkpoint to a GGUF file of `type` and return the file's path. more: see `options.Convert`.
 
-    The output appears whole or not at all, and is the same at any number of threads. A calibrated conversion that was
+    The output appears whole or not at all, and is the same at any number of threads; with `calib` on machines of one
+    kind, and without `tune`. A calibrated conversion that was
     stopped goes on where it was when the same call is made again. Raises the errors of `gguf_splitq.errors`.
     """
     given = options.Convert(model, type, outfile, **more)
@@ -128,8 +143,7 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
         what = "measuring" if given.dry_run else "writing"
         display.say(f"{what} {given.path}, in at most about {gguf_file.mib(peak)} of memory")
         if given.calib and given.calib != "self":
-            text = Path(given.calib).read_text(encoding="utf-8", errors="replace")
-            kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text))
+            kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text.whole(Path(given.calib))))
     return Job(given, source, make, entries, given.plan, importance or {}, kv, solvers, at_once, loads)
 
 
@@ -179,6 +193,7 @@ def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Prog
         progress.step,
         given.hessians,
         given.tune,
+        given.precision,
     )
 
 
@@ -220,7 +235,7 @@ def report(job: Job, entries: Sequence[plan.Entry], stats: Sequence[rewrite.Stat
         "fallbacks": plan.fallbacks(entries),
         "notes": job.source.notes,
         "without_importance": [n for n in weighted if n not in job.importance] if given.imatrix else None,
-        "calibration": calibration_report(solved),
+        "calibration": solved and solved.report(),
         "budget": job.mix and {"bpw": job.mix.bpw, "costs": job.mix.costs},
         "tensors": [tensor_report(e, s, e.name in job.importance) for e, s in zip(entries, stats, strict=True)],
     }
@@ -295,6 +310,7 @@ def deciding(given: options.Convert) -> dict:
         "imatrix": given.imatrix and Path(given.imatrix).name,
         "calib": given.calib and Path(given.calib).name,
         "calib_tokens": given.calib and given.calib_tokens,
+        "calib_dtype": given.calib and given.precision,
         "hessians": given.hessians is not None,
         "tune": given.tune,
         "claq_metric": given.claq_metric if given.claq_metric != "hessian" else None,
@@ -314,15 +330,11 @@ def settings(job: Job, calib: str | Path) -> dict:
         "types": hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16],
         "calib": "self" if calib == "self" else hashlib.sha256(Path(calib).read_bytes()).hexdigest()[:16],
         "calib_tokens": job.given.calib_tokens,
+        "calib_dtype": job.given.precision,
         "hessians": job.given.hessians is not None,
         "tune": job.given.tune,
         "version": __version__,
     }
-
-
-def calibration_report(solved) -> dict | None:
-    """What the calibration did: tokens, seconds, output error of every solved tensor by stage, tensors left out ..."""
-    return solved and {key: getattr(solved, key) for key in ("tokens", "seconds", "errors", "left", "pooled", "tuned")}
 
 
 def tensor_report(entry: plan.Entry, stats: rewrite.Stats, weighted: bool) -> dict:

@@ -19,7 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, mix, native, output, plan, runtime, types
+from . import checkpoint, mix, native, output, plan, runtime, text, types
 from .errors import InputError, UsageError
 from .types.stock import missing_library
 
@@ -75,8 +75,9 @@ class Convert(Options):
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
-    written. tune: train block scales and norms on the calibration tokens. claq_metric: what gives a column of cq2.x,
-    sq2.x and so on more bits, "hessian" or "outlier".
+    written. tune: train block scales and norms on the calibration tokens. calib_dtype: what the model computes in
+    while it is measured: "f32", "bf16", or "auto" for what the processor is fast in. claq_metric: what gives a column
+    of cq2.x, sq2.x and so on more bits, "hessian" or "outlier".
     dry_run: print the plan, write nothing but save_plan. report: a JSON file for the per-tensor errors. max_ram: bytes,
     or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
     template for the vision or audio part of the checkpoint; the template alone lies beside the output. overwrite:
@@ -97,6 +98,7 @@ class Convert(Options):
     calib_tokens: int = 131_072
     hessians: str | Path | None = _path("read", "--hessians", None)
     tune: bool = False
+    calib_dtype: str = "auto"
     claq_metric: str = "hessian"
     dry_run: bool = False
     report: str | Path | None = _path("written", "--report", None)
@@ -163,6 +165,13 @@ class Convert(Options):
         beside = str(self.mmproj) == output.MMPROJ
         template = self.path.parent / output.MMPROJ if beside else Path(self.mmproj)
         return output.path(template / output.MMPROJ if template.is_dir() else template, checkpoint.stem(self.model), "")
+
+    @functools.cached_property
+    def precision(self) -> str:
+        """What calibration computes in here: "f32" or "bf16"."""
+        from . import solve
+
+        return solve.precision(self.calib_dtype)
 
     @property
     def journal(self) -> Path:
@@ -451,8 +460,10 @@ def check_calibration(
         raise UsageError(f"{option} needs a text to run the model on: give --calib TEXT, or --calib self")
     if hessians and (Path(hessians).is_dir() or not Path(hessians).absolute().parent.is_dir()):
         raise UsageError(f"--hessians {hessians}: not a file in a folder that exists: name another")
-    if calib and calib != "self" and not Path(calib).is_file():
-        raise UsageError(f"{calib}: there is no such text: give a file, or `self`")
+    if calib and calib != "self":
+        if not Path(calib).is_file():
+            raise UsageError(f"{calib}: there is no such text: give a file, or `self`")
+        text.read(Path(calib))
     if tokens < 2048:
         raise UsageError(f"--calib-tokens {tokens} is too few to tell anything: give 2048 or more")
 
