@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import crafted
 import numpy as np
@@ -16,8 +18,8 @@ import pytest
 import torch
 import transformers
 
-from gguf_splitq import convert, errors, gguf_file, plan, resources
-from gguf_splitq.solve import calibrate, fisher, memory
+from gguf_splitq import convert, errors, gguf_file, plan, resources, solve, types
+from gguf_splitq.solve import calibrate, fisher, formats, memory, solver
 from gguf_splitq.solve.model import Model
 
 torch.set_num_threads(1)  # the models are too small to share
@@ -299,7 +301,90 @@ def test_rows_are_matched_by_content():
     assert calibrate.match(rows[[1, 1]], [twice])[1].tolist() == [0, 2]
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint whose products are large enough to be shared by threads."""
+    folder = tmp_path_factory.mktemp("model") / "wide"
+    config = COMMON | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=1)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(torch.bfloat16).save_pretrained(folder)
+    for file in crafted.TOKENIZER:
+        shutil.copy(crafted.DEMO / file, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def threads_of_torch(count):
+    """As a conversion with so many threads sets it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hessians_are_the_same_at_any_number_of_threads(wide, tmp_path, dtype):
+    model, first = Model(wide, dtype=dtype), None
+    text = model.read_tokens(TEXT, 4608)  # a batch and a sequence
+    for threads in (1, 2, 3, 4):
+        with threads_of_torch(threads):
+            [(_, layers)] = calibrate.run(model, text, tmp_path, threads)
+        hessians = {part.name: part.hessian for part in layers}
+        first = first or hessians
+        assert all(torch.equal(hessian, first[name]) for name, hessian in hessians.items())
+    assert {len(hessian) for hessian in first.values()} == {256, 768}
+
+
+def test_blocks_of_columns_are_the_whole_product(monkeypatch):
+    monkeypatch.setattr(calibrate, "COLUMNS", 24)
+    moment, pairs = calibrate._Moment(), [(torch.randn(n, 64), torch.rand(n)) for n in (50, 30)]
+    for block in moment.add(pairs[:1]) + moment.add(pairs[1:]):
+        block()
+    expected = sum(x.T.double() @ (x * g[:, None]).double() for x, g in pairs) / sum(float(g.sum()) for _, g in pairs)
+    torch.testing.assert_close(moment.mean(), expected, rtol=1e-4, atol=1e-6)
+    assert moment.count == 80
+
+
+def test_own_text_is_the_same_at_any_number_of_threads(checkpoint):
+    model, drawn = Model(checkpoint("llama")), []
+    for threads in (1, 3):
+        with threads_of_torch(threads):
+            drawn.append(model.sample_tokens(20 * 512, threads))
+    assert torch.equal(*drawn) and drawn[0].shape == (20, 512)
+    assert len(drawn[0].unique(dim=0)) == 20
+    assert len(drawn[0][:, 2:].unique()) > 1000  # of 4096, by a model of random weights
+
+
 # Whole conversions
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_calibrated_file_is_the_same_at_any_number_of_threads(runtime_library, wide, tmp_path, dtype):
+    first, options = None, dict(calib=str(TEXT), calib_tokens=4608, calib_dtype=dtype, tensor_type=["ffn_down=sq2"])
+    for threads in (1, 2, 3, 4):
+        path = convert.convert(wide, "q8_0", tmp_path / f"{threads}.gguf", threads=threads, **options)
+        data = path.read_bytes()
+        first = first or data
+        assert data == first
+
+
+def test_the_precision_is_a_setting(runtime_library, checkpoint, tmp_path):
+    cache, report = tmp_path / "h.gguf", tmp_path / "report.json"
+    options = dict(calib=str(TEXT), calib_tokens=2048, hessians=cache, report=report, threads=1)
+    for dtype in ("f32", "bf16"):
+        cache.unlink(missing_ok=True)
+        path = tmp_path / f"{dtype}.gguf"
+        convert.convert(checkpoint("llama"), "sq2", path, calib_dtype=dtype, **options)
+        with gguf_file.read(path) as file:
+            assert json.loads(file.get("gguf_splitq.options"))["calib_dtype"] == dtype
+        assert json.loads(report.read_text())["calibration"]["dtype"] == dtype
+    with pytest.raises(errors.UsageError, match="calib_dtype bf16 and this run has f32"):
+        convert.convert(checkpoint("llama"), "sq3", tmp_path / "x.gguf", calib_dtype="f32", **options)
+    parts = [crafted.read_gguf(tmp_path / f"{dtype}.gguf")[1] for dtype in ("f32", "bf16")]
+    assert not np.array_equal(*(part["blk.0.ffn_up.weight"][1] for part in parts))
+    assert solve.precision("auto") in ("f32", "bf16")
 
 
 # Upstream knows BPE vocabularies by the hash of what they make of a text, and knows none of 4096 tokens.
@@ -335,7 +420,7 @@ def test_every_linear_layer_is_solved(runtime_library, checkpoint, any_vocabular
         assert stages["polish"] < stages["nearest"]
 
 
-def test_matrices_that_no_linear_layer_has_are_left_and_counted(runtime_library, any_vocabulary, tmp_path):
+def test_matrices_that_no_linear_layer_has_are_left_and_counted(runtime_library, any_vocabulary, tmp_path, capsys):
     folder, report = tmp_path / "gpt2", tmp_path / "report.json"
     config = transformers.GPT2Config(vocab_size=4096, n_embd=64, n_layer=1, n_head=4, n_ctx=512)
     transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
@@ -344,8 +429,104 @@ def test_matrices_that_no_linear_layer_has_are_left_and_counted(runtime_library,
     convert.convert(folder, "sq4", tmp_path / "out.gguf", calib=str(TEXT), calib_tokens=2048, report=report, threads=1)
     # its Conv1D multiplies without F.linear
     parts = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
-    left = json.loads(report.read_text())["calibration"]["left"]
-    assert sorted(left) == sorted(f"blk.0.{part}.weight" for part in parts)
+    calibration = json.loads(report.read_text())["calibration"]
+    assert sorted(calibration["left"]) == sorted(f"blk.0.{part}.weight" for part in parts)
+    assert set(calibration["left_reasons"].values()) == {"no linear layer of the model has its rows"}
+    assert calibration["held_out"] is None
+    summary = " ".join(capsys.readouterr().out.split())
+    assert "error feedback x4: no linear layer of the model has its rows, blk.0.attn_qkv.weight first" in summary
+
+
+def test_what_is_left_has_the_reason(runtime_library, checkpoint, tmp_path):
+    """The embedding and types without error feedback; what no gradient or token reached; layers nobody runs."""
+    report = tmp_path / "report.json"
+    rules = ["attn_k=iq4_nl", "attn_q=q8_0", "blk.0.ffn_up=f16"]
+    options = dict(calib=str(TEXT), calib_tokens=2048, report=report, threads=1, tensor_type=rules)
+    convert.convert(checkpoint("llama"), "sq4", tmp_path / "out.gguf", token_embedding_type="sq4", **options)
+    reasons = json.loads(report.read_text())["calibration"]["left_reasons"]
+    outside = "outside the decoder layers that transformers runs"
+    assert reasons == {"token_embd.weight": outside} | {
+        f"blk.{i}.attn_q.weight": "no error feedback for q8_0" for i in (0, 1)
+    }
+    weight = torch.randn(32, 64)
+    tensor = gguf_file.Tensor("blk.0.ffn_up.weight", (32, 64), 0, 0, 0, Path())
+    entry = plan.Entry(tensor, types.get("sq4"), "")
+    rows = SimpleNamespace(read_rows=lambda *_: weight.numpy().view(np.uint8))
+    for seen, reason in [({}, "no token reached it"), ({("a", None): calibrate._Moment()}, "no gradient reached it")]:
+        layer = calibrate.Layer("a", weight)
+        calibrate._measured(layer, seen, {})
+        assert solve._solve_tensor(rows, entry, [layer]) == reason
+    done = solve.Solved(left={"blk.0.ffn_up.weight": reason})
+    mtp = plan.Entry(replace(tensor, name="blk.9.ffn_up.weight"), types.get("sq4"), "")
+    assert solve._left([entry, mtp], done) == {entry.name: reason, mtp.name: outside}
+
+
+def test_matrices_that_no_gradient_reaches_are_seen(checkpoint, tmp_path):
+    """Whose outputs the model throws away."""
+    model, seen = Model(checkpoint("llama")), {}
+    forward = type(model.layers[1].mlp).forward
+
+    def wasteful(self, x):
+        self.up_proj(x)
+        return forward(self, x).detach()
+
+    with pytest.MonkeyPatch.context() as patch, fisher.workers(1) as pool:
+        patch.setattr(type(model.layers[1].mlp), "forward", wasteful)
+        for _ in fisher.backward(
+            model, tokens(1), lambda x, g: 1, lambda i, b, taken: seen.update({i: taken}), tmp_path, pool
+        ):
+            pass
+    assert seen[1]["mlp.down_proj.weight", None] == [] and seen[1]["self_attn.q_proj.weight", None] == [1]
+    [(_, layers), _] = calibrate.run(model, tokens(1), tmp_path)
+    assert all(layer.hessian is not None for layer in layers)
+
+
+# Whether it pays
+
+
+def test_codes_are_tried_on_tokens_that_are_not_in_the_hessian():
+    """Feedback to a Hessian of one direction is worse than rounding to nearest in the others."""
+    weight, direction = torch.randn(64, 256) * 0.02, torch.randn(256)
+    h = direction.outer(direction).double() + 1e-3 * torch.eye(256)
+    target = types.get("sq2")
+    solved = solver.solve(weight, h, formats.for_type(target))
+    results = []
+    for x in (direction[None] + 0.01 * torch.randn(50, 256), torch.randn(50, 256)):
+        layer = calibrate.Layer("a", weight, h, held=[(x[:30], torch.ones(30)), (x[30:], torch.ones(20))])
+        whole, nearest, fed = solve._tried(weight, solved.weight, target, layer)
+        assert whole == pytest.approx(float((x @ weight.T).square().sum()), rel=1e-4)
+        assert fed == pytest.approx(float((x @ (weight - solved.weight).T).square().sum()), rel=1e-3)
+        results.append(fed / nearest)
+    assert results[0] < 0.5 and results[1] > 1
+    done = solve.Solved(tried={"a": [10, 1, 2], "b": [10, 3, 4]})
+    assert done.held_out == {"nearest": 0.2, "feedback": 0.3}
+
+
+def test_other_tokens_come_from_between_those_that_are_used(checkpoint, tmp_path):
+    model, file = Model(checkpoint("llama")), tmp_path / "text.txt"
+    used, held = model.split_text(TEXT, 64 * 512)
+    assert used.shape == (64, 512) and held.shape == (4, 512)
+    assert torch.equal(used, model.read_tokens(TEXT, 64 * 512))
+    rows = {tuple(row) for row in used.tolist()}
+    assert not any(tuple(row) in rows for row in held.tolist())
+    file.write_text(TEXT.read_text()[:8000])  # all of it is used
+    used, held = model.split_text(file, 64 * 512)
+    assert 4 <= len(used) < 8 and held.shape == (0, 512)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_calibration_that_did_not_pay_says_so(runtime_library, checkpoint, tmp_path, capsys, monkeypatch, pays):
+    report, divide = tmp_path / "report.json", Model.split_text
+
+    def split(model, path, count):
+        used, held = divide(model, path, count)
+        return (used, held) if pays else (used[:, :1].expand_as(used).contiguous(), held)
+
+    monkeypatch.setattr(Model, "split_text", split)
+    options = dict(calib=str(TEXT), calib_tokens=2048, report=report, threads=1)
+    convert.convert(checkpoint("llama"), "sq2", tmp_path / "out.gguf", **options)
+    held, out = json.loads(report.read_text())["calibration"]["held_out"], capsys.readouterr().out
+    assert (held["feedback"] < held["nearest"]) == pays == ("WARNING: the calibration did not pay" not in out)
 
 
 # GGUF
