@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from . import gguf_file, resources, runtime
 from .errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError, UsageError
@@ -64,7 +65,8 @@ class Source:
 
     def growing(self) -> Gguf:
         """The GGUF at once: reading it waits for what the child has not written yet."""
-        self.header.growing = self.child.running
+        if self.child:
+            self.header.growing = self.child.running
         return self.header
 
 
@@ -157,12 +159,13 @@ def check_folder(folder: Path) -> tuple[list[Path], str]:
         _explain_other_kinds(folder)
     config = _json(folder / "config.json", "a Hugging Face checkpoint needs it")
     _check_architectures(folder / "config.json", config)
-    shards, weights_of = _weights(folder), Counter()
+    shards = _weights(folder)
+    weights_of: Counter[str] = Counter()
     for tensors in shards.values():
         for kind, count in tensors.values():
             weights_of[kind] += count
-    floats = {kind: weights_of[kind] for kind in ("F64", "F32", "F16", "BF16") if weights_of[kind]}
-    main = max(floats, key=floats.get, default="BF16")  # integers are codes of quantized weights
+    # Integers are codes of quantized weights.
+    main = max(("BF16", "F16", "F32", "F64"), key=lambda kind: weights_of[kind])
     return list(shards), {"F32": "f32", "F64": "f32", "F16": "f16"}.get(main, "bf16")
 
 
@@ -177,7 +180,7 @@ def _weights(folder: Path) -> dict[Path, dict[str, tuple[str, int]]]:
     A file that the index does not name is not looked at, nor a tensor where the index has it in another file.
     """
     index = folder / "model.safetensors.index.json"
-    where: dict[str, str] = {}
+    where: Any = {}
     if index.exists():
         where = _json(index, "").get("weight_map")
         if not (isinstance(where, dict) and where and all(isinstance(shard, str) for shard in where.values())):
@@ -186,14 +189,14 @@ def _weights(folder: Path) -> dict[Path, dict[str, tuple[str, int]]]:
     else:
         shards = sorted(folder.glob("model*.safetensors"))
         for shard in shards:
-            if part := _PART.fullmatch(shard.name):
-                _check_parts(folder, part[1], int(part[2]))
+            if numbered := _PART.fullmatch(shard.name):
+                _check_parts(folder, numbered[1], int(numbered[2]))
     if not shards:
         raise InputError(f"{folder}: there is no model.safetensors: check that the download is complete")
     found = {shard: _safetensors(shard) for shard in shards}
-    for name, shard in where.items():
-        if name not in found[folder / shard]:
-            raise InputError(f"{index}: tensor {name!r} is not in {shard} as the index says: get the checkpoint again")
+    for name, part in where.items():
+        if name not in found[folder / part]:
+            raise InputError(f"{index}: tensor {name!r} is not in {part} as the index says: get the checkpoint again")
     first: dict[str, Path] = {}
     for shard, tensors in found.items():
         for name in list(tensors):
@@ -314,15 +317,18 @@ class _Child:
         self, folder: Path, outfile: Path, outtype: str, name: str, total: int, header_only: bool, mmproj: bool = False
     ):
         self.folder, self.outfile, self.total = folder, outfile, total
-        self.lock, self.failed = threading.Lock(), None
+        self.lock = threading.Lock()
+        self.failed: SplitqError | None = None
         self.notes: list[str] = []  # known with the header
         self.aside = 0, 0  # tensors of a vision or audio part, and whether an mmproj file can hold them
         script, tree = resources.folder("convert") / "hf_to_gguf.py", runtime.fetch()
-        command = [sys.executable, script, tree, folder, outfile, outtype, name]
+        command = [sys.executable, *map(str, (script, tree, folder, outfile, outtype, name))]
         command += ["--header-only"] * header_only + ["--mmproj"] * mmproj
         env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
         self.log = open(outfile.with_name("log"), "w+b")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, env=env, text=True)
+        assert self.process.stdout
+        self.output = self.process.stdout
 
     def __enter__(self) -> _Child:
         return self
@@ -330,19 +336,20 @@ class _Child:
     def __exit__(self, *_) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
+        self.output.close()
         self.log.close()
 
     def header(self) -> Gguf:
         """Wait for the header; upstream's complaint comes out as one sentence."""
         lines = []
-        for line in self.process.stdout:
+        for line in self.output:
             if line.strip() == "header":
                 return gguf_file.read(self.outfile, data=False)
             if line.startswith("note "):
                 self.notes.append(json.loads(line.removeprefix("note ")))
             elif line.startswith("aside "):
-                self.aside = tuple(map(int, line.split()[1:]))
+                _, count, able = line.split()
+                self.aside = int(count), int(able)
             lines.append(line)
         raise self.failure(lines)
 
@@ -352,7 +359,7 @@ class _Child:
             progress(min(self.outfile.stat().st_size if self.outfile.exists() else 0, self.total), self.total)
             time.sleep(0.1)
         if self.process.returncode:
-            raise self.failure(self.process.stdout.readlines())
+            raise self.failure(self.output.readlines())
         progress(self.total, self.total)
         return gguf_file.read(self.outfile)
 
@@ -361,7 +368,7 @@ class _Child:
         code = self.process.poll()
         if code:
             with self.lock:  # threads ask
-                self.failed = self.failed or self.failure(self.process.stdout.readlines())
+                self.failed = self.failed or self.failure(self.output.readlines())
             raise self.failed
         return code is None
 

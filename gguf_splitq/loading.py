@@ -55,9 +55,9 @@ def reason(path: Path) -> str | None:
 
     Raises EnvironmentFailed when the runtime does not start.
     """
-    script = resources.folder("convert") / "load_gguf.py"
+    script, library = resources.folder("convert") / "load_gguf.py", str(_library())
     env = os.environ | {"GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, script, _library(), path]
+    command = [sys.executable, str(script), library, str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -69,15 +69,16 @@ def reason(path: Path) -> str | None:
     if done.returncode < 0:  # a failed assertion, or worse
         return next((line for line in said if "GGML_ASSERT" in line), f"the process ended by signal {-done.returncode}")
     raise EnvironmentFailed(
-        f"{_library()}: the patched llama.cpp does not start ({(said or ['no message'])[-1]}): build it again with "
+        f"{library}: the patched llama.cpp does not start ({(said or ['no message'])[-1]}): build it again with "
         "`gguf-splitq runtime build`, or pass --no-check"
     )
 
 
 def mismatch(source: Source) -> str | None:
     """What the configuration or the metadata of a checkpoint's header say against its tensors: key and both numbers."""
-    head, config = source.header, source.config
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    head, text = source.header, source.config
+    if isinstance(text.get("text_config"), dict):
+        text = text["text_config"]
     architecture = head.get("general.architecture", str, "")
     shapes = {t.name: t.shape for t in head.tensors}
     blocks = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blk\.(\d+)\.", name))), default=-1)
@@ -93,7 +94,7 @@ def mismatch(source: Source) -> str | None:
         key, value = (layers, text[layers]) if layers else (f"{architecture}.block_count", declared)
         return f"{key} is {value} and the checkpoint has {blocks} layers"
     embedding = shapes.get("token_embd.weight", ())
-    tokens = head.get("tokenizer.ggml.tokens", list, [])
+    tokens = head.get("tokenizer.ggml.tokens", list[str], [])
     if len(embedding) == 2 and len(tokens) != embedding[0]:
         if isinstance(text.get("vocab_size"), int) and text["vocab_size"] != embedding[0]:
             return f"vocab_size is {text['vocab_size']} and the embedding has {embedding[0]} rows"
