@@ -99,7 +99,7 @@ CONVERT = [
     (command, file, option)
     for command, files in READ.items()
     for file in files
-    for option in ("--outfile", "--report", *(["--save-plan"] if command == BUDGET else []))
+    for option in ("--outfile", "--report", "--mmproj", *(["--save-plan"] if command == BUDGET else []))
 ]
 
 
@@ -130,7 +130,7 @@ def test_validate_replaces_no_input(refused, file, way):
 
 
 NEW = ("new.json", Path("link") / "new.json", "./hf/../new.json", "dangling.json")
-OUTPUTS = ("--outfile", "--report", "--save-plan", "--hessians")
+OUTPUTS = ("--outfile", "--report", "--save-plan", "--hessians", "--mmproj")
 
 
 @pytest.mark.parametrize("name", NEW, ids=str)
@@ -190,7 +190,7 @@ def test_devices_and_folders(refused, monkeypatch):
     assert not Path("/dev/null").is_file()
 
 
-@pytest.mark.parametrize("option", ["--outfile", "--report", "--save-plan", "--hessians"])
+@pytest.mark.parametrize("option", OUTPUTS)
 def test_folders_are_looked_for_first(refused, option):
     command = ("convert", "model.gguf", "--bpw", "3", "--calib", "text.txt")
     refused(*command, option, "nowhere/name.json", words=["nowhere"])
@@ -357,7 +357,10 @@ def test_a_file_that_another_run_has_just_made_is_kept(place):
 PATHS = [
     ("convert", "{}", "--type", "sq4"),
     ("convert", "model.gguf", "--plan", "{}"),
-    *(("convert", "model.gguf", "--type", "sq4", option, "{}") for option in ("--outfile", "--imatrix", "--report")),
+    *(
+        ("convert", "model.gguf", "--type", "sq4", option, "{}")
+        for option in ("--outfile", "--imatrix", "--report", "--mmproj")
+    ),
     ("convert", "model.gguf", "--type", "sq4", "--calib", "{}"),
     ("convert", "model.gguf", "--type", "sq4", "--calib", "text.txt", "--hessians", "{}"),
     ("convert", "model.gguf", "--bpw", "3", "--calib", "text.txt", "--save-plan", "{}"),
