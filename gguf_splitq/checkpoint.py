@@ -8,6 +8,7 @@ precision in a temporary folder beside the output, which can be read while it gr
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from . import gguf_file, resources, runtime
 from .errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError, UsageError
@@ -30,12 +31,11 @@ from .gguf_file import Gguf
 
 ADAPTER_RAM = 1 << 30  # bytes: PyTorch, transformers and the tokenizer in the child process
 HEAD, SAMPLE, SAMPLES = 1 << 20, 1 << 14, 1 << 10  # of a file: bytes in front, bytes of a sample, samples of the rest
+INDEX = "model.safetensors.index.json"
 LAYERS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")  # keys of a configuration
 MTP_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 
-# Of a Hub repository; the same weights are often there in other formats, too.
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-_UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
+_WANTED = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]  # of a Hub repository, beside the weights
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MERGE = (
     'python -c "from peft import AutoPeftModelForCausalLM as Model; '
@@ -137,10 +137,11 @@ def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-        )
-        return Path(folder), model.split("/")[1]
+        download = functools.partial(huggingface_hub.snapshot_download, model, revision=revision)
+        folder = Path(download(allow_patterns=_WANTED))
+        if (folder / "config.json").exists():  # the same weights are often there in other formats, too
+            download(allow_patterns=sorted(set(_index(folder).values())) or ["model*.safetensors"])
+        return folder, model.split("/")[1]
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UsageError(f"{model}: not a path here nor a model on the Hub: check name and --revision") from error
     except (HfHubHTTPError, OSError) as error:
@@ -179,12 +180,9 @@ def _weights(folder: Path) -> dict[Path, dict[str, tuple[str, int]]]:
 
     A file that the index does not name is not looked at, nor a tensor where the index has it in another file.
     """
-    index = folder / "model.safetensors.index.json"
-    where: Any = {}
-    if index.exists():
-        where = _json(index, "").get("weight_map")
-        if not (isinstance(where, dict) and where and all(isinstance(shard, str) for shard in where.values())):
-            raise InputError(f"{index}: there is no weight_map of names: get the file again")
+    index = folder / INDEX
+    where = _index(folder)
+    if where:
         shards = [_shard(folder, index, shard) for shard in sorted(set(where.values()))]
     else:
         shards = sorted(folder.glob("model*.safetensors"))
@@ -210,6 +208,15 @@ def _weights(folder: Path) -> dict[Path, dict[str, tuple[str, int]]]:
             if where and folder / where[name] != shard:
                 del tensors[name]
     return found
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor -> name of the file that the index maps it to; empty without an index."""
+    index = folder / INDEX
+    where: Any = _json(index, "").get("weight_map") if index.exists() else {}
+    if index.exists() and not (where and isinstance(where, dict) and all(isinstance(s, str) for s in where.values())):
+        raise InputError(f"{index}: there is no weight_map of names: get the file again")
+    return where
 
 
 def _check_parts(folder: Path, stem: str, count: int) -> None:
@@ -258,7 +265,8 @@ def _explain_other_kinds(folder: Path) -> None:
             f"{folder}: this is a LoRA adapter, not a model: merge it first with `{_MERGE.format(folder)}`, and copy "
             "the tokenizer's files beside the result"
         )
-    if any(n.startswith("consolidated") and n.endswith(".safetensors") for n in names):
+    own = "params.json" in names and "config.json" not in names and not others
+    if own or any(n.startswith("consolidated") and n.endswith(".safetensors") for n in names):
         raise UnsupportedError(
             f"{folder}: the weights are in Mistral's own format alone (consolidated.safetensors): get the model in "
             "the Hugging Face format, or give a GGUF that llama.cpp's `convert_hf_to_gguf.py --mistral-format` made"
@@ -266,7 +274,7 @@ def _explain_other_kinds(folder: Path) -> None:
     if "model_index.json" in names:
         raise UnsupportedError(f"{folder}: this is a pipeline of diffusers, not a language model: give one of those")
     if ggufs := sorted(n for n in names if n.endswith(".gguf")):
-        raise UsageError(f"{folder}: there is no checkpoint in this folder but a GGUF: give {folder / ggufs[0]}")
+        raise InputError(f"{folder}: model.safetensors or config.json is missing, but a GGUF is there: give {ggufs[0]}")
     if "config.json" in names and others:
         raise InputError(
             f"{folder}: there is no model.safetensors, and {others[0]} is not named as weights of a model are: rename "
@@ -327,8 +335,6 @@ class _Child:
         env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
         self.log = open(outfile.with_name("log"), "w+b")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, env=env, text=True)
-        assert self.process.stdout
-        self.output = self.process.stdout
 
     def __enter__(self) -> _Child:
         return self
@@ -338,6 +344,12 @@ class _Child:
         self.process.wait()
         self.output.close()
         self.log.close()
+
+    @property
+    def output(self) -> IO[str]:
+        """Its standard output."""
+        assert self.process.stdout
+        return self.process.stdout
 
     def header(self) -> Gguf:
         """Wait for the header; upstream's complaint comes out as one sentence."""

@@ -201,8 +201,12 @@ def make(
 
 
 def widen(entry: Entry, largest: float) -> Entry:
-    """The entry again with a type that holds weights as large as `largest`, which the planned one does not."""
-    for name in ("bf16",) if entry.target.name == "f16" else ("q8_0", "f16", "bf16"):
+    """The entry again with a type that holds weights as large as `largest`, which the planned one does not.
+
+    Where F16 does not, that is BF16; where no smaller type does either, the stored one.
+    """
+    stored = entry.source_name if entry.source_name in FLOATS else "bf16"
+    for name in ("bf16",) if entry.target.name == "f16" else ("q8_0", "f16", stored):
         wider = types.get(name)
         if entry.tensor.n_cols % wider.block_size == 0 and (wider.max_abs is None or largest <= wider.max_abs):
             break

@@ -143,7 +143,7 @@ def a_part_is_missing(folder):
         (mistral, UnsupportedError, "Mistral's own format.*--mistral-format"),
         (another_name, InputError, "pytorch_model.safetensors is not named .*rename"),
         (pipeline, UnsupportedError, "diffusers"),
-        (of_ggufs, UsageError, "give .*Tiny-F16.gguf"),
+        (of_ggufs, InputError, "give .*Tiny-F16.gguf"),
         (nested, InputError, "outer/inner has one: give that folder"),
         (no_architectures, InputError, r'config.json: there is no `architectures`.*\["LlamaForCausalLM"\]'),
         (architectures_of_another_kind, InputError, "`architectures` is not a list"),
@@ -196,20 +196,27 @@ def test_codes_of_quantized_weights_do_not_decide_the_precision(folder):
     assert checkpoint.check_folder(folder)[1] == "f16"
 
 
-def test_the_same_weights_in_other_formats_are_not_downloaded(monkeypatch, folder):
+@pytest.mark.parametrize("indexed", [False, True])
+def test_the_same_weights_in_other_formats_are_not_downloaded(monkeypatch, folder, indexed):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja"]
-    others = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "onnx/model.onnx", "pytorch_model.bin"]
+    weights = ["extra.safetensors", "model-1.safetensors"] if indexed else ["model.safetensors"]
+    if indexed:
+        where = {"a": "extra.safetensors", "b": "model-1.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        others.append("model.safetensors")
+    asked, held = [], ["config.json", "tokenizer.model", *weights, *others]
 
-    def download(model, revision, allow_patterns, ignore_patterns):
-        files = filter_repo_objects(wanted + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        assert list(files) == wanted
+    def download(model, revision, allow_patterns):
+        assert revision == "main"
+        asked.extend(filter_repo_objects(held, allow_patterns=allow_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert checkpoint.resolve("owner/name") == (folder, "name")
+    assert checkpoint.resolve("owner/name", "main") == (folder, "name")
+    assert asked == ["config.json", "tokenizer.model", *weights]
 
 
 # --- what llama.cpp would not load -----------------------------------------------------------------------------------
