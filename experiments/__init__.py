@@ -1,1 +1,1 @@
-"""Measurements behind the numbers in README.md; run from a checkout as `python -m experiments.NAME`."""
+"""Measurements behind the numbers in docs/results.md; run from a checkout as `python -m experiments.NAME`."""
