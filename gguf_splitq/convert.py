@@ -32,7 +32,6 @@ from .errors import UsageError
 from .gguf_file import Gguf, Value
 from .imatrix import Imatrix
 from .imatrix import load as load_imatrix
-from .types import columns
 
 if TYPE_CHECKING:
     from .solve import Solved
@@ -324,7 +323,7 @@ def deciding(given: options.Convert) -> dict:
 
 def settings(job: Job, calib: str | Path) -> dict:
     """All that decides what a calibration stores, by name: a run goes on only with what the same settings left."""
-    stored = {e.name: str(e.target) if isinstance(e.target, columns.ColumnType) else e.target_name for e in job.entries}
+    stored = {e.name: str(e.columns) if e.columns else e.target_name for e in job.entries}
     return {
         "model": checkpoint.fingerprint(job.source.files),
         "types": hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16],

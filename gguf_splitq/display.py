@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
@@ -93,7 +93,8 @@ class Progress:
         self.console = console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
-        self.task, self.finished, self.total = None, 0, 0
+        self.task: TaskID | None = None
+        self.finished, self.total = 0, 0
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:
@@ -123,6 +124,7 @@ class Progress:
         self.task = self.bar.add_task("encoding", total=sum(e.tensor.n_weights for e in entries))
 
     def done(self, entry: plan.Entry, stats: Stats) -> None:
+        assert self.task is not None  # `start` was called
         self.finished += 1
         self.bar.update(self.task, advance=entry.tensor.n_weights)
         noise = "" if stats.sqnr_db is None else f"  {stats.sqnr_db:.2f} dB"

@@ -162,7 +162,7 @@ class Gguf:
         header was read.
         """
         data = np.empty((count, tensor.row_bytes), np.uint8)
-        view, offset = memoryview(data).cast("B"), tensor.offset + first * tensor.row_bytes
+        view, offset = data.data.cast("B"), tensor.offset + first * tensor.row_bytes
         try:
             while len(view):
                 growing = self.growing()  # asked first: what is written in between is read below
@@ -247,7 +247,7 @@ def read(path: str | Path, data: bool = True) -> Gguf:
     return Gguf(path, kv, tensors, shards, sum(p.stat().st_size for p in shards))
 
 
-def header(kv: dict[str, Value], tensors: list[tuple[str, tuple[int, ...], int]]) -> bytes:
+def header(kv: Mapping[str, Value], tensors: list[tuple[str, tuple[int, ...], int]]) -> bytes:
     """Everything before the tensor data, padded; tensors are (name, NumPy shape, type id) in file order.
 
     Its length does not depend on the type ids, so it can be written last over a gap left for it.
@@ -446,10 +446,10 @@ class _Header:
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         """(name, NumPy shape, type id, offset from the start of the data)."""
-        name = self.string("a tensor name")
-        if not 0 < len(name) < MAX_NAME:
-            raise self.fail(f"a tensor name has {len(name)} bytes where 1 to {MAX_NAME - 1} are allowed")
-        name = name.decode()
+        stored = self.string("a tensor name")
+        if not 0 < len(stored) < MAX_NAME:
+            raise self.fail(f"a tensor name has {len(stored)} bytes where 1 to {MAX_NAME - 1} are allowed")
+        name = stored.decode()
         if not name.isprintable():  # names are shown, and a terminal obeys what it is shown
             raise self.fail(f"tensor name {name!r} is not printable")
         what = f"tensor {name!r}"

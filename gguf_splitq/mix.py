@@ -62,9 +62,7 @@ def check(entries: Sequence[Entry], bpw: float, architecture: str = "") -> None:
         )
 
 
-def choose(
-    entries: Sequence[Entry], costs: Mapping[str, Mapping[str, float]], bpw: float, architecture: str = ""
-) -> Mix:
+def choose(entries: Sequence[Entry], costs: Mapping[str, dict[str, float]], bpw: float, architecture: str = "") -> Mix:
     """The types with the least sum of costs within the budget; tensors without costs stay as they are in `entries`."""
     from .solve import budget
 
@@ -129,7 +127,7 @@ def check_names(mix: Mix, entries: Sequence[Entry], path: str | Path, architectu
 
 def most_used(entries: Iterable[Entry], architecture: str = "") -> TensorType:
     """The type of most weights of the linear layers, for general.file_type."""
-    weights = Counter()
+    weights: Counter[str] = Counter()
     for e in entries:
         if e.target and plan.is_linear(e.tensor, architecture):
             weights[e.target.name] += e.tensor.n_weights

@@ -12,6 +12,7 @@ from . import types
 from .errors import UnsupportedError, UsageError
 from .gguf_file import Tensor, n_bytes, type_name
 from .types import TensorType, columns
+from .types.columns import ColumnType
 
 FLOATS = ("f32", "f16", "bf16")
 
@@ -81,6 +82,17 @@ class Entry:
         return type_name(self.target_id)
 
     @property
+    def coder(self) -> TensorType:
+        """The target of a tensor that has one, as everything quantized has."""
+        assert self.target is not None, f"{self.name} is copied as stored"
+        return self.target
+
+    @property
+    def columns(self) -> ColumnType | None:
+        """The target if it has a side tensor."""
+        return self.target if isinstance(self.target, ColumnType) else None
+
+    @property
     def copied(self) -> bool:
         return self.target_id == self.tensor.type_id
 
@@ -92,9 +104,9 @@ class Entry:
     def stored(self) -> list[tuple[str, tuple[int, ...], int]]:
         """(name, NumPy shape, type id) of what is written: the tensor, and its side tensor if its type has one."""
         out = [(self.name, self.tensor.shape, self.target_id)]
-        if isinstance(self.target, columns.ColumnType):
+        if self.columns:
             *experts, n_rows, n_cols = self.tensor.shape
-            shape = (*experts, self.target.side_bytes(n_rows, n_cols))
+            shape = (*experts, self.columns.side_bytes(n_rows, n_cols))
             out.append((columns.side_name(self.name), shape, columns.SIDE_TYPE))
         return out
 
@@ -179,12 +191,11 @@ def make(
                     f"tensor {tensor.name!r} is already quantized ({source}), which {entry.reason} cannot change: "
                     "leave that out, or convert from the F32, F16 or BF16 original"
                 )
-        if isinstance(entry.target, columns.ColumnType):
+        if entry.columns:
             if not is_linear(tensor, architecture):
-                raise UsageError(f"{entry.target.name} is for linear layers only: give {entry.name!r} another type")
-            entry = replace(entry, target=replace(entry.target, metric=claq_metric))
-        entry = replace(entry, **_fit(entry.target, tensor))
-        return entry
+                raise UsageError(f"{entry.columns.name} is for linear layers only: give {entry.name!r} another type")
+            entry = replace(entry, target=replace(entry.columns, metric=claq_metric))
+        return replace(entry, **_fit(entry.coder, tensor))
 
     entries = [decide(tensor) for tensor in tensors]
     for rule in rules:
@@ -205,13 +216,13 @@ def widen(entry: Entry, largest: float) -> Entry:
 
     Where F16 does not, that is BF16; where no smaller type does either, the stored one.
     """
-    stored = entry.source_name if entry.source_name in FLOATS else "bf16"
-    for name in ("bf16",) if entry.target.name == "f16" else ("q8_0", "f16", stored):
+    asked, stored = entry.coder, entry.source_name if entry.source_name in FLOATS else "bf16"
+    for name in ("bf16",) if asked.name == "f16" else ("q8_0", "f16", stored):
         wider = types.get(name)
         if entry.tensor.n_cols % wider.block_size == 0 and (wider.max_abs is None or largest <= wider.max_abs):
             break
-    cause = f"a weight of {largest:.6g} is beyond {entry.target.name}'s {entry.target.max_abs:g}"
-    return replace(entry, target=wider, fallback=f"{cause}: {entry.target.name} -> {wider.name}")
+    cause = f"a weight of {largest:.6g} is beyond {asked.name}'s {asked.max_abs:g}"
+    return replace(entry, target=wider, fallback=f"{cause}: {asked.name} -> {wider.name}")
 
 
 def bpw(entries: Iterable[Entry]) -> float:
@@ -245,7 +256,7 @@ def _check_importance(entries: Iterable[Entry], importance: Collection[str] | No
     ]
     if not lacking:
         return
-    name, wanted = lacking[0].name, lacking[0].target.name
+    name, wanted = lacking[0].name, lacking[0].coder.name
     if importance is None:
         raise UsageError(f"type {wanted} for {name!r} needs importance data: pass --imatrix")
     more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -270,22 +281,23 @@ class _Rule:
 def _filled(entries: Sequence[Entry]) -> list[Entry]:
     """Entries with a target (cq2.x, sq2.x ...) with what of wide columns and outliers brings all of one name to it."""
     room = {}
-    for name in {e.target.name for e in entries if isinstance(e.target, columns.ColumnType) and e.target.target}:
+    for name, target in {e.columns.name: e.columns.target for e in entries if e.columns and e.columns.target}.items():
         chosen = [e for e in entries if e.target and e.target.name == name]
         weights, least = sum(e.tensor.n_weights for e in chosen), bpw(chosen)
-        if least > chosen[0].target.target:
+        if least > target:
             raise UsageError(f"{name} cannot be met: codes and columns take {least:.3f} bits per weight: give more")
-        room[name] = (chosen[0].target.target * weights / 8 - sum(e.n_bytes for e in chosen)) / weights
+        room[name] = (target * weights / 8 - sum(e.n_bytes for e in chosen)) / weights
     left = dict.fromkeys(room, 0.0)  # bytes that the tensors before could not use
 
     def fill(entry: Entry) -> Entry:
-        if entry.target is None or (name := entry.target.name) not in room:
+        kind = entry.columns
+        if kind is None or (name := kind.name) not in room:
             return entry
         *stack, n_rows, n_cols = entry.tensor.shape
         matrices = math.prod(stack)
         left[name] += room[name] * entry.tensor.n_weights
-        size = entry.target.matrix_bytes(n_rows, n_cols) + int(left[name] / matrices)
-        filled = replace(entry, target=entry.target.within(n_rows, n_cols, size))
+        size = kind.matrix_bytes(n_rows, n_cols) + int(left[name] / matrices)
+        filled = replace(entry, target=kind.within(n_rows, n_cols, size))
         left[name] -= filled.n_bytes - entry.n_bytes
         return filled
 
@@ -295,7 +307,7 @@ def _filled(entries: Sequence[Entry]) -> list[Entry]:
 def _fit(target: TensorType, tensor: Tensor) -> dict:
     """`target` and `fallback` of an entry for this tensor."""
     n_cols = tensor.n_cols
-    if isinstance(target, columns.ColumnType) and (cause := target.unfit(tensor.name, tensor.shape)):
+    if isinstance(target, ColumnType) and (cause := target.unfit(tensor.name, tensor.shape)):
         fallback = _fit(types.get(f"sq{target.code_bits}"), tensor)
         return fallback | {"fallback": f"{cause}: {target.name} -> {fallback['target'].name}"}
     if n_cols % target.block_size == 0:

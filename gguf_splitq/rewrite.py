@@ -12,9 +12,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +28,12 @@ CHUNK = 1 << 18  # weights read, encoded and written as one
 PIECE = 1 << 16  # weights converted and measured at once: 256 KiB as float32
 BASE_RAM = 256 << 20  # bytes: the interpreter, its libraries and the metadata
 CODER_RAM = 384 << 20  # bytes: PyTorch
+
+
+class Rows(Protocol):
+    """Rows that are encoded already: an array, or a part of a file that is read when it is sliced."""
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
 @dataclass
@@ -87,7 +94,7 @@ def rewrite(
     importance: Mapping[str, np.ndarray] | None = None,
     threads: int = 1,
     max_ram: int | None = None,
-    solved: Mapping[str, np.ndarray] | None = None,
+    solved: Mapping[str, Rows] | None = None,
     done: Callable[[plan.Entry, Stats], None] = lambda entry, stats: None,
     check: Callable[[Path], None] = lambda written: None,
 ) -> tuple[list[plan.Entry], list[Stats]]:
@@ -100,18 +107,18 @@ def rewrite(
     Raises InputError for NaN or Inf (naming the place) and EnvironmentFailed when the disk fails.
     """
     importance, solved = importance or {}, solved or {}
-    final, measured, sides = [], [], {}
+    final, measured = [], []
+    sides: dict[str, np.ndarray] = {}
 
     def jobs() -> Iterator[Job]:
         for entry in entries:
-            weights, rows, side = importance.get(entry.name), solved.get(entry.name), None
-            if isinstance(entry.target, columns.ColumnType):
+            weights, rows = importance.get(entry.name), solved.get(entry.name)
+            if entry.columns:
                 if rows is None:
-                    rows, side = _code(source, entry, weights)
+                    rows, sides[entry.name] = _code(source, entry, entry.columns, weights)
                 else:
-                    side = solved[columns.side_name(entry.name)][:]
-                sides[entry.name] = side
-            yield from _jobs(source, entry, weights, rows, side)
+                    sides[entry.name] = solved[columns.side_name(entry.name)][:]
+            yield from _jobs(source, entry, weights, rows, sides.get(entry.name))
 
     pool = ThreadPoolExecutor(threads, "encode")
     try:
@@ -221,7 +228,7 @@ def each_matrix(file: Gguf, tensor: Tensor) -> Iterator[np.ndarray]:
 
 def encode(source: Gguf, job: Job) -> Chunk:
     """Read, encode and measure one chunk. Threads run this."""
-    tensor, target = job.entry.tensor, job.entry.target
+    tensor, target, kind = job.entry.tensor, job.entry.target, job.entry.columns
     raw = source.read_rows(tensor, job.first, job.count)
     started = time.perf_counter()  # reading may have waited for the converter process
     stats = Stats(weights=job.count * tensor.n_cols)
@@ -241,10 +248,10 @@ def encode(source: Gguf, job: Job) -> Chunk:
             continue
         solved = job.solved
         out[at : at + step] = target.encode(rows, job.importance) if solved is None else solved[at : at + step]
-        if job.side is None:
+        if kind is None or job.side is None:
             sums = _measure(target, out[at : at + step], rows)
         else:
-            sums = errors(target.decode_rows(out[at : at + step], job.side, (job.first + at) % tensor.shape[-2]), rows)
+            sums = errors(kind.decode_rows(out[at : at + step], job.side, (job.first + at) % tensor.shape[-2]), rows)
         stats.add(Stats(0, *sums))
     stats.seconds = time.perf_counter() - started
     return Chunk(None if too_large else out, stats, too_large)
@@ -252,7 +259,7 @@ def encode(source: Gguf, job: Job) -> Chunk:
 
 def side_of(source: Gguf, tensor: Tensor, row: int) -> columns.Side | None:
     """The side tensor of the matrix that this row lies in; InputError when it is not there or damaged."""
-    kind = types.by_id(tensor.type_id) if tensor.type_id in columns.IDS else None
+    kind = types.columns_by_id(tensor.type_id)
     if kind is None:
         return None
     name = columns.side_name(tensor.name)
@@ -266,13 +273,16 @@ def side_of(source: Gguf, tensor: Tensor, row: int) -> columns.Side | None:
 
 def _floats(raw: np.ndarray, tensor: Tensor, side: columns.Side | None, first: int) -> tuple[np.ndarray, float]:
     """`widen` of rows from row `first` of the tensor on."""
-    if side is None:
+    kind = types.columns_by_id(tensor.type_id)
+    if kind is None or side is None:
         return widen(raw, tensor.type_id)
-    rows = types.by_id(tensor.type_id).decode_rows(raw, side, first % tensor.shape[-2])
+    rows = kind.decode_rows(raw, side, first % tensor.shape[-2])
     return rows, float(max(rows.max(), -rows.min()))
 
 
-def _code(source: Gguf, entry: plan.Entry, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _code(
+    source: Gguf, entry: plan.Entry, kind: columns.ColumnType, importance: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """A tensor of a type with side tensors, coded without a Hessian: uint8 [n_rows, row_bytes] and [matrices, size]."""
     import torch
 
@@ -290,7 +300,7 @@ def _code(source: Gguf, entry: plan.Entry, importance: np.ndarray | None) -> tup
         weights = None if by_matrix is None else by_matrix[number]
         if entry.source_name not in plan.FLOATS:
             raw = to_float32(raw, tensor.type_id).view(np.uint8)
-        found = free.code(torch.from_numpy(raw).view(dtype), entry.target, weights)
+        found = free.code(torch.from_numpy(raw).view(dtype), kind, weights)
         packed.append(found[0])
         sides.append(found[1])
     return np.concatenate(packed), np.stack(sides)
@@ -322,7 +332,7 @@ def _write(out, entry: plan.Entry, stream: Iterator[Chunk]) -> tuple[Stats, floa
 
 def _in_order(pool: ThreadPoolExecutor, source: Gguf, jobs: Iterator[Job], window: int) -> Iterator[Chunk]:
     """Results in the order of the jobs, with at most `window` of them under way or waiting."""
-    waiting = deque()
+    waiting: deque[Future[Chunk]] = deque()
     for job in jobs:
         waiting.append(pool.submit(encode, source, job))
         if len(waiting) >= window:
@@ -335,7 +345,7 @@ def _jobs(
     source: Gguf,
     entry: plan.Entry,
     importance: np.ndarray | None,
-    solved: np.ndarray | None = None,
+    solved: Rows | None = None,
     sides: np.ndarray | None = None,
 ) -> Iterator[Job]:
     per_matrix = entry.tensor.shape[-2] if len(entry.tensor.shape) > 1 else 1
@@ -345,9 +355,9 @@ def _jobs(
         weights = None if by_matrix is None else by_matrix[first // per_matrix]
         if first % per_matrix == 0:
             source_side = side_of(source, entry.tensor, first)
-            if sides is not None:
+            if entry.columns and sides is not None:
                 data = sides[first // per_matrix]
-                side = entry.target.read_side(data, per_matrix, entry.tensor.n_cols, columns.side_name(entry.name))
+                side = entry.columns.read_side(data, per_matrix, entry.tensor.n_cols, columns.side_name(entry.name))
         rows = None if solved is None else solved[first : first + count]
         yield Job(entry, first, count, weights, rows, side, source_side)
 
@@ -369,7 +379,7 @@ def _chunk_ram(entry: plan.Entry) -> int:
 
 def _code_ram(entry: plan.Entry) -> int:
     """Bytes that coding a tensor with a side tensor takes: a matrix, its codes while they are packed, the result."""
-    if not isinstance(entry.target, columns.ColumnType):
+    if not entry.columns:
         return 0
     return CODER_RAM + entry.tensor.shape[-2] * (entry.tensor.row_bytes + 3 * entry.tensor.n_cols) + 2 * entry.n_bytes
 

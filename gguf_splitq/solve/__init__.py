@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from ..errors import InputError
 from ..gguf_file import Gguf, require_space
 from ..plan import Entry, is_linear
-from ..rewrite import each_matrix
+from ..rewrite import Rows, each_matrix
 from ..types import TensorType
 from ..types.columns import ColumnType, side_name
 from . import calibrate, columns, fisher, formats, free, solver
@@ -40,7 +41,7 @@ class Solved:
     seconds: of the whole run. tuned: the held-out divergence before and after training, in nats a token.
     """
 
-    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     pooled: list[str] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Solved:
     seconds: float = 0.0
     tuned: dict[str, float] | None = None
 
-    def add(self, rows: Mapping[str, np.ndarray], report: dict) -> None:
+    def add(self, rows: Mapping[str, Rows], report: dict) -> None:
         """Take in a finished layer."""
         self.rows |= rows
         self.errors |= report["errors"]
@@ -99,27 +100,28 @@ def run(
     dtype = precision(dtype)
     model = Model(folder, _device(), DTYPES[dtype])
     cache = Hessians(hessians, journal, len(model)) if hessians else None
-    sample, held = None, None
+    sample = None
     if not (cache and cache.complete) or tune:
-        sample, held = _sample(model, calib, tokens, journal, threads)
-    solved = Solved(tokens=tokens if sample is None else sample.numel(), dtype=dtype)
+        sample = _sample(model, calib, tokens, journal, threads)
+    solved = Solved(tokens=sample[0].numel() if sample else tokens, dtype=dtype)
     # The solver's operations are too small to share, or for a GPU: a matrix to a thread, and a thread to a matrix.
     with ThreadPoolExecutor(solvers, "solve", lambda: torch.set_num_threads(1)) as pool:
-        for index, layers in _calibrated(model, sample, held, threads, journal, cache, progress):
+        for index, layers in _calibrated(model, sample, threads, journal, cache, progress):
             if journal.find(_part(index)) is None:
                 wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
                 _solve_layer(file, wanted, layers, pool, journal, index)
     for index in range(len(model)):
-        solved.add(*journal.find(_part(index)))
+        solved.add(*journal.part(_part(index)))
     solved.left = _left(entries, solved)
     if cache:
         cache.finish()
     if tune:
+        assert sample
         if journal.find("tuned") is None:
             again = functools.partial(Model, folder, _device())
-            changed = tuning.run(again, file, entries, solved.rows, sample, functools.partial(progress, "tuning"))
+            changed = tuning.run(again, file, entries, solved.rows, sample[0], functools.partial(progress, "tuning"))
             journal.keep("tuned", *changed)
-        rows, solved.tuned = journal.find("tuned")
+        rows, solved.tuned = journal.part("tuned")
         solved.rows |= rows
     solved.seconds = round(time.monotonic() - start, 1)
     return solved
@@ -127,7 +129,7 @@ def run(
 
 def precision(choice: str) -> str:
     """What calibration computes in, "f32" or "bf16"; of "auto" the latter where the processor multiplies it fast."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = _device() == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return choice if choice in DTYPES else "bf16" if fast else "f32"
 
@@ -149,29 +151,36 @@ def _sample(
             parts = model.split_text(Path(calib), tokens)
         journal.keep("tokens", {name: part.numpy() for name, part in zip(("tokens", "held"), parts, strict=True)})
         return parts
-    return tuple(torch.from_numpy(kept[0][name][:]) for name in ("tokens", "held"))
+    arrays, _ = kept
+    return torch.from_numpy(arrays["tokens"][:]), torch.from_numpy(arrays["held"][:])
 
 
 def _calibrated(
     model: Model,
-    sample: torch.Tensor | None,
-    held: torch.Tensor | None,
+    sample: tuple[torch.Tensor, torch.Tensor] | None,
     threads: int,
     journal: Journal,
     cache: Hessians | None,
     progress: Progress,
 ) -> Iterator[tuple[int, list[calibrate.Layer]]]:
-    """(decoder layer, its matrices with their Hessians) for all that are to be measured or solved."""
+    """(decoder layer, its matrices with their Hessians) for all that are to be measured or solved.
+
+    sample: as `_sample` gives it; None where the Hessians are all known.
+    """
     every, solved = range(len(model)), {index for index in range(len(model)) if journal.find(_part(index))}
     known = {index for index in every if cache.has(index)} if cache else solved
     if len(known) < len(every):
-        width, tokens = model.module.get_input_embeddings().embedding_dim, sample.numel() + held.numel()
-        require_space(journal.folder, fisher.scratch_bytes(len(model), tokens, width, model.dtype))
+        assert sample
+        tokens, held = sample
+        width, count = model.module.get_input_embeddings().embedding_dim, tokens.numel() + held.numel()
+        require_space(journal.folder, fisher.scratch_bytes(len(model), count, width, model.dtype))
         step = functools.partial(progress, "calibrating")
-        for index, layers in calibrate.run(model, sample, journal.folder, threads, known, held, step):
+        for index, layers in calibrate.run(model, tokens, journal.folder, threads, known, held, step):
             if cache:
                 cache.keep(index, layers)
             yield index, layers
+    if cache is None:
+        return
     for done, index in enumerate(sorted(known - solved)):
         with model.layer(index) as module:
             layers = calibrate.layers_of(module)
@@ -193,8 +202,9 @@ def _solve_layer(
     index: int,
 ) -> None:
     """Solve the layer's tensors and keep the rows."""
-    wanted = [entry for entry in wanted if _solvable(entry)]
-    rows, report = {}, {"errors": {}, "left": {}, "pooled": [], "tried": {}}
+    wanted = [entry for entry in wanted if _coder(entry)]
+    rows: dict[str, np.ndarray] = {}
+    report: dict[str, Any] = {"errors": {}, "left": {}, "pooled": [], "tried": {}}
     results = pool.map(lambda entry: _solve_tensor(file, entry, layers), wanted)
     for entry, found in zip(wanted, results, strict=True):
         if isinstance(found, str):
@@ -208,8 +218,12 @@ def _solve_layer(
     journal.keep(_part(index), rows, report)
 
 
-def _solvable(entry: Entry) -> bool:
-    return isinstance(entry.target, ColumnType) or bool(entry.target and formats.for_type(entry.target))
+def _coder(entry: Entry) -> Callable[[torch.Tensor, torch.Tensor], solver.Solution] | None:
+    """What codes a matrix, given its Hessian, in the entry's type; None without error feedback for that."""
+    if entry.columns:
+        return functools.partial(columns.solve, kind=entry.columns)
+    fmt = formats.for_type(entry.target) if entry.target else None
+    return functools.partial(solver.solve, fmt=fmt) if fmt else None
 
 
 def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
@@ -218,7 +232,7 @@ def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
     for entry in entries:
         if not entry.quantized or entry.copied or entry.name in solved.errors:
             continue
-        if _solvable(entry):
+        if _coder(entry):
             left[entry.name] = solved.left.get(entry.name, "outside the decoder layers that transformers runs")
         elif is_linear(entry.tensor):
             left[entry.name] = f"no error feedback for {entry.target_name}"
@@ -232,9 +246,10 @@ def _solve_tensor(
 
     Stored: name -> uint8 [n_rows, row_bytes], and [matrices, size] of a side tensor.
     """
-    target, solutions, pooled, tried = entry.target, [], [], np.zeros(3)
-    fmt = formats.for_type(target)
-    for rows in each_matrix(file, entry.tensor):
+    code = _coder(entry)
+    assert code
+    matrices, sides, errors, pooled, tried = [], [], [], [], np.zeros(3)
+    for number, rows in enumerate(each_matrix(file, entry.tensor)):
         found = calibrate.match(rows, layers)
         if found is None:
             return "no linear layer of the model has its rows"
@@ -242,17 +257,18 @@ def _solve_tensor(
         if layer.hessian is None:
             return layer.unknown
         if layer.pooled:
-            pooled.append(f"{entry.name}[{len(solutions)}]")
+            pooled.append(f"{entry.name}[{number}]")
         weight, hessian = torch.from_numpy(rows), layer.hessian.cpu()
         try:
-            solved = solver.solve(weight, hessian, fmt) if fmt else columns.solve(weight, hessian, target)
+            solved = code(weight, hessian)
         except InputError as error:
             raise InputError(f"tensor {entry.name!r}: {error}") from error
-        solutions.append((solved.packed.cpu().numpy(), solved.side, solved.errors))
-        tried += _tried(weight, solved.weight.cpu(), target, layer)
-    matrices, sides, errors = zip(*solutions, strict=True)
+        matrices.append(solved.packed.cpu().numpy())
+        sides += [] if solved.side is None else [solved.side]
+        errors.append(solved.errors)
+        tried += _tried(weight, solved.weight.cpu(), entry.coder, layer)
     stored = {entry.name: np.concatenate(matrices)}
-    if sides[0] is not None:
+    if sides:
         stored[side_name(entry.name)] = np.stack(sides)
     return stored, {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled, tried.tolist()
 
@@ -262,8 +278,9 @@ def _tried(weight: torch.Tensor, fed: torch.Tensor, target: TensorType, layer: c
     if not layer.held:
         return np.zeros(3)
     if isinstance(target, ColumnType):
+        n_rows, n_cols = weight.shape
         packed, side = free.code(weight, target)
-        nearest = target.decode_rows(packed, target.read_side(side, *weight.shape, target.name), 0)
+        nearest = target.decode_rows(packed, target.read_side(side, n_rows, n_cols, target.name), 0)
     else:
         nearest = target.decode(target.encode(weight.numpy()))
     sums = np.zeros(3)

@@ -123,8 +123,8 @@ def match(gguf_rows: np.ndarray, layers: list[Layer]) -> tuple[Layer, torch.Tens
 
 def _row_keys(rows: torch.Tensor) -> list[int]:
     """Compared in bfloat16, so that neither the compute nor the stored precision matters."""
-    rows = rows.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
-    return [hash(row.tobytes()) for row in rows]
+    rounded = rows.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
+    return [hash(row.tobytes()) for row in rounded]
 
 
 def _take(x: torch.Tensor, g: torch.Tensor) -> Taken:
@@ -151,18 +151,19 @@ class _Moment:
             self.total = taken[0][0].new_zeros(size, size, dtype=torch.float64)
         self.information += sum(float(information.sum()) for _, information in taken)
         self.count += sum(len(x) for x, _ in taken)
-        return [functools.partial(self._block, taken, start) for start in range(0, size, COLUMNS)]
-
-    def _block(self, taken: Sequence[Taken], start: int) -> None:
-        end = min(start + COLUMNS, len(self.total))
-        product = self.total.new_zeros(end, end - start, dtype=torch.float32)
-        for x, information in taken:
-            x = x[:, :end].float()
-            product.addmm_(x.T, x[:, start:] * information[:, None])
-        self.total[:end, start:end] += product
+        return [functools.partial(_add_block, taken, start, self.total) for start in range(0, size, COLUMNS)]
 
     def mean(self) -> torch.Tensor | None:
-        return whole(self.total) / self.information if self.information else None
+        return None if self.total is None or not self.information else whole(self.total) / self.information
+
+
+def _add_block(taken: Sequence[Taken], start: int, total: torch.Tensor) -> None:
+    end = min(start + COLUMNS, len(total))
+    product = total.new_zeros(end, end - start, dtype=torch.float32)
+    for x, information in taken:
+        x = x[:, :end].float()
+        product.addmm_(x.T, x[:, start:] * information[:, None])
+    total[:end, start:end] += product
 
 
 def whole(total: torch.Tensor) -> torch.Tensor:
@@ -186,9 +187,8 @@ def _measured(layer: Layer, moments: dict[tuple[str, int | None], _Moment], trie
     seen = [own] if own else []
     if layer.pooled:
         seen = [moment for (n, expert), moment in moments.items() if n == name and expert is not None]
-    counted = [moment for moment in seen if moment.total is not None]
-    if counted:
-        total = sum(m.total for m in counted) if len(counted) > 1 else counted[0].total
-        layer.hessian = _Moment(total, sum(m.information for m in counted)).mean()
+    totals = [moment.total for moment in seen if moment.total is not None]
+    if totals:
+        layer.hessian = _Moment(sum(totals[1:], totals[0]), sum(m.information for m in seen)).mean()
     if layer.hessian is None and seen:
         layer.unknown = "no gradient reached it"

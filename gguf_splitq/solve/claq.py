@@ -214,7 +214,7 @@ class _Matrix:
         for stored, c in enumerate(books.order):
             codes[:, stored] = code = books.codes(c, value[c])
             exact = books.table[c][code] * books.row_numpy
-            if books.kept[c]:
+            if self.outlier is not None and books.kept[c]:
                 rows = np.flatnonzero(self.outlier[c])
                 rest = half(value[c][rows] - exact[rows])
                 exact[rows] += rest.astype(np.float32)

@@ -8,6 +8,7 @@ what they were measured on, as JSON. Layers are kept in the journal until all ar
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +17,9 @@ import torch
 
 from .. import gguf_file
 from ..errors import InputError, UsageError
-from ..gguf_file import Value
+from ..gguf_file import Tensor, Value
 from .calibrate import Layer
-from .journal import Journal
+from .journal import Array, Journal
 
 T = TypeVar("T")
 MEASURED = ("model", "calib", "calib_tokens", "calib_dtype")  # the settings that Hessians depend on
@@ -27,7 +28,7 @@ MEASURED = ("model", "calib", "calib_tokens", "calib_dtype")  # the settings tha
 class Hessians:
     """complete: the file is there. Raises UsageError when it was measured on something else, naming it."""
 
-    def __init__(self, path: Path, journal: Journal, count: int):
+    def __init__(self, path: str | Path, journal: Journal, count: int):
         self.path, self.journal, self.count = Path(path), journal, count
         self.calibration = {key: journal.settings[key] for key in MEASURED}
         self.complete = self.path.exists()
@@ -58,16 +59,17 @@ class Hessians:
 
     def keep(self, index: int, layers: list[Layer]) -> None:
         """Store the Hessians of a decoder layer's matrices."""
-        known = [layer for layer in layers if layer.hessian is not None]
-        arrays = {f"{index} {layer.name}": layer.hessian.float().cpu().numpy() for layer in known}
+        arrays = {
+            f"{index} {layer.name}": layer.hessian.float().cpu().numpy()
+            for layer in layers
+            if layer.hessian is not None
+        }
         self.journal.keep(_part(index), arrays, [f"{index} {layer.name}" for layer in layers if layer.pooled])
 
     def fill(self, index: int, layers: list[Layer]) -> None:
         """Give matrices without a Hessian theirs. InputError when the file lacks it or its shape is wrong."""
-        if self.complete:
-            arrays, pooled = self.tensors, self.pooled
-        else:
-            arrays, pooled = self.journal.find(_part(index))
+        arrays: Mapping[str, Tensor | Array]
+        arrays, pooled = (self.tensors, self.pooled) if self.complete else self.journal.part(_part(index))
         for layer in layers:
             found = arrays.get(f"{index} {layer.name}")
             if found is None:
@@ -76,14 +78,19 @@ class Hessians:
             layer.hessian = torch.from_numpy(self._read(layer, found)).double().to(layer.weight.device)
             layer.pooled = f"{index} {layer.name}" in pooled
 
-    def _read(self, layer: Layer, found) -> np.ndarray:
+    def _read(self, layer: Layer, found: Tensor | Array) -> np.ndarray:
         """float32 [in, in] of a matrix, from a tensor of the file or a part of the journal."""
-        shape = list(found.shape if self.complete else found.get_shape())
-        kind = gguf_file.type_name(found.type_id) if self.complete else found.get_dtype().lower()
+        if isinstance(found, Tensor):
+            kind, shape = gguf_file.type_name(found.type_id), list(found.shape)
+        else:
+            kind, shape = found.get_dtype().lower(), list(found.get_shape())
         due = [layer.weight.shape[1]] * 2
         if (kind, shape) != ("f32", due):
             raise self._damaged(f"the Hessian of {layer.name!r} is {kind} {shape} where f32 {due} is due")
-        rows = self.file.read_rows(found, 0, found.n_rows).view(np.float32) if self.complete else found[:]
+        if isinstance(found, Tensor):
+            rows = self.file.read_rows(found, 0, found.n_rows).view(np.float32)
+        else:
+            rows = found[:]
         if not np.isfinite(rows).all():
             raise self._damaged(f"the Hessian of {layer.name!r} holds NaN or Inf")
         return rows
@@ -95,7 +102,7 @@ class Hessians:
         """Join the layers into the file."""
         if self.complete:
             return
-        parts = [self.journal.find(_part(index)) for index in range(self.count)]
+        parts = [self.journal.part(_part(index)) for index in range(self.count)]
         shapes = [(name, tuple(part.get_shape())) for arrays, _ in parts for name, part in arrays.items()]
         kv = {
             "general.architecture": Value.of("hessians"),

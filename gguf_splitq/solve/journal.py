@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,18 @@ from safetensors.numpy import save
 
 from ..errors import InputError, UsageError
 from ..gguf_file import disk_error
+from ..rewrite import Rows
+
+
+class Array(Rows, Protocol):
+    """An array of a part, read from disk when it is sliced."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+
+Part = tuple[dict[str, Array], Any]  # arrays by name, and the metadata, whatever JSON holds
 
 
 class Journal:
@@ -53,8 +66,8 @@ class Journal:
         """Store a part. metadata: anything JSON can hold."""
         self._write(self.folder / f"{name}.safetensors", save(dict(arrays), {"json": json.dumps(metadata)}))
 
-    def find(self, name: str) -> tuple[dict[str, object], object] | None:
-        """A part's arrays, which read from disk when they are sliced, and its metadata; None when it is not there."""
+    def find(self, name: str) -> Part | None:
+        """A part, None when it is not there. InputError when it is damaged."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             return None
@@ -63,6 +76,12 @@ class Journal:
             return {key: file.get_slice(key) for key in file.keys()}, json.loads(file.metadata()["json"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error}): delete its folder and start again") from error
+
+    def part(self, name: str) -> Part:
+        """`find` of a part that was kept."""
+        found = self.find(name)
+        assert found is not None, f"{name} was not kept"
+        return found
 
     def __enter__(self) -> Journal:
         return self

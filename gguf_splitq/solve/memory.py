@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from ..plan import Entry
 from ..types.claq import Claq
-from ..types.columns import ColumnType
 from .model import BATCH, CONTEXT, SAMPLED, TOGETHER
 from .solver import WEIGHTS
 
@@ -79,6 +78,6 @@ def _solving(entry: Entry) -> int:
     coded = SOLVER * min(weights, WEIGHTS)
     if isinstance(entry.target, Claq):
         coded = CLAQ * (weights + min(weights, WEIGHTS))
-    elif isinstance(entry.target, ColumnType):  # the Hessian and the rows once more, with scaled columns and in order
+    elif entry.columns:  # the Hessian and the rows once more, with scaled columns and in order
         coded += columns * (24 * columns + 20 * rows)
     return columns * (40 * columns + 16 * rows) + coded

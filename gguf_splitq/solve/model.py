@@ -51,7 +51,8 @@ BATCH = 8  # sequences
 SAMPLED = 16  # sequences that a thread draws at a time
 TOGETHER = 4  # threads that draw, so that memory is bounded
 HELD_OUT = 16  # one sequence, of those not calibrated on, to so many that are
-SAMPLING = {"temperature": 1.2, "seed": 0}
+TEMPERATURE, SEED = 1.2, 0  # of drawn text
+SAMPLING = {"temperature": TEMPERATURE, "seed": SEED}
 CHARACTERS = 16  # per token, at most, that are looked at of a long text
 REST = -1  # stands for the tensors outside the decoder layers
 
@@ -120,12 +121,17 @@ class Model:
         others = torch.tensor(sorted({*range(available)} - {*used.tolist()}), dtype=torch.long)
         others = others[torch.linspace(0, len(others) - 1, min(len(others), held_out(sequences))).long()]
         start = torch.tensor(first, dtype=torch.long)
-        return tuple(torch.cat([start.expand(len(chosen), -1), rows[chosen]], 1) for chosen in (used, others))
+
+        def begun(chosen: torch.Tensor) -> torch.Tensor:
+            return torch.cat([start.expand(len(chosen), -1), rows[chosen]], 1)
+
+        return begun(used), begun(others)
 
     def _words(self, tokenizer: Any, path: Path, documents: Mapping[int, str | text.Chat], limit: int) -> str:
         """The documents as one text, or parts of it taken evenly when it is longer than `limit` characters."""
-        if all(isinstance(document, str) for document in documents.values()):
-            return _thinned("\n".join(documents.values()), limit)
+        texts = [document for document in documents.values() if isinstance(document, str)]
+        if len(texts) == len(documents):
+            return _thinned("\n".join(texts), limit)
         size, parts = sum(len(text.plain(document)) for document in documents.values()), []
         for line, document in list(documents.items())[:: max(1, size // limit)]:
             if not isinstance(document, str):
@@ -145,7 +151,7 @@ class Model:
         return "\n".join(parts)
 
     def sample_tokens(self, count: int, threads: int = 1) -> torch.Tensor:
-        """int64 [sequences, CONTEXT] drawn from the model itself, with SAMPLING's temperature and seed.
+        """int64 [sequences, CONTEXT] drawn from the model itself, with TEMPERATURE and SEED.
 
         A sequence starts with the model's first token, if it has one, and a random one: without the latter, and at
         temperature 1, the text is too uniform (KL divergence of ref-a in sq4: 0.0089, so 0.0077, of real text 0.0068).
@@ -156,7 +162,7 @@ class Model:
         sequences = max(4, count // CONTEXT)
 
         def draw(start: int) -> torch.Tensor:
-            random = torch.Generator().manual_seed(SAMPLING["seed"] + start)
+            random = torch.Generator().manual_seed(SEED + start)
             prompt = torch.randint(vocabulary, (min(SAMPLED, sequences - start), 1), generator=random)
             if first is not None:
                 prompt = torch.cat([torch.full_like(prompt, first), prompt], 1)
@@ -183,7 +189,7 @@ class Model:
         use them as `states[i]` and `states[i] = ...`.
         Raises UnsupportedError when layers are given more than hidden states that depends on the tokens.
         """
-        states = [] if folder is None else OnDisk(folder)
+        states: list[torch.Tensor] | OnDisk = [] if folder is None else OnDisk(folder)
         for batch in tokens.split(BATCH) if isinstance(tokens, torch.Tensor) else tokens:
             with self._explained():
                 hidden, arguments = self._catch(batch.to(self.device))
@@ -394,11 +400,15 @@ class OnDisk:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.shapes, self.dtype, self.size = folder, [], torch.float32, 0
+        self.folder, self.dtype, self.size = folder, torch.float32, 0
+        self.shapes: list[torch.Size] = []
         self.file = tempfile.TemporaryFile(dir=folder)
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return map(self.__getitem__, range(len(self)))
 
     def append(self, tensor: torch.Tensor) -> None:
         self.size, self.dtype = self.size or tensor.nbytes, tensor.dtype
@@ -406,16 +416,16 @@ class OnDisk:
         self[len(self) - 1] = tensor
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        shape = self.shapes[index]  # IndexError ends a loop over them
+        shape = self.shapes[index]
         self.file.seek(index * self.size)
         tensor = torch.empty(shape, dtype=self.dtype)  # aligned as any other tensor, on which a sum may depend
-        self.file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+        self.file.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
         return tensor
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
         try:
             self.file.seek(index * self.size)
-            self.file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            self.file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             self.file.flush()
         except OSError as error:
             raise disk_error(error, self.folder, len(self) * self.size) from error
@@ -429,7 +439,7 @@ class _Drawn(transformers.LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.empty(scores.shape).exponential_(generator=self.random).log_().neg_()
-        return scores.float() / SAMPLING["temperature"] + noise.to(scores.device)
+        return scores.float() / TEMPERATURE + noise.to(scores.device)
 
 
 class _Caught(Exception):

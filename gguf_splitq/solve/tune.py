@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..gguf_file import Gguf
 from ..plan import Entry
-from ..rewrite import each_matrix, to_float32
-from ..types.columns import ColumnType, side_name
+from ..rewrite import Rows, each_matrix, to_float32
+from ..types.columns import side_name
 from . import calibrate, formats
 from .model import BATCH, Model
 
@@ -73,7 +73,7 @@ def run(
     model: Callable[[], Model],
     file: Gguf,
     entries: Sequence[Entry],
-    rows: Mapping[str, np.ndarray],
+    rows: Mapping[str, Rows],
     tokens: torch.Tensor,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -140,45 +140,49 @@ def _divergence(teacher: Model, student: Model, pieces: Mapping, tokens: torch.T
 
 
 def _pieces(
-    student: Model, modules: Sequence[torch.nn.Module], file: Gguf, entries: Sequence[Entry], rows: Mapping
+    student: Model,
+    modules: Sequence[torch.nn.Module],
+    file: Gguf,
+    entries: Sequence[Entry],
+    rows: Mapping[str, Rows],
 ) -> dict[int, list[tuple[_Piece, torch.Tensor]]]:
     """Puts what is stored into the model; what can be trained is returned by the address of its matrix."""
     pieces: dict[int, list[tuple[_Piece, torch.Tensor]]] = {}
     for index, module in enumerate(modules):
         layers = calibrate.layers_of(module)
-        stored = {}
+        stored: dict[str, list[tuple[calibrate.Layer, torch.Tensor, torch.Tensor]]] = {}
         for entry in entries:
             if entry.quantized and entry.name.startswith(f"blk.{index}."):
-                fmt, first = formats.for_type(entry.target, student.device), 0
+                fmt, first = formats.for_type(entry.coder, student.device), 0
                 for matrix in each_matrix(file, entry.tensor):
                     found = calibrate.match(matrix, layers)
                     if found is None:
                         break
                     layer, order = found
                     solved = rows[entry.name][first : first + len(matrix)] if entry.name in rows else None
-                    if isinstance(entry.target, ColumnType):
+                    if entry.columns:
                         if solved is None:
                             break
-                        number = first // len(matrix)
-                        [side] = rows[side_name(entry.name)][number : number + 1]
-                        decoded = entry.target.decode_rows(
-                            solved, entry.target.read_side(side, *matrix.shape, entry.name), 0
-                        )
+                        n_rows, n_cols = matrix.shape
+                        number = first // n_rows
+                        [data] = rows[side_name(entry.name)][number : number + 1]
+                        side = entry.columns.read_side(data, n_rows, n_cols, entry.name)
+                        decoded = entry.columns.decode_rows(solved, side, 0)
                     else:
-                        packed = entry.target.encode(matrix) if solved is None else solved
-                        decoded = entry.target.decode(packed)
+                        packed = entry.coder.encode(matrix) if solved is None else solved
+                        decoded = entry.coder.decode(packed)
                     weight = torch.from_numpy(decoded).to(student.device)
                     stored.setdefault(layer.name, []).append((layer, order.to(student.device), weight))
                     if solved is not None and isinstance(fmt, OWN_SCALE):
                         piece = piece_of(entry, fmt, packed)
                         pieces.setdefault(layer.weight.data_ptr(), []).append((piece, order.to(student.device)))
                     first += len(matrix)
-        for found in stored.values():
-            for layer, order, weight in found:
+        for parts in stored.values():
+            for layer, order, weight in parts:
                 layer.weight[order] = weight.to(layer.weight)
-            matrix = found[0][0].weight
-            if sum(len(order) for _, order in pieces.get(matrix.data_ptr(), [])) != len(matrix):
-                pieces.pop(matrix.data_ptr(), None)  # a matrix is trained whole or not at all
+            whole = parts[0][0].weight
+            if sum(len(order) for _, order in pieces.get(whole.data_ptr(), [])) != len(whole):
+                pieces.pop(whole.data_ptr(), None)  # a matrix is trained whole or not at all
     return pieces
 
 

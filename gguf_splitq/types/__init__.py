@@ -8,7 +8,7 @@ from ..errors import UsageError
 from . import claq, columns, sdr, splitquant, sq4x, sqc
 from .base import TensorType
 
-__all__ = ["TensorType", "all_types", "by_id", "get", "register_with_gguf"]
+__all__ = ["TensorType", "all_types", "by_id", "columns_by_id", "get", "register_with_gguf"]
 
 CUSTOM: list[TensorType] = [*splitquant.TYPES, *sq4x.TYPES, *sdr.TYPES]
 """This project's block formats."""
@@ -38,6 +38,11 @@ def get(name: str) -> TensorType:
 def by_id(gguf_id: int) -> TensorType:
     """The type with that on-disk `ggml_type`; KeyError when this project does not handle it."""
     return {t.gguf_id: t for t in all_types()}[gguf_id]
+
+
+def columns_by_id(gguf_id: int) -> columns.ColumnType | None:
+    """The type with a side tensor and that on-disk `ggml_type`; None when it is another one."""
+    return next((t for t in COLUMNS if t.gguf_id == gguf_id), None)
 
 
 def register_with_gguf() -> None:
