@@ -199,7 +199,7 @@ def test_conversion_with_calibration(runtime_library, tiny_llama, tmp_path, cali
     for stages in report["calibration"]["errors"].values():
         assert stages["polish"] < stages["nearest"]
     with gguf_file.read(fed) as file:
-        assert json.loads(file.get("gguf_splitq.options"))["calib_tokens"] == 2048
+        assert json.loads(file.get("gguf_splitq.options", str, ""))["calib_tokens"] == 2048
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fed.gguf", "plain.gguf", "report.json"]
     if calib != "self":
         again = convert.convert(folder, "sq4", outfile=tmp_path / "again.gguf", threads=2, **options)
