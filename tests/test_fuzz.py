@@ -39,7 +39,7 @@ from gguf_splitq.types import columns
 SECONDS = float(os.environ.get("SPLITQ_FUZZ_SECONDS", 0))  # for each kind of file; 0: as many mutants as below
 MUTANTS = 100
 MEMORY = 64 << 20  # bytes, for files of a few kilobytes
-CALIBRATION = {"model": "m", "calib": "c", "calib_tokens": 4096}
+CALIBRATION = {"model": "m", "calib": "c", "calib_tokens": 4096, "calib_dtype": "f32"}
 
 
 def model(folder):
