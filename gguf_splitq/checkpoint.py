@@ -112,7 +112,8 @@ def _absent(head: Gguf, config: dict, count: int, able: int, mmproj: bool) -> It
         way = "they are in the mmproj file" if mmproj else "--mmproj writes them to a file of their own"
         way = way if able else "llama.cpp has no use for them"
         yield f"{count} tensors of the vision or audio part are left out: {way}"
-    generates = str(config.get("architectures")).endswith(("ForCausalLM']", "ForConditionalGeneration']"))
+    kinds = ("ForCausalLM", "ForConditionalGeneration")
+    generates = any(str(name).endswith(kinds) for name in config.get("architectures") or ())
     untied = config.get("tie_word_embeddings") is False and all(t.name != "output.weight" for t in head.tensors)
     if generates and untied:
         yield "tie_word_embeddings is false and there is no output matrix: llama.cpp takes the embedding for it"
@@ -137,10 +138,11 @@ def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        download = functools.partial(huggingface_hub.snapshot_download, model, revision=revision)
-        folder = Path(download(allow_patterns=_WANTED))
+        download = functools.partial(huggingface_hub.snapshot_download, model)
+        folder = Path(download(revision=revision, allow_patterns=_WANTED))
         if (folder / "config.json").exists():  # the same weights are often there in other formats, too
-            download(allow_patterns=sorted(set(_index(folder).values())) or ["model*.safetensors"])
+            wanted = sorted(set(_index(folder).values())) or ["model*.safetensors"]
+            download(revision=folder.name, allow_patterns=wanted)  # of the very commit, should a branch have moved
         return folder, model.split("/")[1]
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UsageError(f"{model}: not a path here nor a model on the Hub: check name and --revision") from error
@@ -309,7 +311,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 def temporary_folder(where: Path, name: str) -> Iterator[Path]:
     """A folder in `where` that is gone afterwards, whatever happens."""
     try:
-        temp = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=where))
+        temp = Path(tempfile.mkdtemp(prefix=f".{name[:100]}.", suffix=".tmp", dir=where))
     except OSError as error:
         raise gguf_file.disk_error(error, where, 0) from error
     try:

@@ -12,7 +12,7 @@ import signal
 import sys
 
 from . import __version__
-from .errors import SplitqError
+from .errors import SplitqError, printable
 
 
 class _Terminated(BaseException):
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(sentence: str, code: int = 6) -> int:
     """Print what went wrong and return the exit code; 6 is what the machine lacks."""
-    print(f"gguf-splitq: {sentence}", file=sys.stderr)
+    print(f"gguf-splitq: {printable(sentence)}", file=sys.stderr)
     return code
 
 
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--calib-tokens", type=int, default=131_072, metavar="N", help="tokens to use (%(default)s)")
     p.add_argument("--hessians", metavar="FILE", help="measure the float model once for many types: read or write FILE")
     p.add_argument("--tune", action="store_true", help="train block scales and norms too; the model must fit twice")
-    dtype = "what the model computes in while it is measured; auto: bf16 where the processor is fast in it"
+    dtype = "what the Hessians are computed in; auto: bf16 where the processor is fast in it, else f32"
     p.add_argument("--calib-dtype", choices=("auto", "f32", "bf16"), default="auto", help=dtype)
     metric = "what gives a column of cq2.x, cq3.x, sq2.x, sq3.x more bits (%(default)s)"
     p.add_argument("--claq-metric", choices=("hessian", "outlier"), default="hessian", help=metric)

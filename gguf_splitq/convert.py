@@ -78,16 +78,16 @@ class Job:
 def convert(model: str | Path, type: str | None = None, outfile: str | Path = output.TEMPLATE, **more) -> Path:
     """Convert a checkpoint to a GGUF file of `type` and return the file's path. more: see `options.Convert`.
 
-    The output appears whole or not at all, and is the same at any number of threads; with `calib` on machines of one
-    kind, and without `tune`. A calibrated conversion that was
-    stopped goes on where it was when the same call is made again. Raises the errors of `gguf_splitq.errors`.
+    The output appears whole or not at all. Its bytes do not depend on the number of threads, but for `tune`; with
+    `calib` they depend on the machine. A calibrated conversion that was stopped goes on where it was when the same call
+    is made again. Raises the errors of `gguf_splitq.errors`.
     """
     given = options.Convert(model, type, outfile, **more)
     given.check()
     importance = load_imatrix(given.imatrix) if given.imatrix else None
     display.say(f"checking {given.model}")
     with given.writing():
-        mmproj = given.mmproj is not None
+        mmproj = given.mmproj is not None and not given.dry_run
         with checkpoint.opened(given.model, given.scratch, given.revision, given.plans_only, mmproj) as source:
             job = prepare(given, source, importance)
             if given.plans_only:

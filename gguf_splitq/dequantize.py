@@ -50,9 +50,7 @@ def make_plan(tensors: Sequence[Tensor], target: types.TensorType) -> list[plan.
             same = types.get(name) if name in plan.FLOATS else None
             entries.append(plan.Entry(tensor, same, "not quantized"))
             continue
-        try:
-            types.by_id(tensor.type_id)
-        except KeyError:
-            raise UnsupportedError(f"tensor {tensor.name!r}: {name} is unknown here: use llama-quantize") from None
+        if name in plan.ONE_WAY:
+            raise UnsupportedError(f"tensor {tensor.name!r}: {name} cannot be decoded here: use llama-quantize")
         entries.append(plan.Entry(tensor, target, "--type"))
     return entries

@@ -48,7 +48,7 @@ def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stat
     out = console()
     out.print(table)
     for note in result["notes"]:
-        out.print(note, soft_wrap=True)
+        out.print(printable(note), soft_wrap=True)
     for cause, count in result["fallbacks"].items():
         out.print(f"fallback x{count}: {cause}")
     if result["without_importance"]:
@@ -75,13 +75,17 @@ def _show_calibration(out: Console, done: dict) -> None:
         out.print(f"tuning: held-out KL divergence {tuned['before']:.5f} before, {tuned['after']:.5f} after")
     if not (held := done["held_out"]):
         out.print("not tried on other tokens: the text has no more of them, or none were run")
+        return
+    compared = f"{held['feedback'] / held['nearest']:.1%} of nearest rounding's" if held["nearest"] else "above none"
+    if held["feedback"] == 0:
+        out.print("on other tokens: no output error")
     elif held["feedback"] < held["nearest"]:
-        out.print(f"on other tokens: output error {held['feedback'] / held['nearest']:.1%} of nearest rounding's")
+        out.print(f"on other tokens: output error {compared}")
     else:
         out.print(
             f"WARNING: the calibration did not pay. On tokens that it has not seen, of the same text, the output error "
-            f"is {held['feedback'] / held['nearest']:.1%} of nearest rounding's: give a longer and more varied --calib "
-            "text and more --calib-tokens, or convert without --calib",
+            f"is {compared}: give a longer and more varied --calib text and more --calib-tokens, or convert without "
+            "--calib",
             style="bold red",
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ def check_file(path: Path, source: Source) -> None:
 def reason(path: Path) -> str | None:
     """Why llama.cpp does not load the file, None when it does. The file may be sparse: its data are not read.
 
-    Raises EnvironmentFailed when the runtime does not start.
+    Raises EnvironmentFailed when the runtime does not start, or is stopped from outside.
     """
     script, library = resources.folder("convert") / "load_gguf.py", str(_library())
     env = os.environ | {"GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -61,16 +62,24 @@ def reason(path: Path) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        return f"no answer within {TIMEOUT} s"
+        raise _unanswered(path, f"within {TIMEOUT} s") from None
     last = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode == 0 and last.startswith('{"error": '):
         return json.loads(last)["error"]
     said = done.stderr.strip().splitlines()
+    if -done.returncode in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        raise _unanswered(path, f"before it was killed by {signal.Signals(-done.returncode).name}")
     if done.returncode < 0:  # a failed assertion, or worse
         return next((line for line in said if "GGML_ASSERT" in line), f"the process ended by signal {-done.returncode}")
     raise EnvironmentFailed(
         f"{library}: the patched llama.cpp does not start ({(said or ['no message'])[-1]}): build it again with "
         "`gguf-splitq runtime build`, or pass --no-check"
+    )
+
+
+def _unanswered(path: Path, when: str) -> EnvironmentFailed:
+    return EnvironmentFailed(
+        f"{path}: llama.cpp did not say {when} whether it loads the file: free some memory, or pass --no-check"
     )
 
 
@@ -81,9 +90,9 @@ def mismatch(source: Source) -> str | None:
         text = text["text_config"]
     architecture = head.get("general.architecture", str, "")
     shapes = {t.name: t.shape for t in head.tensors}
-    blocks = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blk\.(\d+)\.", name))), default=-1)
+    blocks = 1 + max((int(m[1]) for name in shapes if (m := re.search(r"\bblk\.(\d+)\.", name))), default=-1)
     declared = head.get(f"{architecture}.block_count", int, blocks)
-    if declared != blocks:
+    if blocks and declared != blocks:
         layers, mtp = (
             next((key for key in keys if isinstance(text.get(key), int)), None)
             for keys in (checkpoint.LAYERS, checkpoint.MTP_LAYERS)

@@ -75,8 +75,8 @@ class Convert(Options):
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
-    written. tune: train block scales and norms on the calibration tokens. calib_dtype: what the model computes in
-    while it is measured: "f32", "bf16", or "auto" for what the processor is fast in. claq_metric: what gives a column
+    written. tune: train block scales and norms on the calibration tokens. calib_dtype: what the Hessians are
+    computed in: "f32", "bf16", or "auto" for what the processor is fast in. claq_metric: what gives a column
     of cq2.x, sq2.x and so on more bits, "hessian" or "outlier".
     dry_run: print the plan, write nothing but save_plan. report: a JSON file for the per-tensor errors. max_ram: bytes,
     or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
@@ -302,17 +302,17 @@ class Inspect(Options):
 
 def check_path(name: str, path: str | Path) -> None:
     """UsageError for a path that the system cannot even look up: empty, too long, with a zero byte, or forbidden."""
-    text = os.fspath(path)
+    given = os.fspath(path)
     try:
-        if text:
-            os.stat(text)
+        if given:
+            os.stat(given)
             return
         cause = "it is empty"
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError) as error:
         cause = getattr(error, "strerror", None) or str(error)
-    shown = text if len(text) <= 60 else text[:57] + "..."
+    shown = given if len(given) <= 60 else given[:57] + "..."
     raise UsageError(f"{name} {shown!r} is no path that can be used ({cause}): give another")
 
 
@@ -352,6 +352,8 @@ def check_outputs(written: Iterable[tuple[str, Path]], overwrite: bool) -> None:
             raise UsageError(f"{path}: there is already a {what}: choose another name for {option}")
         if path.is_file() and option == "--report" and path.stat().st_size and not is_earlier(option, path):
             raise UsageError(f"{path}: there is already a file that is no earlier report: choose another --report")
+        if path.is_file() and option == "--hessians":  # it was not there a moment ago
+            raise UsageError(f"{path}: another run has just written it: run the command again to read it")
         if path.is_file() and option != "--report" and not overwrite:
             raise UsageError(f"{path}: there is already a file: pass --overwrite or another name")
     for option, path in places(written):
@@ -367,8 +369,8 @@ def check_outputs(written: Iterable[tuple[str, Path]], overwrite: bool) -> None:
 
 def places(written: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """The same with the files that appear in the end: JSON is written through links, and a device is no file."""
-    found = [(o, Path(os.path.realpath(p)) if o in ("--report", "--save-plan") else p) for o, p in written]
-    return [(option, path) for option, path in found if path.is_file() or not path.exists()]
+    files = [(option, path) for option, path in written if path.is_file() or not path.exists()]
+    return [(o, Path(os.path.realpath(p)) if o in ("--report", "--save-plan") else p) for o, p in files]
 
 
 def same(one: Path, other: Path) -> bool:
@@ -390,7 +392,7 @@ def _same_folder(one: Path, other: Path) -> bool:
 def model_files(model: Path) -> list[Path]:
     """All files of a checkpoint's folder, or all shards of a GGUF file."""
     if model.is_dir():
-        return [path for path in model.iterdir() if path.is_file()]
+        return [path for path in model.rglob("*") if path.is_file()]  # an index may name shards in folders
     if shard := re.fullmatch(r"(.*)-\d{5}-of-(\d{5}\.gguf)", model.name):
         return [model, *model.parent.glob(f"{glob.escape(shard[1])}-?????-of-{shard[2]}")]
     return [model]
@@ -408,7 +410,8 @@ def is_earlier(option: str, path: Path) -> bool:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return {"--report": "file", "--save-plan": "types"}[option] in content
+    keys = [{"bpw", "types", "costs"}] if option == "--save-plan" else [{"file", "tensors"}, {"file", "mean_kld"}]
+    return isinstance(content, dict) and any(content.keys() >= wanted for wanted in keys)
 
 
 def check_threads(threads: int | None) -> int:

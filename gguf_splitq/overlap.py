@@ -19,6 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import InputError
+from .text import whole
+
 LINES = 8
 SHORT, LONG = 20, 80  # characters
 MOST_BYTES = 1 << 26  # of a text that metadata names
@@ -42,12 +45,17 @@ def named(path: str, text: str | Path) -> str:
             if not any(Path(find(path)).is_relative_to(folder) for folder in folders):
                 return ""
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
-            return ""
-        with open(path, "rb") as file:
-            return file.read(found.st_size).decode("utf-8", "replace")
+        return words(Path(path)) if stat.S_ISREG(found.st_mode) and found.st_size <= MOST_BYTES else ""
     except (OSError, ValueError):
         return ""
+
+
+def words(path: Path) -> str:
+    """What a text says, as a calibration reads it; of what that refuses, the bytes as UTF-8."""
+    try:
+        return whole(path)
+    except InputError:
+        return path.read_text(encoding="utf-8", errors="replace")
 
 
 def shared(known: Iterable[int], text: str) -> int:

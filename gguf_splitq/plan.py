@@ -50,7 +50,7 @@ _FALLBACK = {
 _UNSAID = ("--type", "bit budget", "embeddings", "output")
 
 # Types that the `gguf` package cannot decode.
-_ONE_WAY = ("q1_0", "q8_1", "q8_k", "i8", "i16", "i32", "i64", "f64")
+ONE_WAY = ("q1_0", "q8_1", "q8_k", "i8", "i16", "i32", "i64", "f64")
 
 # Stock types whose encoder is useless, or aborts, without an importance matrix (tensor_requires_imatrix, same file).
 _NEEDS_IMPORTANCE = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
@@ -186,7 +186,7 @@ def make(
         if source not in FLOATS:
             if entry.reason in _UNSAID:
                 return Entry(tensor, None, entry.reason, f"quantized already ({source}): copied as stored")
-            if source in _ONE_WAY or tensor.type_id in columns.IDS:
+            if source in ONE_WAY or tensor.type_id in columns.IDS:
                 raise UnsupportedError(
                     f"tensor {tensor.name!r} is already quantized ({source}), which {entry.reason} cannot change: "
                     "leave that out, or convert from the F32, F16 or BF16 original"

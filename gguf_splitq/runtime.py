@@ -7,6 +7,7 @@ In the cache folder ($GGUF_SPLITQ_CACHE, else $XDG_CACHE_HOME/gguf-splitq, else 
 Trees are made under a temporary name and renamed, so one that exists is whole; a lock keeps concurrent runs apart.
 """
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -187,8 +188,6 @@ def _built() -> set[str]:
 @contextmanager
 def _exclusive(name: str):
     """Hold a lock of the cache folder; waits for another process that holds it, and says so."""
-    import fcntl  # not on every system that can convert
-
     try:
         cache().mkdir(parents=True, exist_ok=True)
         handle = open(cache() / name, "w")

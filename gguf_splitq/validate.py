@@ -198,7 +198,7 @@ def check_overlap(file, text) -> None:
     with gguf_file.read(file) as header:
         known = header.get("gguf_splitq.calib_lines", list[int], [])
         dataset = header.get("quantize.imatrix.dataset", str, "")
-    words = Path(text).read_text(encoding="utf-8", errors="replace")
+    words = overlap.words(Path(text))
     count = overlap.shared(known, words)
     if not count:
         count = overlap.shared(overlap.fingerprint(overlap.named(dataset, text)), words)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from gguf_splitq import convert, errors, gguf_file, plan, resources, solve, types
+from gguf_splitq import cli, convert, display, errors, gguf_file, plan, resources, solve, types
 from gguf_splitq.solve import calibrate, fisher, formats, memory, solver
 from gguf_splitq.solve.model import Model
 
@@ -528,6 +528,37 @@ def test_a_calibration_that_did_not_pay_says_so(runtime_library, checkpoint, tmp
     convert.convert(checkpoint("llama"), "sq2", tmp_path / "out.gguf", **options)
     held, out = json.loads(report.read_text())["calibration"]["held_out"], capsys.readouterr().out
     assert (held["feedback"] < held["nearest"]) == pays == ("WARNING: the calibration did not pay" not in out)
+
+
+def test_a_text_that_is_used_up_is_said_not_to_be_tried(runtime_library, checkpoint, tmp_path, capsys):
+    text, report = tmp_path / "short.txt", tmp_path / "report.json"
+    text.write_text(TEXT.read_text()[:9000])
+    convert.convert(checkpoint("llama"), "sq4", tmp_path / "out.gguf", calib=text, report=report, threads=2)
+    assert json.loads(report.read_text())["calibration"]["held_out"] is None
+    assert "not tried on other tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "nearest, feedback, said",
+    [(0, 0, "no output error"), (0, 1, "WARNING.*above none"), (2, 1, "error 50.0% of"), (1, 2, "WARNING.*200.0% of")],
+)
+def test_what_other_tokens_say(capsys, nearest, feedback, said):
+    done = dict(errors={}, tokens=2048, seconds=1, dtype="f32", left_reasons={}, pooled=[], tuned=None)
+    display._show_calibration(display.console(), done | {"held_out": {"nearest": nearest, "feedback": feedback}})
+    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("[...] can't allocate memory: 9 bytes")]
+)
+def test_memory_that_runs_out_is_not_the_checkpoints_fault(checkpoint, monkeypatch, capsys, error):
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(Model, "_load", load)
+    with pytest.raises(type(error)):
+        Model(checkpoint("llama"))
+    assert cli._out_of_memory(error)
 
 
 # GGUF

@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import shutil
+import signal
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import crafted
 import gguf
@@ -12,6 +15,7 @@ import pytest
 
 from gguf_splitq import checkpoint, cli, gguf_file, loading, types
 from gguf_splitq.convert import convert
+from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import EnvironmentFailed, InputError, UnsupportedError, UsageError
 from gguf_splitq.gguf_file import Value
 
@@ -210,7 +214,7 @@ def test_the_same_weights_in_other_formats_are_not_downloaded(monkeypatch, folde
     asked, held = [], ["config.json", "tokenizer.model", *weights, *others]
 
     def download(model, revision, allow_patterns):
-        assert revision == "main"
+        assert revision == (folder.name if asked else "main")  # the folder of a snapshot is its commit
         asked.extend(filter_repo_objects(held, allow_patterns=allow_patterns))
         return str(folder)
 
@@ -312,6 +316,29 @@ def test_a_failed_assertion_of_llama_cpp_is_a_reason(runtime_programs, demo_f16,
     (tmp_path / "load_gguf.py").write_text("\n".join(script))
     monkeypatch.setattr(loading.resources, "folder", lambda name: tmp_path)
     assert loading.reason(demo_f16) == "x.cpp:1: GGML_ASSERT(n > 0) failed"
+
+
+@pytest.mark.parametrize("way", ["slow", "killed"])
+def test_a_loader_that_gives_no_answer_is_not_the_files_fault(runtime_programs, demo_f16, monkeypatch, way):
+    def run(command, **_):
+        if way == "slow":
+            raise subprocess.TimeoutExpired(command, 1)
+        return subprocess.CompletedProcess(command, -signal.SIGKILL, "", "")
+
+    monkeypatch.setattr(loading.subprocess, "run", run)
+    with pytest.raises(EnvironmentFailed, match="did not say .*--no-check"):
+        loading.reason(demo_f16)
+
+
+def test_layers_of_encoders_and_decoders_are_counted():
+    tensors = [
+        SimpleNamespace(name=f"{part}.blk.{i}.attn_q.weight", shape=(8, 8)) for part in ("enc", "dec") for i in (0, 1)
+    ]
+    values = {"general.architecture": "t5", "t5.block_count": 2}
+    head = SimpleNamespace(tensors=tensors, get=lambda key, kind, default: values.get(key, default))
+    assert loading.mismatch(SimpleNamespace(header=head, config={"num_layers": 2})) is None
+    values["t5.block_count"] = 3
+    assert "2 layers" in loading.mismatch(SimpleNamespace(header=head, config={"num_layers": 3}))
 
 
 def test_a_runtime_that_does_not_start_is_not_the_files_fault(runtime_programs, demo_f16, tmp_path, monkeypatch):
@@ -554,3 +581,14 @@ def test_an_output_matrix_that_is_not_there_is_said(folder, tmp_path, capsys):
     configure(folder, tie_word_embeddings=False)
     convert(folder, "q8_0", tmp_path / "out.gguf")
     assert "tie_word_embeddings is false and there is no output matrix" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_with_copied_mxfp4_can_be_dequantized(tmp_path):
+    model = convert(mxfp4_gguf(tmp_path / "m.gguf"), "sq4", tmp_path / "out.gguf")
+    _, tensors = crafted.read_gguf(dequantize(model, tmp_path / "f32.gguf", "f32"))
+    _, before = crafted.read_gguf(model)
+    name = next(name for name, (kind, _) in before.items() if kind == "MXFP4")
+    kind = gguf.GGMLQuantizationType.MXFP4
+    np.testing.assert_array_equal(
+        tensors[name][1], gguf.quants.dequantize(before[name][1], kind).reshape(tensors[name][1].shape)
+    )

@@ -173,7 +173,11 @@ def test_only_an_earlier_output_is_replaced(place, refused):
 
 
 def test_an_earlier_output_in_the_checkpoint_folder_is_replaced(place):
-    for name, content in {"hf/out.gguf": b"GGUF...", "hf/r.json": b'{"file": "out.gguf"}', "empty": b""}.items():
+    for name, content in {
+        "hf/out.gguf": b"GGUF...",
+        "hf/r.json": b'{"file": "out.gguf", "tensors": []}',
+        "empty": b"",
+    }.items():
         Path(name).write_bytes(content)
     for report in ("hf/r.json", "empty"):
         options.Convert("hf", "sq4", "hf/out.gguf", report=report, overwrite=True).check()
@@ -406,3 +410,27 @@ def test_validate_closes_what_it_reads(tmp_path, monkeypatch):
     base.ppl = 1.0
     base.compare(path)
     assert len(opened) == 3 and all(file.closed for found in opened for file in found._open.values())
+
+
+def test_a_shard_in_a_folder_of_the_checkpoint_is_an_input(place, refused):
+    (place / "hf" / "parts").mkdir()
+    shard = place / "hf" / "parts" / "p.safetensors"
+    shard.write_text("weights")
+    refused("convert", "hf", "--type", "sq4", "--outfile", shard, "--overwrite", words=("its own input",))
+
+
+def test_a_json_file_that_is_no_report_is_kept(place, refused):
+    (place / "notes.json").write_text('{"file": "my notes"}')
+    options = ("--type", "sq4", "--outfile", "o.gguf", "--report", "notes.json")
+    refused("convert", "model.gguf", *options, words=["no earlier report"])
+
+
+def test_a_report_goes_to_a_pipe_as_it_is(tmp_path):
+    model = crafted.write_gguf(tmp_path / "model.gguf", crafted.llama_tensors())
+    read, write = os.pipe()
+    with os.fdopen(read) as out:
+        given = ["convert", str(model), "--type", "q8_0", "--outfile", str(tmp_path / "o.gguf"), "--report"]
+        assert cli.main([*given, f"/dev/fd/{write}"]) == 0
+        os.close(write)
+        assert json.load(out)["type"] == "q8_0"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "o.gguf"]

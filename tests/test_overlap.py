@@ -1,12 +1,13 @@
 """Which texts count as overlapping, and that `validate` refuses to measure on a calibration text."""
 
+import json
 import os
 
 import crafted
 import numpy as np
 import pytest
 
-from gguf_splitq import cli, gguf_file, inspection, overlap, validate
+from gguf_splitq import cli, gguf_file, inspection, overlap, text, validate
 from gguf_splitq.errors import UsageError
 from gguf_splitq.gguf_file import Value
 
@@ -107,3 +108,16 @@ def test_validate_refuses_the_calibration_text(tmp_path, capsys):
     assert cli.main(arguments) == 2
     assert "--force" in capsys.readouterr().err
     assert cli.main([*arguments, "--force", "--ctx", "512"]) != 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "utf-16"])
+def test_also_texts_in_other_forms_are_recognized(tmp_path, kind):
+    path = tmp_path / ("a.jsonl" if kind == "jsonl" else "a.txt")
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": part}) + "\n" for part in CALIB.split("\n\n")[:200]))
+    else:
+        path.write_bytes(CALIB[:50_000].encode("utf-16"))
+    known = overlap.fingerprint(text.whole(path))
+    assert overlap.shared(known, overlap.words(path)) > 100
+    (tmp_path / "no-text").write_bytes(b"PAR1 \xff")
+    assert overlap.words(tmp_path / "no-text").startswith("PAR1")

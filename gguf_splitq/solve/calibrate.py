@@ -89,7 +89,7 @@ def run(
             pass
 
     with fisher.workers(threads) as pool:
-        every = batches if held is None else [*batches, held]
+        every = batches if held is None or not len(held) else [*batches, held]
         for index, module in fisher.backward(model, every, _take, see, scratch, pool, progress):
             if index not in skip:
                 layers = layers_of(module)

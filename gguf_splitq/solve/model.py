@@ -190,7 +190,8 @@ class Model:
         Raises UnsupportedError when layers are given more than hidden states that depends on the tokens.
         """
         states: list[torch.Tensor] | OnDisk = [] if folder is None else OnDisk(folder)
-        for batch in tokens.split(BATCH) if isinstance(tokens, torch.Tensor) else tokens:
+        batches = tokens.split(BATCH) if isinstance(tokens, torch.Tensor) else tokens
+        for batch in batches:
             with self._explained():
                 hidden, arguments = self._catch(batch.to(self.device))
             shares = any(value == {} for _, kwargs in arguments for value in kwargs.values() if isinstance(value, dict))
@@ -200,7 +201,7 @@ class Model:
                     f"hidden states: {self.advice}"
                 )
             states.append(hidden.cpu())
-        self._arguments_of(batch[:1].shape)  # now, not from several threads at once
+        self._arguments_of(batches[0][:1].shape)  # now, not from several threads at once
         return states
 
     @contextlib.contextmanager
@@ -350,9 +351,11 @@ class Model:
         """Whatever transformers raises comes out as one sentence."""
         try:
             yield
-        except (SplitqError, MemoryError):
+        except (SplitqError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if "can't allocate memory" in str(error):  # PyTorch's word for it on the CPU
+                raise
             what = f"transformers cannot load it ({_line(error)})"
             raise UnsupportedError(f"{self.path}: {what}: {self.advice}") from error
 

@@ -35,11 +35,13 @@ def get(name: str) -> TensorType:
     raise UsageError(f"type '{name}' is not known: choose one of {known}")
 
 
+@functools.cache
 def by_id(gguf_id: int) -> TensorType:
     """The type with that on-disk `ggml_type`; KeyError when this project does not handle it."""
     return {t.gguf_id: t for t in all_types()}[gguf_id]
 
 
+@functools.cache
 def columns_by_id(gguf_id: int) -> columns.ColumnType | None:
     """The type with a side tensor and that on-disk `ggml_type`; None when it is another one."""
     return next((t for t in COLUMNS if t.gguf_id == gguf_id), None)
