@@ -44,6 +44,11 @@ _MERGE = (
 )
 _PART = re.compile(r"(model.*)-\d{5}-of-(\d{5})\.safetensors")
 _KINDS = {"unsupported": UnsupportedError, "environment": EnvironmentFailed, "input": InputError}
+_STEPS = {
+    "unsupported": "convert another model, or wait for a version with a newer llama.cpp",
+    "environment": "check memory and the installation",
+    "input": "compare config.json, tokenizer and README.md with the original's, or get them again",
+}
 
 
 @dataclass
@@ -96,9 +101,9 @@ def opened(
     with temporary_folder(scratch, name) as temp:
         written = None
         if mmproj and not header_only:
-            with _Child(path, temp / "mmproj.gguf", outtype, hub_name, total, False, mmproj=True) as child:
+            with _Child(path, temp / f"{name[:90]}.mmproj.gguf", outtype, hub_name, total, False, mmproj=True) as child:
                 written = child.finish().path
-        with _Child(path, temp / "model.gguf", outtype, hub_name, total, header_only) as child:
+        with _Child(path, temp / f"{name[:100]}.gguf", outtype, hub_name, total, header_only) as child:
             head, files, config = child.header(), [*shards, path / "config.json"], _json(path / "config.json", "")
             if not head.tensors:
                 raise InputError(f"{path}: llama.cpp's converter finds no tensor in it: get the checkpoint again")
@@ -167,6 +172,14 @@ def check_folder(folder: Path) -> tuple[list[Path], str]:
     for tensors in shards.values():
         for kind, count in tensors.values():
             weights_of[kind] += count
+    if not any(config.get(key) for key in ("quantization_config", "quantization", "compression_config")):
+        for shard, tensors in shards.items():
+            for name, (kind, _) in tensors.items():
+                if name.endswith(".weight") and re.fullmatch(r"[IU]\d+|BOOL", kind):
+                    raise UnsupportedError(
+                        f"{shard}: tensor {name!r} holds integers ({kind}) and config.json declares no quantization: "
+                        "get the F32, F16 or BF16 original"
+                    )
     # Integers are codes of quantized weights.
     main = max(("BF16", "F16", "F32", "F64"), key=lambda kind: weights_of[kind])
     return list(shards), {"F32": "f32", "F64": "f32", "F16": "f16"}.get(main, "bf16")
@@ -175,6 +188,13 @@ def check_folder(folder: Path) -> tuple[list[Path], str]:
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that it is taken from, whoever reads the checkpoint."""
     return {name: shard for shard, tensors in _weights(folder).items() for name in tensors}
+
+
+def indexed_files(folder: Path) -> list[Path]:
+    """The files that an index names and that are there; none where the index is damaged."""
+    with contextlib.suppress(SplitqError):
+        return [folder / name for name in set(_index(folder).values()) if os.path.isfile(folder / name)]
+    return []
 
 
 def _weights(folder: Path) -> dict[Path, dict[str, tuple[str, int]]]:
@@ -267,8 +287,7 @@ def _explain_other_kinds(folder: Path) -> None:
             f"{folder}: this is a LoRA adapter, not a model: merge it first with `{_MERGE.format(folder)}`, and copy "
             "the tokenizer's files beside the result"
         )
-    own = "params.json" in names and "config.json" not in names and not others
-    if own or any(n.startswith("consolidated") and n.endswith(".safetensors") for n in names):
+    if any(n.startswith("consolidated") and n.endswith(".safetensors") for n in names):
         raise UnsupportedError(
             f"{folder}: the weights are in Mistral's own format alone (consolidated.safetensors): get the model in "
             "the Hugging Face format, or give a GGUF that llama.cpp's `convert_hf_to_gguf.py --mistral-format` made"
@@ -394,9 +413,9 @@ class _Child:
                     f"{self.outfile.parent.parent}: the disk filled up while the intermediate file of "
                     f"{gguf_file.mib(self.total)} was being written: make room or choose another --outfile"
                 )
-            return _KINDS[report["kind"]](
-                f"{self.folder}: llama.cpp's converter cannot convert this checkpoint: {_short(report['message'])}"
-            )
+            cause = f"llama.cpp's converter cannot convert this checkpoint: {_short(report['message'])}"
+            step = _STEPS[report["kind"]]
+            return _KINDS[report["kind"]](f"{self.folder}: {cause}: {step}")
         self.log.seek(0)
         last = self.log.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         return EnvironmentFailed(
@@ -435,9 +454,12 @@ def _safetensors(path: Path) -> dict[str, tuple[str, int]]:
             slices = {name: file.get_slice(name) for name in file.keys()}
             found = {name: (s.get_dtype(), _product(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
+        with open(path, "rb") as file:
+            if file.read(16) == b"version https://":
+                raise InputError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull`") from error
         raise InputError(f"{path}: not a sound safetensors file ({_line(error)}): get it again") from error
     for name, (_, count) in found.items():
-        if count == 0 and name.endswith(".weight"):
+        if count == 0:
             cause = f"tensor {name!r} has no weights, as when each process saved its share"
             raise InputError(f"{path}: {cause}: save the checkpoint again with its parameters gathered")
     return found

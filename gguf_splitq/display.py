@@ -74,7 +74,7 @@ def _show_calibration(out: Console, done: dict) -> None:
     if tuned := done["tuned"]:
         out.print(f"tuning: held-out KL divergence {tuned['before']:.5f} before, {tuned['after']:.5f} after")
     if not (held := done["held_out"]):
-        out.print("not tried on other tokens: the text has no more of them, or none were run")
+        out.print("not tried on other tokens: the text has no more of them, or the Hessians are a file's")
         return
     compared = f"{held['feedback'] / held['nearest']:.1%} of nearest rounding's" if held["nearest"] else "above none"
     if held["feedback"] == 0:

@@ -24,6 +24,7 @@ from .errors import InputError, UsageError
 from .types.stock import missing_library
 
 MAX_THREADS = 4096
+MOST_TOKENS = 1 << 30  # of a chunk, or chunks of a text
 MAX_REPORT = 1 << 28  # bytes of a JSON file that is looked into
 _SUFFIX = ".00000000.tmp"  # the longest of the names that are used beside an output's own
 
@@ -284,6 +285,13 @@ class Validate(Options):
     def check(self) -> None:
         """Raise what is wrong with these options, the files' own content aside."""
         self.check_paths()
+        check_threads(self.threads)
+        for name, count in (("--ctx", self.ctx), ("--chunks", self.chunks)):
+            if count is not None and count > MOST_TOKENS:
+                raise UsageError(f"{name} {count} is more than any text has: give a smaller number")
+        for name, limit in (("--max-kld", self.max_kld), ("--max-ppl-ratio", self.max_ppl_ratio)):
+            if limit is not None and not limit >= 0:
+                raise UsageError(f"{name} {limit} is no limit: give a number from 0 on")
         check_files(self.writes, [("--text", Path(self.text))], Path(self.file))
         check_files(self.writes, [], Path(self.baseline), name="--baseline")
         check_outputs(self.writes, self.overwrite)
@@ -347,6 +355,8 @@ def check_outputs(written: Iterable[tuple[str, Path]], overwrite: bool) -> None:
     A report replaces an earlier one or an empty file, and goes to a device as it is; others need `overwrite`.
     """
     for option, path in written:
+        if re.fullmatch(r"\..+\.(lock|unfinished)", path.name):
+            raise UsageError(f"{path}: such a name is used beside outputs: choose another one for {option}")
         if path.is_dir() or path.exists() and not path.is_file() and option != "--report":
             what = "folder" if path.is_dir() else "device"
             raise UsageError(f"{path}: there is already a {what}: choose another name for {option}")
@@ -392,7 +402,8 @@ def _same_folder(one: Path, other: Path) -> bool:
 def model_files(model: Path) -> list[Path]:
     """All files of a checkpoint's folder, or all shards of a GGUF file."""
     if model.is_dir():
-        return [path for path in model.rglob("*") if path.is_file()]  # an index may name shards in folders
+        files = [path for path in model.iterdir() if os.path.isfile(path)]
+        return files + checkpoint.indexed_files(model)  # which may be in folders, and these be links
     if shard := re.fullmatch(r"(.*)-\d{5}-of-(\d{5}\.gguf)", model.name):
         return [model, *model.parent.glob(f"{glob.escape(shard[1])}-?????-of-{shard[2]}")]
     return [model]
@@ -465,7 +476,8 @@ def check_calibration(
         raise UsageError(f"--hessians {hessians}: not a file in a folder that exists: name another")
     if calib and calib != "self":
         if not Path(calib).is_file():
-            raise UsageError(f"{calib}: there is no such text: give a file, or `self`")
+            cause = "not a regular file" if Path(calib).exists() else "there is no such text"
+            raise UsageError(f"{calib}: {cause}: give a file, or `self`")
         text.read(Path(calib))
     if tokens < 2048:
         raise UsageError(f"--calib-tokens {tokens} is too few to tell anything: give 2048 or more")

@@ -216,8 +216,9 @@ def errors(decoded: np.ndarray, rows: np.ndarray) -> tuple[float, float, float]:
     """Sums of squared weights and errors in float64, the largest error; overwrites `decoded`."""
     decoded -= rows
     largest = max(float(decoded.max()), -float(decoded.min()))
-    error = float(np.square(decoded, out=decoded).sum(dtype=np.float64))
-    return float(np.square(rows, out=decoded).sum(dtype=np.float64)), error, largest
+    with np.errstate(over="ignore"):  # weights beyond 1e19 have no square; their error is infinite then
+        error = float(np.square(decoded, out=decoded).sum(dtype=np.float64))
+        return float(np.square(rows, out=decoded).sum(dtype=np.float64)), error, largest
 
 
 def each_matrix(file: Gguf, tensor: Tensor) -> Iterator[np.ndarray]:

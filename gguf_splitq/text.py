@@ -9,10 +9,11 @@ from __future__ import annotations
 import codecs
 import json
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
-Chat = list[dict[str, str]]  # messages: role, content
+Chat = list[dict[str, Any]]  # messages: role, content, and what else a chat template may look at
 
 _MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
@@ -35,6 +36,11 @@ _FORMATS = {  # first bytes: what it is, what to do
     b"PK\3\4": ("a zip archive, as office documents are too", _UNPACK + " or save it as plain text"),
     b"%PDF-": ("a PDF", "turn it into text first: pdftotext -enc UTF-8 {name} {stem}.txt"),
     b"GGUF": ("a GGUF file", "give a text"),
+    b"\x89PNG": ("a PNG image", "give a text"),
+    b"\xff\xd8\xff": ("a JPEG image", "give a text"),
+    b"\x93NUMPY": ("a NumPy array", "give a text"),
+    b"ARROW1": ("an Arrow file", _PARQUET.replace("parquet", "feather")),
+    b"SQLite format 3": ("an SQLite database", "give a text"),
 }
 
 
@@ -72,12 +78,16 @@ def _decoded(path: Path, data: bytes) -> str:
             what, remedy = f"not the {encoding.upper()} that its byte order mark says", "save it again as UTF-8"
         else:
             what = "not UTF-8"
-            remedy = f"if it is in an older encoding: iconv -f LATIN1 -t UTF-8 {path.name} > {path.stem}.utf8.txt"
+            remedy = (
+                f"if it is a text in another encoding, such as LATIN1, SHIFT-JIS or UTF-16LE, name that: iconv -f "
+                f"LATIN1 -t UTF-8 {path.name} > {path.stem}.utf8.txt"
+            )
         raise InputError(f"{path}: {what} at byte {at:,} (line {before + 1:,}): {remedy}") from error
     if (at := text.find("\0")) >= 0:
+        order = "LE" if len(text[:at].encode(encoding)) % 2 else "BE"
         raise InputError(
             f"{path}: no text, there is a zero byte at byte {len(mark) + len(text[:at].encode(encoding)):,} (line "
-            f"{text.count(chr(10), 0, at) + 1:,}): if it is UTF-16 without a byte order mark: iconv -f UTF-16LE "
+            f"{text.count(chr(10), 0, at) + 1:,}): if it is UTF-16 without a byte order mark: iconv -f UTF-16{order} "
             f"-t UTF-8 {path.name} > {path.stem}.utf8.txt"
         )
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
@@ -113,12 +123,14 @@ def _document(value: object) -> str | Chat:
     return value["text"]
 
 
-def _turn(turn: object) -> dict[str, str]:
+def _turn(turn: object) -> dict[str, Any]:
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise ValueError("a message without a `role`")
     content = turn.get("content")
+    if content is None and turn.get("tool_calls"):
+        content = ""
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError("a message whose `content` is not a string")
-    return {"role": turn["role"], "content": content}
+    return {**turn, "content": content}

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.table import Table
 
 from . import display, gguf_file, output, overlap, runtime
+from . import text as texts
 from .errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
 from .gguf_file import mib
 from .inspection import linear_bpw
@@ -66,8 +67,8 @@ class Baseline:
                 raise UsageError(f"--{name} {value}: nothing would run: give 1 or more")
         with gguf_file.read(self.file) as header:
             self.vocabulary = _vocabulary(header)
-        if not self.text.is_file():
-            raise InputError(f"{text}: there is no such file: give a text to measure on")
+        gguf_file.require_file(self.text)
+        self.decoded = texts.read(self.text)
 
     def __enter__(self):
         self._folder = tempfile.TemporaryDirectory(prefix="gguf-splitq-")
@@ -84,7 +85,7 @@ class Baseline:
     def _measure(self):
         self._logits = Path(self._folder.name) / "base.logits"
         self._check_space()
-        options = ["-f", self.text] + ([] if self.chunks is None else ["--chunks", self.chunks])
+        options = ["-f", self._plain()] + ([] if self.chunks is None else ["--chunks", self.chunks])
         self.ppl = parse_base(self._run(self.file, *options))
         with self._logits.open("rb") as f:
             _, ctx, vocab, self.chunks = struct.unpack("<8sIii", f.read(20).ljust(20, b"\0"))
@@ -96,6 +97,15 @@ class Baseline:
                 f"{self._folder.name}: the disk filled up while {mib(expected)} of log-probabilities were written: "
                 "give fewer --chunks or set TMPDIR to a larger disk"
             )
+
+    def _plain(self) -> Path:
+        """The text as llama-perplexity reads it: the file itself, or what a mark or JSON lines make of it."""
+        with open(self.text, encoding="utf-8", errors="replace") as file:  # all kinds of line ends are read alike
+            if self.decoded == {1: file.read()}:
+                return self.text
+        path = Path(self._folder.name) / "text.txt"
+        path.write_text("\n".join(map(texts.plain, self.decoded.values())), encoding="utf-8")
+        return path
 
     def _check_space(self):
         chunks = min(self.chunks or math.inf, max(self.text.stat().st_size // (BYTES_PER_TOKEN * self.ctx), 1))

@@ -12,6 +12,7 @@ import crafted
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from gguf_splitq import checkpoint, cli, gguf_file, loading, types
 from gguf_splitq.convert import convert
@@ -592,3 +593,26 @@ def test_a_file_with_copied_mxfp4_can_be_dequantized(tmp_path):
     np.testing.assert_array_equal(
         tensors[name][1], gguf.quants.dequantize(before[name][1], kind).reshape(tensors[name][1].shape)
     )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "bool"])
+def test_integers_that_nothing_declares_are_no_weights(folder, dtype):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(getattr(torch, dtype))}))
+    with pytest.raises(UnsupportedError, match=f"{name}.*holds integers"):
+        checkpoint.check_folder(folder)
+
+
+def test_a_pointer_of_git_lfs_is_told(folder):
+    (folder / "model.safetensors").write_text("version https://lfs/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match="git lfs pull"):
+        checkpoint.check_folder(folder)
+
+
+def test_metas_own_format_is_pickles(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    for name in ("params.json", "consolidated.00.pth"):
+        (folder / name).write_text("{}")
+    with pytest.raises(UnsupportedError, match="pickles"):
+        checkpoint.check_folder(folder)

@@ -412,13 +412,6 @@ def test_validate_closes_what_it_reads(tmp_path, monkeypatch):
     assert len(opened) == 3 and all(file.closed for found in opened for file in found._open.values())
 
 
-def test_a_shard_in_a_folder_of_the_checkpoint_is_an_input(place, refused):
-    (place / "hf" / "parts").mkdir()
-    shard = place / "hf" / "parts" / "p.safetensors"
-    shard.write_text("weights")
-    refused("convert", "hf", "--type", "sq4", "--outfile", shard, "--overwrite", words=("its own input",))
-
-
 def test_a_json_file_that_is_no_report_is_kept(place, refused):
     (place / "notes.json").write_text('{"file": "my notes"}')
     options = ("--type", "sq4", "--outfile", "o.gguf", "--report", "notes.json")
@@ -434,3 +427,30 @@ def test_a_report_goes_to_a_pipe_as_it_is(tmp_path):
         os.close(write)
         assert json.load(out)["type"] == "q8_0"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "o.gguf"]
+
+
+def test_a_shard_behind_a_linked_folder_is_an_input(place, refused):
+    (place / "elsewhere").mkdir()
+    shard = place / "elsewhere" / "part.safetensors"
+    shard.write_text("weights")
+    (place / "hf" / "sub").symlink_to(place / "elsewhere")
+    index = place / "hf" / checkpoint.INDEX
+    index.write_text(json.dumps({"weight_map": {"a": "sub/part.safetensors"}}))
+    refused("convert", "hf", "--type", "sq4", "--outfile", shard, "--overwrite", words=["its own input"])
+
+
+@pytest.mark.parametrize("name", [".o.gguf.lock", ".o.gguf.unfinished"])
+def test_names_that_are_used_beside_outputs_are_none_for_outputs(refused, name):
+    refused("convert", "model.gguf", "--type", "sq4", "--outfile", "o.gguf", "--report", name, words=["used beside"])
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--max-kld", "nan"), ("--max-ppl-ratio", "-1"), ("--ctx", 1 << 40), ("--threads", 1 << 40)]
+)
+def test_validate_refuses_numbers_that_mean_nothing(refused, option, value):
+    refused("validate", "model.gguf", "--baseline", "model.gguf", "--text", "text.txt", option, value, words=[option])
+
+
+def test_a_text_that_is_no_file_is_told_from_one_that_is_missing(refused):
+    for path, cause in (("hf", "not a regular file"), ("/dev/zero", "not a regular file"), ("no", "no such text")):
+        refused("convert", "model.gguf", "--type", "sq4", "--calib", path, words=[path, cause])

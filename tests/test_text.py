@@ -40,6 +40,8 @@ def test_lines_end_alike(tmp_path):
         ("a.txt", b"plain\n" * 100 + b"caf\xe9\n", ["not UTF-8 at byte 603 (line 101)"]),
         ("a.txt", b"\xef\xbb\xbfok\n\xff", ["byte order mark says at byte 6 (line 2)"]),
         ("a.txt", WORDS.encode("utf-16-le"), ["not UTF-8 at byte 4 (line 1)", "iconv"]),
+        ("a.txt", "plain\n".encode("utf-16-be"), ["zero byte at byte 0 (line 1)", "iconv -f UTF-16BE"]),
+        ("a.txt", b"\x89PNG\r\n", ["a PNG image"]),
         ("a.txt", "plain\n".encode("utf-16-le"), ["zero byte at byte 1 (line 1)", "iconv -f UTF-16LE"]),
         ("a.txt", "one\ntwo ü\0".encode(), ["zero byte at byte 10 (line 2)"]),
         ("a.txt", b"\xff\xfea\0\n\0b", ["UTF-16-LE that its byte order mark says at byte 6 (line 2)"]),
@@ -112,3 +114,10 @@ def test_texts_of_lines_and_of_another_encoding_give_the_same_tokens(tmp_path):
         tokens = model.read_tokens(tmp_path / name, 4096).tolist()
         expected = expected or tokens
         assert tokens == expected
+
+
+def test_calls_of_tools_reach_the_template(tmp_path):
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [turn]}))
+    assert text.read(path) == {1: [turn | {"content": ""}]} and text.whole(path) == ""

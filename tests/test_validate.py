@@ -194,3 +194,16 @@ def test_a_file_that_is_no_model_is_bad_input(demo, tmp_path):
     broken.write_bytes(f16.read_bytes()[:100_000])
     with validate.Baseline(f16, text, chunks=1) as base, pytest.raises(InputError, match="broken.gguf"):
         base.compare(broken)
+
+
+def test_a_text_is_checked_and_decoded(files, tmp_path):
+    plain, marked, parquet = (tmp_path / name for name in ("plain.txt", "marked.txt", "p.parquet"))
+    plain.write_bytes(b"one\r\ntwo\n")
+    marked.write_bytes("one\ntwo\n".encode("utf-16"))
+    parquet.write_bytes(b"PAR1\0")
+    with pytest.raises(InputError, match="a Parquet file"):
+        validate.Baseline(files[0], parquet)
+    for path, given in ((plain, plain), (marked, tmp_path / "text.txt")):
+        base = validate.Baseline(files[0], path)
+        base._folder = SimpleNamespace(name=str(tmp_path))
+        assert base._plain() == given and given.read_text().splitlines() == ["one", "two"]
