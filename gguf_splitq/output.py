@@ -56,17 +56,22 @@ def write_json(path: str | Path, content: object) -> None:
             path.write_text(data)
             return
         path = Path(os.path.realpath(path))
-        temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with open(temp, "x") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temp.replace(path)
-        finally:
-            temp.unlink(missing_ok=True)
+        write_whole(path, data.encode())
     except OSError as error:
         raise disk_error(error, path, len(data)) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file that appears, synced, whole or not at all. Raises OSError, and then leaves nothing behind."""
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temp, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temp.replace(path)
+    finally:
+        temp.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ Each file appears whole or not at all. The folder is gone when the output is the
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.numpy import save
 
 from ..errors import InputError, UsageError
 from ..gguf_file import disk_error
+from ..output import write_whole
 from ..rewrite import Rows
 
 
@@ -92,15 +92,9 @@ class Journal:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write(self, path: Path, data: bytes) -> None:
-        temporary = path.with_suffix(".tmp")
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_whole(path, data)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise disk_error(error, self.folder, len(data)) from error
 
 
