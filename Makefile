@@ -64,8 +64,9 @@ lint: $(VENV)/test.stamp ## ruff: mistakes and format
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet . || { echo "Not formatted; run ruff format ." >&2; exit 1; }
 
-types: $(VENV)/test.stamp ## mypy
+types: $(VENV)/test.stamp ## mypy, and which room may import from which
 	@$(PY) -m mypy
+	@said=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$said" >&2; exit 1; }
 
 patches-check: $(VENV)/run.stamp ## the patch series applies to a clean pinned tree, without fuzz
 	@$(PY) -m gguf_splitq runtime check

@@ -17,9 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from gguf_splitq import gguf_file, runtime
 from gguf_splitq.convert import PROMISED_RAM
+from gguf_splitq.files import gguf_file
 from gguf_splitq.inspection import linear_bpw
+from gguf_splitq.runtime import building
 
 from . import models
 from .common import BUILD, DEMO, convert, imatrix, judge, llama, parser, quantize, run, save, show
@@ -221,7 +222,7 @@ def conversion(args) -> dict:
     ours = [sys.executable, "-m", "gguf_splitq", "convert", "--type", "sq4", "--threads", args.threads]
     ours += ["--outfile", outfile]
     jobs = {  # name: file to read, command
-        "Q4_K_S, 0.6B": (small, [runtime.program("llama-quantize"), small, outfile, "Q4_K_S", args.threads]),
+        "Q4_K_S, 0.6B": (small, [building.program("llama-quantize"), small, outfile, "Q4_K_S", args.threads]),
         "sq4, 0.6B": (small, [*ours, small]),
         "sq4, 3B": (large, [*ours, large]),
         "sq4, 1B": (checkpoint / "model.safetensors", [*ours, checkpoint]),

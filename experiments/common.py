@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.table import Table
 
 from gguf_splitq import convert as converter
-from gguf_splitq import display, runtime
+from gguf_splitq import display, resources
 from gguf_splitq.errors import SplitqError
+from gguf_splitq.runtime import building
 
 BUILD = Path("build")
 DEMO = Path("examples/demo")
@@ -25,7 +26,7 @@ HEADINGS = {"ppl": "perplexity", "ppl_ratio": "/ F16", "mean_kld": "mean KLD", "
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the option that every script has."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--threads", type=int, default=runtime.cores())
+    p.add_argument("--threads", type=int, default=resources.cores())
     return p
 
 
@@ -49,7 +50,7 @@ def model_and_texts(p: argparse.ArgumentParser) -> None:
 
 def llama(program: str, *args) -> str:
     """Runs one of the built programs quietly and returns its standard output; its messages are shown if it fails."""
-    command = [str(runtime.program(program)), *map(str, args)]
+    command = [str(building.program(program)), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}\nfailed with exit code {done.returncode}")

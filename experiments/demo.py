@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gguf_splitq.validate import Baseline
+from gguf_splitq.measure.validate import Baseline
 
 from .common import BUILD, DEMO, convert, parser, run, save, show, speed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_splitq import gguf_file
+from gguf_splitq.files import gguf_file
 
 from .common import BUILD, DEMO
 

@@ -2,7 +2,7 @@
 
 All rows are files of the cq types that llama.cpp runs. Those named "grid" have 2^b even levels from a column's least to
 its largest weight in the place of k-means; neither they nor those named "CLAQ" have the scales of rows and the polish
-that are ours (gguf_splitq/solve/claq.py), which those named cq have. AP spends all that a file has beyond the plain
+that are ours (gguf_splitq/coding/codebooks.py), which those named cq have. AP spends all that a file has beyond the plain
 type on wide columns, OR all on outliers. Then the same for the model with outlier channels: in about 1 % of the
 channels the norms' gains are multiplied by 20 to 50 and what follows is divided by it, which changes nothing in F16.
 sq2 and sq3 are there to compare with, and sq2c, sq3c, sq2.x and sq3.x, blocks that spend bits on columns as AP does.
@@ -17,13 +17,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from gguf_splitq import gguf_file
-from gguf_splitq.gguf_file import Gguf
-from gguf_splitq.kmeans import kmeans
-from gguf_splitq.solve import claq as coder
-from gguf_splitq.solve import free
+from gguf_splitq.coding import codebooks as coder
+from gguf_splitq.coding import free
+from gguf_splitq.coding.kmeans import kmeans
+from gguf_splitq.files import gguf_file
+from gguf_splitq.files.gguf_file import Gguf
+from gguf_splitq.measure.validate import Baseline
 from gguf_splitq.types import claq
-from gguf_splitq.validate import Baseline
 
 from .common import BUILD, convert, judge, model_and_texts, parser, run, save, show
 

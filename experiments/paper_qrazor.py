@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_splitq import gguf_file
 from gguf_splitq.dequantize import dequantize
+from gguf_splitq.files import gguf_file
 from gguf_splitq.inspection import linear_bpw
-from gguf_splitq.validate import Baseline
+from gguf_splitq.measure.validate import Baseline
 
 from .common import BUILD, convert, imatrix, judge, llama, model_and_texts, parser, quantize, run, save, show
 from .paper_splitquant import simulate

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_splitq import gguf_file
-from gguf_splitq.validate import Baseline
+from gguf_splitq.files import gguf_file
+from gguf_splitq.measure.validate import Baseline
 
 from .common import BUILD, convert, judge, model_and_texts, parser, run, save, show
 

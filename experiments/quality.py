@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf_splitq
-from gguf_splitq import patching, runtime
 from gguf_splitq.errors import EnvironmentFailed
-from gguf_splitq.validate import Baseline, check_overlap
+from gguf_splitq.measure.validate import Baseline, check_overlap
+from gguf_splitq.runtime import building, patching
 
 from . import models
 from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
@@ -97,7 +97,7 @@ def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
 
 def hessian_key(args) -> str:
     """Of what the calibration's second moments depend on."""
-    source = [path.read_bytes() for path in sorted((Path(gguf_splitq.__file__).parent / "solve").glob("*.py"))]
+    source = [path.read_bytes() for path in sorted((Path(gguf_splitq.__file__).parent / "calibration").glob("*.py"))]
     return digest(b"".join([args.calib.read_bytes(), str((args.model.resolve(), args.tokens)).encode(), *source]))
 
 
@@ -128,7 +128,7 @@ def digest(data: bytes) -> str:
 def source_hash() -> str:
     """Of the code that decides the bytes of a file."""
     folder = Path(gguf_splitq.__file__).parent
-    files = [p for pattern in ("types/*.py", "solve/*.py", "kmeans.py", "mix.py") for p in sorted(folder.glob(pattern))]
+    files = [p for pattern in ("types/*.py", "coding/*.py", "calibration/*.py", "plan/*.py") for p in sorted(folder.glob(pattern))]
     return digest(b"".join(p.read_bytes() for p in files))
 
 
@@ -166,7 +166,7 @@ def measure(wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, 
 
 def unpatched(args) -> Path:
     """llama-perplexity as upstream has it."""
-    return (args.unpatched or runtime.build_unpatched("llama-perplexity")) / "llama-perplexity"
+    return (args.unpatched or building.build_unpatched("llama-perplexity")) / "llama-perplexity"
 
 
 def by_upstream(base: Baseline, file: Path, program: Path, attempts: int = 10) -> float:

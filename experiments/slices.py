@@ -41,8 +41,9 @@ def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threa
     import torch
 
     from gguf_splitq import types
-    from gguf_splitq.solve import calibrate, formats, solver
-    from gguf_splitq.solve.model import CONTEXT, Model
+    from gguf_splitq.calibration import moments
+    from gguf_splitq.calibration.model import CONTEXT, Model
+    from gguf_splitq.coding import formats, solver
 
     torch.set_num_threads(threads)
     model, target = Model(folder, device, getattr(torch, dtype)), types.get(type)
@@ -55,10 +56,10 @@ def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threa
             torch.cuda.synchronize()
         seconds[f"{step} s"], start = time.perf_counter() - start, time.perf_counter()
 
-    def solve(layer: calibrate.Layer) -> None:
+    def solve(layer: moments.Layer) -> None:
         solver.solve(layer.weight.float().cpu(), layer.hessian.cpu(), formats.for_type(target))
 
-    for _, layers in calibrate.run(model, text, folder, threads):
+    for _, layers in moments.run(model, text, folder, threads):
         lap("calibration")
         with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
             list(pool.map(solve, layers))

@@ -100,7 +100,7 @@ def _inspect(**options) -> None:
 
 
 def _validate(**options) -> None:
-    from .validate import validate
+    from .measure.validate import validate
 
     validate(**options)
 
@@ -119,13 +119,13 @@ def _types() -> None:
 
 
 def _runtime(action: str, tests: bool = False) -> None:
-    from . import runtime
+    from .runtime import building, fetching
 
     if action == "check":
-        for name in runtime.patches_check():
+        for name in fetching.patches_check():
             print(f"{name} applies")
     else:
-        print({"fetch": runtime.fetch, "build": lambda: runtime.build(tests), "path": runtime.path}[action]())
+        print({"fetch": fetching.fetch, "build": lambda: building.build(tests), "path": building.path}[action]())
 
 
 def _parser() -> argparse.ArgumentParser:

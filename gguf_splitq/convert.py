@@ -13,29 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import (
-    __version__,
-    checkpoint,
-    display,
-    gguf_file,
-    loading,
-    mix,
-    options,
-    output,
-    overlap,
-    plan,
-    rewrite,
-    text,
-    types,
-)
+from . import __version__, display, options, output, plan, rewrite, types
+from .calibration import text
 from .errors import UsageError
-from .gguf_file import Gguf, Value
-from .imatrix import Imatrix
-from .imatrix import load as load_imatrix
+from .files import checkpoint, gguf_file
+from .files.gguf_file import Gguf, Value
+from .files.imatrix import Imatrix
+from .files.imatrix import load as load_imatrix
+from .measure import loading, overlap
+from .plan import mix
 
 if TYPE_CHECKING:
-    from .solve import Solved
-    from .solve.journal import Journal
+    from .calibration.journal import Journal
+    from .calibration.solve import Solved
 
 PROMISED_RAM = 1_500_000_000  # bytes, beside three times the largest tensor
 
@@ -148,7 +138,7 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
 
 def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
     """The job with the types that cost the least divergence under --bpw, measured on the text."""
-    from .solve import sensitivity
+    from .calibration import sensitivity
 
     given, wanted = job.given, mix.candidates(job.entries)
     assert given.calib and given.bpw is not None  # Convert.check
@@ -168,7 +158,7 @@ def journal(job: Job) -> contextlib.AbstractContextManager:
     """Where a calibration keeps what it has finished, until the block ends well; None without a calibration."""
     if not job.given.calib:
         return contextlib.nullcontext()
-    from .solve.journal import Journal
+    from .calibration.journal import Journal
 
     return Journal(job.given.journal, settings(job, job.given.calib))
 
@@ -178,7 +168,7 @@ def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Prog
     given = job.given
     if kept is None or given.calib is None:
         return None
-    from . import solve
+    from .calibration import solve
 
     return solve.run(
         job.source.path,
@@ -249,7 +239,7 @@ def memory_needs(
     """(matrices solved at a time, bytes of memory at most, whether reading and encoding may go on at once)."""
     solvers = calibrating = 0
     if given.calib:
-        from .solve import memory
+        from .calibration import memory
 
         whole = given.calib == "self" or source.child is None
         solvers = memory.solvers(entries, given.calib_tokens, given.workers, whole, given.tune, given.limit)
@@ -315,7 +305,7 @@ def deciding(given: options.Convert) -> dict:
         "claq_metric": given.claq_metric if given.claq_metric != "hessian" else None,
     }
     if given.calib == "self":
-        from .solve.model import SAMPLING
+        from .calibration.model import SAMPLING
 
         found["sampling"] = SAMPLING
     return {key: value for key, value in found.items() if value}

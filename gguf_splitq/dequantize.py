@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import display, gguf_file, options, output, plan, rewrite, types
+from . import display, options, output, plan, rewrite, types
 from .errors import UnsupportedError
-from .gguf_file import Tensor
+from .files import gguf_file
+from .files.gguf_file import Tensor
 from .types import columns
 
 

@@ -10,8 +10,9 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, Time
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from . import gguf_file, plan
+from . import plan
 from .errors import printable
+from .files import gguf_file
 from .rewrite import Stats
 
 

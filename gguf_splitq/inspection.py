@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from . import display, gguf_file, options, plan
+from . import display, options, plan
 from .errors import printable
-from .gguf_file import Tensor
+from .files import gguf_file
+from .files.gguf_file import Tensor
 from .types import columns
 
 _TOO_LONG = "gguf_splitq.calib_lines"

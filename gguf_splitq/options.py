@@ -19,8 +19,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, mix, native, output, plan, runtime, text, types
+from . import output, plan, resources, types
+from .calibration import text
 from .errors import InputError, UsageError
+from .files import checkpoint
+from .plan import mix
+from .runtime import native
 from .types.stock import missing_library
 
 MAX_THREADS = 4096
@@ -170,7 +174,7 @@ class Convert(Options):
     @functools.cached_property
     def precision(self) -> str:
         """What calibration computes in here: "f32" or "bf16"."""
-        from . import solve
+        from .calibration import solve
 
         return solve.precision(self.calib_dtype)
 
@@ -429,7 +433,7 @@ def check_threads(threads: int | None) -> int:
     """The number of worker threads, by default the CPUs this process may use."""
     if threads is not None and not 0 < threads <= MAX_THREADS:
         raise UsageError(f"--threads {threads} is no number of threads to work with: give 1 to {MAX_THREADS}")
-    return threads or runtime.cores()
+    return threads or resources.cores()
 
 
 def parse_size(size: str | int | None) -> int | None:

@@ -11,9 +11,10 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from . import __version__, patching
+from . import __version__
 from .errors import UsageError
-from .gguf_file import Value, disk_error
+from .files.gguf_file import Value, disk_error
+from .runtime import patching
 from .types import TensorType
 
 TEMPLATE = "{name}-{type}.gguf"

@@ -1,5 +1,6 @@
-"""Finds the data folders that travel with the package: `patches/` and `convert/`."""
+"""What is found around the package: the folder `patches/` that travels with it, and the CPUs."""
 
+import os
 from pathlib import Path
 
 from .errors import EnvironmentFailed
@@ -12,3 +13,8 @@ def folder(name: str) -> Path:
         if candidate.is_dir():
             return candidate
     raise EnvironmentFailed(f"The data folder {name!r} is missing from this installation; install gguf-splitq again.")
+
+
+def cores() -> int:
+    """The CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

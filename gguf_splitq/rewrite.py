@@ -19,9 +19,11 @@ from typing import Protocol
 
 import numpy as np
 
-from . import gguf_file, native, plan, types
+from . import plan, types
 from .errors import InputError, UsageError
-from .gguf_file import Gguf, Tensor, Value
+from .files import gguf_file
+from .files.gguf_file import Gguf, Tensor, Value
+from .runtime import native
 from .types import columns
 
 CHUNK = 1 << 18  # weights read, encoded and written as one
@@ -287,7 +289,7 @@ def _code(
     """A tensor of a type with side tensors, coded without a Hessian: uint8 [n_rows, row_bytes] and [matrices, size]."""
     import torch
 
-    from .solve import free
+    from .coding import free
 
     tensor, packed, sides = entry.tensor, [], []
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(entry.source_name, torch.float32)

@@ -5,20 +5,20 @@ import shutil
 import crafted
 import pytest
 
-from gguf_splitq import native, runtime
 from gguf_splitq.convert import convert
+from gguf_splitq.runtime import building, fetching, native
 
 
 @pytest.fixture(scope="session")
 def runtime_programs():
     """Folder of the patched programs, upstream's tests included."""
-    return runtime.build(tests=True)
+    return building.build(tests=True)
 
 
 @pytest.fixture(scope="session")
 def patched_tree(runtime_programs):
     """The patched llama.cpp source tree."""
-    return runtime.tree()
+    return fetching.tree()
 
 
 @pytest.fixture(scope="session")

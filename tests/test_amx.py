@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from gguf_splitq import runtime
+from gguf_splitq.runtime import building
 
 PROGRAM = """
 #include <immintrin.h>
@@ -31,7 +31,7 @@ COPY = "".join(f"\tmovdqu\t{at}(%r11), %xmm15\n\tmovdqu\t%xmm15, seen+{at}(%rip)
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is of x86-64 processors")
 @pytest.mark.parametrize("optimization", ["-O0", "-O2", "-O3"])
 def test_all_of_the_tile_configuration_is_in_memory_when_it_is_loaded(patched_tree, tmp_path, optimization):
-    compiler = runtime._tools()[2]["CXX"].split()
+    compiler = building._tools()[2]["CXX"].split()
     source = (patched_tree / "ggml/src/ggml-cpu/amx/mmq.cpp").read_text()
     parts = [
         re.search(start + r".*?^\}", source, re.DOTALL | re.MULTILINE)[0]

@@ -14,8 +14,9 @@ import crafted
 import numpy as np
 import pytest
 
-from gguf_splitq import cli, imatrix
+from gguf_splitq import cli
 from gguf_splitq.errors import InputError
+from gguf_splitq.files import imatrix
 
 # Runs the command line in a child with one thing arranged beforehand.
 CHILD = """
@@ -267,7 +268,7 @@ def test_an_importance_matrix_of_another_model(tmp_path, refuses):
 def test_an_embedding_entry_of_another_size_is_left_out(tmp_path):
     matrix = imatrix.load(crafted.legacy_imatrix(tmp_path / "i.dat", {"token_embd.weight": ([1.0] * 32, 4)}))
     model = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors())
-    from gguf_splitq import gguf_file
+    from gguf_splitq.files import gguf_file
 
     assert matrix.for_tensors(gguf_file.read(model).tensors) == {}
     with pytest.raises(InputError, match="cannot be read"):
@@ -285,7 +286,7 @@ def test_a_disk_that_fills(tmp_path):
 
 
 def test_a_disk_too_small_for_intermediate_and_output(refuses, monkeypatch):
-    from gguf_splitq import gguf_file
+    from gguf_splitq.files import gguf_file
 
     free = (crafted.DEMO / "model.safetensors").stat().st_size + 1_000_000  # the output takes 3 MB
     monkeypatch.setattr(gguf_file.os, "statvfs", lambda _: os.statvfs_result((1, 1, free, free, free, 0, 0, 0, 0, 255)))
@@ -299,7 +300,7 @@ def test_a_disk_that_fills_while_a_folder_is_read(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, refuses):
     model = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors())
-    from gguf_splitq import gguf_file
+    from gguf_splitq.files import gguf_file
 
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")

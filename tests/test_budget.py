@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gguf_splitq.errors import UsageError
-from gguf_splitq.solve import budget
+from gguf_splitq.plan import budget
 
 pytestmark = pytest.mark.filterwarnings("error")
 

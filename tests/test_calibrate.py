@@ -18,9 +18,12 @@ import pytest
 import torch
 import transformers
 
-from gguf_splitq import cli, convert, display, errors, gguf_file, plan, resources, solve, types
-from gguf_splitq.solve import calibrate, fisher, formats, memory, solver
-from gguf_splitq.solve.model import Model
+from gguf_splitq import cli, convert, display, errors, plan, types
+from gguf_splitq.calibration import fisher, memory, moments, solve
+from gguf_splitq.calibration.model import Model
+from gguf_splitq.coding import formats, solver
+from gguf_splitq.files import checkpoint as checkpoint_files
+from gguf_splitq.files import gguf_file
 
 torch.set_num_threads(1)  # the models are too small to share
 
@@ -218,7 +221,7 @@ def test_computes_in_bfloat16_too(checkpoint, tmp_path):
         assert model.forward(layer, 0, state).dtype == torch.bfloat16
     assert model.head(state).dtype == torch.float32
     rough, fine = (
-        {(i, part.name): part.hessian for i, layers in calibrate.run(m, tokens(4), tmp_path) for part in layers}
+        {(i, part.name): part.hessian for i, layers in moments.run(m, tokens(4), tmp_path) for part in layers}
         for m in (model, Model(checkpoint("llama")))
     )
     for key, hessian in fine.items():
@@ -257,7 +260,7 @@ def test_hessians_are_the_second_moments_of_the_inputs_weighted_by_gradients(che
             x = inputs[name][0].detach().double()
             expected[name] = expected[name] + x.T @ (x * g[0].double().square().sum(1, keepdim=True))
     measured = {}
-    for index, layers in calibrate.run(model, text, tmp_path):
+    for index, layers in moments.run(model, text, tmp_path):
         measured |= {f"{index}.{part.name.removesuffix('.weight')}": part.hessian for part in layers}
     assert measured.keys() == linears.keys()
     for name, hessian in measured.items():
@@ -275,7 +278,7 @@ def test_experts_have_their_own_hessians_or_the_pooled_one(checkpoint, tmp_path,
     with fisher.workers(1) as pool:
         for _ in fisher.backward(model, text, lambda x, g: (x, g), see, tmp_path, pool):
             pass
-    layers = {(index, part.name): part for index, found in calibrate.run(model, text, tmp_path) for part in found}
+    layers = {(index, part.name): part for index, found in moments.run(model, text, tmp_path) for part in found}
     for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
         calls = {e: call for (i, n, e), call in seen.items() if (i, n) == (0, name)}
         assert sum(len(x) for x, _ in calls.values()) == 2 * length  # each token goes to two experts
@@ -289,16 +292,16 @@ def test_experts_have_their_own_hessians_or_the_pooled_one(checkpoint, tmp_path,
 
 
 def test_rows_are_matched_by_content():
-    layers = [calibrate.Layer(name, torch.randn(16, 32), torch.eye(32)) for name in ("other", "this")]
+    layers = [moments.Layer(name, torch.randn(16, 32), torch.eye(32)) for name in ("other", "this")]
     rows, order = layers[1].weight.numpy().copy(), np.random.default_rng(0).permutation(16)
     layers[1].weight.zero_()  # what is solved already is still found
     for chosen in (order, order[:5]):
-        found, where = calibrate.match(rows[chosen], layers)
+        found, where = moments.match(rows[chosen], layers)
         assert found.name == "this" and where.tolist() == chosen.tolist()
-    assert calibrate.match(np.zeros((16, 32), np.float32), layers) is None
-    assert calibrate.match(rows[[0, 0]], layers) is None
-    twice = calibrate.Layer("twice", torch.from_numpy(rows[[1, 0, 1]]), torch.eye(32))
-    assert calibrate.match(rows[[1, 1]], [twice])[1].tolist() == [0, 2]
+    assert moments.match(np.zeros((16, 32), np.float32), layers) is None
+    assert moments.match(rows[[0, 0]], layers) is None
+    twice = moments.Layer("twice", torch.from_numpy(rows[[1, 0, 1]]), torch.eye(32))
+    assert moments.match(rows[[1, 1]], [twice])[1].tolist() == [0, 2]
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +333,7 @@ def test_hessians_are_the_same_at_any_number_of_threads(wide, tmp_path, dtype):
     text = model.read_tokens(TEXT, 4608)  # a batch and a sequence
     for threads in (1, 2, 3, 4):
         with threads_of_torch(threads):
-            [(_, layers)] = calibrate.run(model, text, tmp_path, threads)
+            [(_, layers)] = moments.run(model, text, tmp_path, threads)
         hessians = {part.name: part.hessian for part in layers}
         first = first or hessians
         assert all(torch.equal(hessian, first[name]) for name, hessian in hessians.items())
@@ -338,8 +341,8 @@ def test_hessians_are_the_same_at_any_number_of_threads(wide, tmp_path, dtype):
 
 
 def test_blocks_of_columns_are_the_whole_product(monkeypatch):
-    monkeypatch.setattr(calibrate, "COLUMNS", 24)
-    moment, pairs = calibrate._Moment(), [(torch.randn(n, 64), torch.rand(n)) for n in (50, 30)]
+    monkeypatch.setattr(moments, "COLUMNS", 24)
+    moment, pairs = moments._Moment(), [(torch.randn(n, 64), torch.rand(n)) for n in (50, 30)]
     for block in moment.add(pairs[:1]) + moment.add(pairs[1:]):
         block()
     expected = sum(x.T.double() @ (x * g[:, None]).double() for x, g in pairs) / sum(float(g.sum()) for _, g in pairs)
@@ -400,11 +403,9 @@ runpy.run_path({script!r}, run_name="__main__")
 
 @pytest.fixture
 def any_vocabulary(monkeypatch, tmp_path):
-    script = resources.folder("convert") / "hf_to_gguf.py"
-    (tmp_path / "hf_to_gguf.py").write_text(ANY_VOCABULARY.format(script=str(script)))
-    shutil.copy(script.with_name("load_gguf.py"), tmp_path)
-    folder = resources.folder
-    monkeypatch.setattr(resources, "folder", lambda name: tmp_path if name == "convert" else folder(name))
+    adapter = tmp_path / "hf_to_gguf.py"
+    adapter.write_text(ANY_VOCABULARY.format(script=str(checkpoint_files.ADAPTER)))
+    monkeypatch.setattr(checkpoint_files, "ADAPTER", adapter)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma3", "phi3", "mixtral", "qwen2moe"])  # llama: test_solve.py
@@ -453,9 +454,9 @@ def test_what_is_left_has_the_reason(runtime_library, checkpoint, tmp_path):
     tensor = gguf_file.Tensor("blk.0.ffn_up.weight", (32, 64), 0, 0, 0, Path())
     entry = plan.Entry(tensor, types.get("sq4"), "")
     rows = SimpleNamespace(read_rows=lambda *_: weight.numpy().view(np.uint8))
-    for seen, reason in [({}, "no token reached it"), ({("a", None): calibrate._Moment()}, "no gradient reached it")]:
-        layer = calibrate.Layer("a", weight)
-        calibrate._measured(layer, seen, {})
+    for seen, reason in [({}, "no token reached it"), ({("a", None): moments._Moment()}, "no gradient reached it")]:
+        layer = moments.Layer("a", weight)
+        moments._measured(layer, seen, {})
         assert solve._solve_tensor(rows, entry, [layer]) == reason
     done = solve.Solved(left={"blk.0.ffn_up.weight": reason})
     mtp = plan.Entry(replace(tensor, name="blk.9.ffn_up.weight"), types.get("sq4"), "")
@@ -478,7 +479,7 @@ def test_matrices_that_no_gradient_reaches_are_seen(checkpoint, tmp_path):
         ):
             pass
     assert seen[1]["mlp.down_proj.weight", None] == [] and seen[1]["self_attn.q_proj.weight", None] == [1]
-    [(_, layers), _] = calibrate.run(model, tokens(1), tmp_path)
+    [(_, layers), _] = moments.run(model, tokens(1), tmp_path)
     assert all(layer.hessian is not None for layer in layers)
 
 
@@ -493,7 +494,7 @@ def test_codes_are_tried_on_tokens_that_are_not_in_the_hessian():
     solved = solver.solve(weight, h, formats.for_type(target))
     results = []
     for x in (direction[None] + 0.01 * torch.randn(50, 256), torch.randn(50, 256)):
-        layer = calibrate.Layer("a", weight, h, held=[(x[:30], torch.ones(30)), (x[30:], torch.ones(20))])
+        layer = moments.Layer("a", weight, h, held=[(x[:30], torch.ones(30)), (x[30:], torch.ones(20))])
         whole, nearest, fed = solve._tried(weight, solved.weight, target, layer)
         assert whole == pytest.approx(float((x @ weight.T).square().sum()), rel=1e-4)
         assert fed == pytest.approx(float((x @ (weight - solved.weight).T).square().sum()), rel=1e-3)
@@ -605,7 +606,7 @@ def walk(folder):
     """The whole calibration without a solver."""
     model = Model(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        for _ in calibrate.run(model, tokens(4), Path(scratch)):
+        for _ in moments.run(model, tokens(4), Path(scratch)):
             pass
 
 

@@ -1,6 +1,5 @@
 """What a checkpoint is, what it is not, and whether llama.cpp loads what becomes of it: folders as people have them."""
 
-import importlib.util
 import json
 import shutil
 import signal
@@ -14,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_splitq import checkpoint, cli, gguf_file, loading, types
+from gguf_splitq import cli, types
 from gguf_splitq.convert import convert
 from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import EnvironmentFailed, InputError, UnsupportedError, UsageError
-from gguf_splitq.gguf_file import Value
-
-spec = importlib.util.spec_from_file_location("hf_to_gguf", Path(__file__).parents[1] / "convert" / "hf_to_gguf.py")
-hf_to_gguf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf_to_gguf)
+from gguf_splitq.files import checkpoint, gguf_file, hf_to_gguf
+from gguf_splitq.files.gguf_file import Value
+from gguf_splitq.measure import load_gguf, loading
+from gguf_splitq.runtime import fetching
 
 
 @pytest.fixture(scope="module")
@@ -314,8 +312,9 @@ def test_a_failed_assertion_of_llama_cpp_is_a_reason(runtime_programs, demo_f16,
         "print('x.cpp:1: GGML_ASSERT(n > 0) failed', 'more', sep='\\n', file=sys.stderr, flush=True)",
         "os.abort()",
     ]
-    (tmp_path / "load_gguf.py").write_text("\n".join(script))
-    monkeypatch.setattr(loading.resources, "folder", lambda name: tmp_path)
+    probe = tmp_path / "load_gguf.py"
+    probe.write_text("\n".join(script))
+    monkeypatch.setattr(loading, "PROBE", probe)
     assert loading.reason(demo_f16) == "x.cpp:1: GGML_ASSERT(n > 0) failed"
 
 
@@ -352,13 +351,9 @@ def test_the_structures_are_those_of_the_library(runtime_programs):
     """The defaults come out as llama.cpp's source has them, from the first field to the last."""
     import ctypes
 
-    path = Path(__file__).parents[1] / "convert" / "load_gguf.py"
-    spec = importlib.util.spec_from_file_location("load_gguf", path)
-    load_gguf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(load_gguf)
     suffix = ".dylib" if (runtime_programs / "libllama.dylib").exists() else ".so"
     lib = ctypes.CDLL(str(runtime_programs / f"libllama{suffix}"))
-    source = (loading.runtime.tree() / "include" / "llama.h").read_text()
+    source = (fetching.tree() / "include" / "llama.h").read_text()
     for name, structure in (("model", load_gguf.ModelParams), ("context", load_gguf.ContextParams)):
         body = source.split(f"struct llama_{name}_params {{")[1].split("\n    };")[0]
         lines = [line.split("//")[0].strip() for line in body.splitlines()]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from test_solve import problem
 
-from gguf_splitq import convert, gguf_file, inspection, plan, types
+from gguf_splitq import convert, inspection, plan, types
+from gguf_splitq.coding import codebooks as coder
+from gguf_splitq.coding import free, solver
+from gguf_splitq.coding.kmeans import kmeans
 from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import InputError, UsageError
-from gguf_splitq.kmeans import kmeans
-from gguf_splitq.solve import claq as coder
-from gguf_splitq.solve import free, solver
+from gguf_splitq.files import gguf_file
 from gguf_splitq.types import columns
 
 NAMES = ("cq4", "cq3", "cq2")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from test_kernels import check_products, driver, has_products, run  # noqa: F401
 
-from gguf_splitq import gguf_file, types
+from gguf_splitq import types
+from gguf_splitq.files import gguf_file
 from gguf_splitq.types.columns import Side
 from gguf_splitq.types.splitquant import SCALES, codebooks
 

@@ -43,7 +43,7 @@ def test_types_lists_every_type(capsys):
 
 
 def test_validate_gets_its_options(monkeypatch):
-    from gguf_splitq import validate
+    from gguf_splitq.measure import validate
 
     given = {}
     monkeypatch.setattr(validate, "validate", lambda **options: given.update(options))
@@ -55,12 +55,12 @@ def test_validate_gets_its_options(monkeypatch):
 
 
 def test_runtime_actions(monkeypatch, capsys):
-    from gguf_splitq import runtime
+    from gguf_splitq.runtime import building, fetching
 
-    monkeypatch.setattr(runtime, "fetch", lambda: Path("/tree"))
-    monkeypatch.setattr(runtime, "build", lambda tests=False: Path(f"/bin-{tests}"))
-    monkeypatch.setattr(runtime, "path", lambda: Path("/bin"))
-    monkeypatch.setattr(runtime, "patches_check", lambda: ["one.patch"])
+    monkeypatch.setattr(fetching, "fetch", lambda: Path("/tree"))
+    monkeypatch.setattr(building, "build", lambda tests=False: Path(f"/bin-{tests}"))
+    monkeypatch.setattr(building, "path", lambda: Path("/bin"))
+    monkeypatch.setattr(fetching, "patches_check", lambda: ["one.patch"])
     for args, line in (("fetch", "/tree"), ("build --tests", "/bin-True"), ("path", "/bin"), ("check", "one.patch")):
         assert cli.main(["runtime", *args.split()]) == 0
         assert capsys.readouterr().out.startswith(line)
@@ -152,5 +152,14 @@ def test_starting_is_light():
 
 def test_only_the_command_line_ends_the_process():
     for path in SOURCES:
-        if path.name not in ("cli.py", "__main__.py"):
+        if path.name not in ("cli.py", "__main__.py", "hf_to_gguf.py", "load_gguf.py"):  # the latter two are processes
             assert "sys.exit" not in path.read_text() and "os._exit" not in path.read_text(), path
+
+
+def test_the_script_with_upstreams_name_takes_upstreams_options(tmp_path):
+    script = Path(__file__).parents[1] / "convert" / "convert_hf_to_gguf.py"
+    out = ["--outfile", str(tmp_path / "demo-{ftype}.gguf"), "--token-embedding-type", "f16"]
+    command = [sys.executable, script, "examples/demo", "--outtype", "SQ3", *out, "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parents[1])
+    assert done.returncode == 0 and "demo-sq3.gguf" in done.stdout + done.stderr
+    assert "--token-embedding-type" in done.stdout

@@ -9,12 +9,14 @@ import gguf
 import numpy as np
 import pytest
 
-from gguf_splitq import gguf_file, runtime, types
+from gguf_splitq import types
 from gguf_splitq.convert import convert
 from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import InputError, UsageError
+from gguf_splitq.files import gguf_file
 from gguf_splitq.inspection import inspect, linear_bpw
 from gguf_splitq.options import parse_size
+from gguf_splitq.runtime import fetching
 
 
 @pytest.fixture
@@ -276,7 +278,7 @@ def test_inspection_counts_what_is_stored(tmp_path, llama, capsys):
 @pytest.mark.parametrize(("folder", "outtype"), [("hf_llama", "bf16"), ("hf_moe", "f16")])
 def test_reading_a_folder_gives_what_upstreams_converter_gives(tmp_path, folder, outtype, request):
     folder, theirs = request.getfixturevalue(folder), tmp_path / "theirs.gguf"
-    command = [sys.executable, runtime.fetch() / "convert_hf_to_gguf.py", folder, "--outtype", outtype]
+    command = [sys.executable, fetching.fetch() / "convert_hf_to_gguf.py", folder, "--outtype", outtype]
     subprocess.run([*command, "--outfile", theirs], check=True, capture_output=True)
     ours = convert(folder, outtype, tmp_path / "ours.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.gguf", "theirs.gguf"]

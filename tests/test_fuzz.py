@@ -26,14 +26,17 @@ import pytest
 import torch
 from test_claq import random_side
 
-from gguf_splitq import gguf_file, imatrix, inspection, mix, overlap, plan, types, validate
+from gguf_splitq import inspection, plan, types
+from gguf_splitq.calibration.hessians import Hessians
+from gguf_splitq.calibration.journal import Journal
+from gguf_splitq.calibration.moments import Layer
 from gguf_splitq.convert import convert
 from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import InputError, SplitqError, UsageError
-from gguf_splitq.gguf_file import Value
-from gguf_splitq.solve.calibrate import Layer
-from gguf_splitq.solve.hessians import Hessians
-from gguf_splitq.solve.journal import Journal
+from gguf_splitq.files import gguf_file, imatrix
+from gguf_splitq.files.gguf_file import Value
+from gguf_splitq.measure import overlap, validate
+from gguf_splitq.plan import mix
 from gguf_splitq.types import columns
 
 SECONDS = float(os.environ.get("SPLITQ_FUZZ_SECONDS", 0))  # for each kind of file; 0: as many mutants as below

@@ -9,9 +9,9 @@ import crafted
 import numpy as np
 import pytest
 
-from gguf_splitq import gguf_file
 from gguf_splitq.errors import EnvironmentFailed, InputError, UnsupportedError
-from gguf_splitq.gguf_file import Value
+from gguf_splitq.files import gguf_file
+from gguf_splitq.files.gguf_file import Value
 
 F32, F16, Q4_0 = 0, 1, 2
 

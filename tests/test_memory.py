@@ -15,7 +15,7 @@ import pytest
 
 from gguf_splitq import plan, rewrite, types
 from gguf_splitq.convert import PROMISED_RAM
-from gguf_splitq.gguf_file import Tensor
+from gguf_splitq.files.gguf_file import Tensor
 
 HIDDEN, FFN, BLOCKS, VOCAB = 2048, 5632, 11, 4096
 GIB = 1 << 30

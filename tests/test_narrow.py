@@ -7,7 +7,7 @@ import pytest
 from experiments import models
 from gguf_splitq.convert import convert
 from gguf_splitq.inspection import linear_bpw
-from gguf_splitq.validate import Baseline
+from gguf_splitq.measure.validate import Baseline
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import crafted
 import pytest
 
-from gguf_splitq import checkpoint, cli, gguf_file, native, options, output, validate
+from gguf_splitq import cli, options, output
 from gguf_splitq.errors import EnvironmentFailed, UsageError
+from gguf_splitq.files import checkpoint, gguf_file
+from gguf_splitq.measure import validate
+from gguf_splitq.runtime import native
 
 HUGE = "x" * 5000
 CHECKPOINT = ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "tokenizer.model", "notes.txt")
@@ -250,8 +253,8 @@ def test_the_c_library_is_asked_for_before_the_model_is_read(place, monkeypatch,
 
 @pytest.mark.parametrize(("hidden", "measured"), [(64, True), (256, False)])
 def test_with_a_budget_it_is_asked_for_before_measuring(tmp_path, monkeypatch, hidden, measured):
+    from gguf_splitq.calibration import sensitivity
     from gguf_splitq.convert import convert
-    from gguf_splitq.solve import sensitivity
 
     def measuring(*_):
         raise InterruptedError
@@ -265,7 +268,7 @@ def test_with_a_budget_it_is_asked_for_before_measuring(tmp_path, monkeypatch, h
 
 
 def test_room_for_hessians_and_journal_is_asked_for(tmp_path, monkeypatch):
-    from gguf_splitq import solve
+    from gguf_splitq.calibration import solve
     from gguf_splitq.convert import convert
 
     def solving(*_):

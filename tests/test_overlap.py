@@ -7,9 +7,12 @@ import crafted
 import numpy as np
 import pytest
 
-from gguf_splitq import cli, gguf_file, inspection, overlap, text, validate
+from gguf_splitq import cli, inspection
+from gguf_splitq.calibration import text
 from gguf_splitq.errors import UsageError
-from gguf_splitq.gguf_file import Value
+from gguf_splitq.files import gguf_file
+from gguf_splitq.files.gguf_file import Value
+from gguf_splitq.measure import overlap, validate
 
 CALIB = (crafted.DEMO / "calib.txt").read_text()
 EVAL = (crafted.DEMO / "eval.txt").read_text()

@@ -7,10 +7,11 @@ import torch
 from test_solve import problem
 
 from experiments import paper_claq
-from gguf_splitq import gguf_file, types
-from gguf_splitq.kmeans import kmeans
-from gguf_splitq.solve import claq as coder
-from gguf_splitq.solve import free
+from gguf_splitq import types
+from gguf_splitq.coding import codebooks as coder
+from gguf_splitq.coding import free
+from gguf_splitq.coding.kmeans import kmeans
+from gguf_splitq.files import gguf_file
 
 
 def test_a_grid_is_even_between_the_extremes():

@@ -9,7 +9,7 @@ import pytest
 
 from gguf_splitq import plan
 from gguf_splitq.errors import UnsupportedError, UsageError
-from gguf_splitq.gguf_file import Tensor
+from gguf_splitq.files.gguf_file import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 F32, F16, Q4_0, BF16, I32, MXFP4 = 0, 1, 2, 30, 26, 39

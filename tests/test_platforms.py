@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from gguf_splitq import runtime
+from gguf_splitq.runtime import building
 
 OFF = [f"GGML_{part}" for part in ("METAL", "ACCELERATE", "BLAS", "OPENMP", "NATIVE", "LLAMAFILE")]
 OFF += [f"LLAMA_BUILD_{part}" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
@@ -39,7 +39,7 @@ def self_test(request, patched_tree, tmp_path):
         "GGML_CPU_ARM_ARCH": "", "CMAKE_OSX_ARCHITECTURES": "", "CMAKE_OSX_SYSROOT": "",
         "CMAKE_INSTALL_NAME_TOOL": "/bin/true",
     }  # fmt: skip
-    build, cmake = tmp_path / "build", runtime._tool("cmake")
+    build, cmake = tmp_path / "build", building._tool("cmake")
     defines = [f"-D{key}={value}" for key, value in options.items()]
     run(cmake, "-G", "Ninja", "-S", patched_tree, "-B", build, *defines)
     run(cmake, "--build", build, "--target", "ggml")

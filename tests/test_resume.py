@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from gguf_splitq import checkpoint, convert, errors
-from gguf_splitq.solve.journal import Journal
+from gguf_splitq import convert, errors
+from gguf_splitq.calibration.journal import Journal
+from gguf_splitq.files import checkpoint
 
 TOKENS = 2048
 
@@ -43,14 +44,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(whole, tmp_path, monkeypat
     layers = step[1] - 2  # two forwards
     assert len(list(kept.glob("layer-*.safetensors"))) == layers
     solved = []
-    monkeypatch.setattr("gguf_splitq.solve._solve_tensor", spy(solved))
+    monkeypatch.setattr("gguf_splitq.calibration.solve._solve_tensor", spy(solved))
     assert run(folder, text, tmp_path / "out.gguf").read_bytes() == expected
     assert len(solved) == 14 - 7 * layers
     assert not kept.exists()
 
 
 def spy(calls):
-    from gguf_splitq import solve
+    from gguf_splitq.calibration import solve
 
     original = solve._solve_tensor
 
@@ -89,7 +90,7 @@ def test_one_calibration_serves_two_types(whole, tmp_path, monkeypatch):
     folder, text, _ = whole
     cache = tmp_path / "hessians.gguf"
     first = run(folder, text, tmp_path / "first.gguf", hessians=cache).read_bytes()
-    monkeypatch.setattr("gguf_splitq.solve.calibrate.run", lambda *_: 1 / 0)  # nothing is measured again
+    monkeypatch.setattr("gguf_splitq.calibration.moments.run", lambda *_: 1 / 0)  # nothing is measured again
     assert run(folder, text, tmp_path / "again.gguf", hessians=cache).read_bytes() == first
     options = {"calib": str(text), "calib_tokens": TOKENS, "hessians": cache, "report": tmp_path / "report.json"}
     convert.convert(folder, "sq3", outfile=tmp_path / "sq3.gguf", **options)
@@ -106,7 +107,7 @@ def test_hessians_serve_a_copy_of_the_checkpoint_and_no_other_one(whole, tmp_pat
     cache, copy = tmp_path / "hessians.gguf", tmp_path / "elsewhere" / folder.name
     first = run(folder, text, tmp_path / "first.gguf", hessians=cache).read_bytes()
     shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # with another time of modification
-    monkeypatch.setattr("gguf_splitq.solve.calibrate.run", lambda *_: 1 / 0)
+    monkeypatch.setattr("gguf_splitq.calibration.moments.run", lambda *_: 1 / 0)
     assert run(copy, text, tmp_path / "again.gguf", hessians=cache).read_bytes() == first
     times = os.stat(copy / "model.safetensors")
     with (copy / "model.safetensors").open("r+b") as file:

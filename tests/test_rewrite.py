@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gguf_splitq import native, rewrite, types
+from gguf_splitq import rewrite, types
+from gguf_splitq.runtime import native
 
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gguf_splitq import patching, runtime
 from gguf_splitq.errors import EnvironmentFailed
+from gguf_splitq.runtime import building, cache, fetching, patching
 
 PATCH = """Why: a test.
 
@@ -79,12 +79,12 @@ def script(path, text):
 
 def test_fetch_patches_a_copy_and_leaves_the_source_alone(source, patches):
     before = patching.content_hash(source)
-    tree = runtime.fetch()
+    tree = fetching.fetch()
     assert (tree / "src" / "names.txt").read_text() == "one\ntwo\ntwo and a half\nthree\n"
     assert (tree / "src" / "own.c").read_text() == "int own;\n"
     assert patching.content_hash(source) == before
-    assert runtime.tree() == tree
-    assert not list(runtime.cache().glob("tmp-*"))
+    assert fetching.tree() == tree
+    assert not list(cache.folder().glob("tmp-*"))
 
 
 def test_fetch_takes_the_pinned_commit_of_a_checkout_not_its_edits(source, commit, patches):
@@ -92,7 +92,7 @@ def test_fetch_takes_the_pinned_commit_of_a_checkout_not_its_edits(source, commi
     (source / "src" / "names.txt").write_text("edited\n")
     (source / "build").mkdir()
     (source / "build" / "big.o").write_text("x")
-    tree = runtime.fetch()
+    tree = fetching.fetch()
     assert "two and a half" in (tree / "src" / "names.txt").read_text()
     assert not (tree / "build").exists()
     assert (source / "src" / "names.txt").read_text() == "edited\n"
@@ -100,26 +100,26 @@ def test_fetch_takes_the_pinned_commit_of_a_checkout_not_its_edits(source, commi
 
 def test_checkout_without_the_pinned_commit_is_refused(commit, patches):
     with pytest.raises(EnvironmentFailed, match="does not have commit 012345678; run `git fetch"):
-        runtime.fetch()
+        fetching.fetch()
 
 
 def test_folder_that_differs_from_the_pin_is_refused(source, patches):
     (source / "src" / "names.txt").write_text("one\ntwo\nthree\nfour\n")
     with pytest.raises(EnvironmentFailed, match="is not llama.cpp 012345678"):
-        runtime.fetch()
-    assert not list(runtime.cache().glob("llama.cpp-*"))
+        fetching.fetch()
+    assert not list(cache.folder().glob("llama.cpp-*"))
 
 
 def test_folder_without_llama_cpp_is_refused(tmp_path, patches, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "absent"))
     with pytest.raises(EnvironmentFailed, match="absent holds no llama.cpp source"):
-        runtime.fetch()
+        fetching.fetch()
 
 
 def test_fetch_from_git(source, commit, patches, monkeypatch):
     monkeypatch.delenv("LLAMA_CPP_DIR")
     write_pin(patches, repository=source, commit=commit, tree=git(source, "rev-parse", "HEAD^{tree}"))
-    tree = runtime.fetch()
+    tree = fetching.fetch()
     assert "two and a half" in (tree / "src" / "names.txt").read_text()
     assert not (tree / ".git").exists()
 
@@ -129,7 +129,7 @@ def test_no_source_at_all_names_each_and_the_next_step(patches, monkeypatch):
     for name in ("PIP_NO_INDEX", "PIP_DISABLE_PIP_VERSION_CHECK"):
         monkeypatch.setenv(name, "1")
     with pytest.raises(EnvironmentFailed) as caught:
-        runtime.fetch()
+        fetching.fetch()
     for part in ("nowhere", "no-such-package==0: ERROR", "LLAMA_CPP_DIR"):
         assert part in str(caught.value)
 
@@ -146,13 +146,13 @@ def sdist(tmp_path, source):
 
 def test_source_package_gives_only_the_tree(tmp_path, sdist, patches):
     write_pin(patches, sdist_sha256=hashlib.sha256(sdist.read_bytes()).hexdigest())
-    runtime.extract_sdist(sdist, tmp_path / "out")
+    fetching.extract_sdist(sdist, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ggml", "src"]
 
 
 def test_source_package_with_another_hash_is_refused(tmp_path, sdist, patches):
     with pytest.raises(EnvironmentFailed, match="package-1.tar.gz has SHA-256 .*, not 0000"):
-        runtime.extract_sdist(sdist, tmp_path / "out")
+        fetching.extract_sdist(sdist, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -175,7 +175,7 @@ def test_a_source_package_with_another_hash_is_not_run(tmp_path, patches, monkey
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
     write_pin(patches, sdist="package==1")
     with pytest.raises(EnvironmentFailed, match="package==1 has another SHA-256 than the pinned 0000"):
-        runtime.fetch()
+        fetching.fetch()
     assert not marker.exists()
 
 
@@ -189,54 +189,54 @@ def test_apply_twice_is_a_no_op(source, patches):
         patching.apply(source)
 
 
-@pytest.mark.parametrize("prepare", [runtime.fetch, runtime.patches_check])
+@pytest.mark.parametrize("prepare", [fetching.fetch, fetching.patches_check])
 def test_patch_with_other_context_is_refused_by_name(patches, prepare):
     (patches / "names.patch").write_text(PATCH.replace(" three", " THREE"))
     with pytest.raises(EnvironmentFailed, match="^names.patch does not apply .* regenerate patches/names.patch"):
         prepare()
     with pytest.raises(EnvironmentFailed, match="runtime fetch"):
-        runtime.tree()
+        fetching.tree()
 
 
 def test_missing_patch_is_named(patches):
     (patches / "series").write_text("names.patch\ngone.patch\n")
     with pytest.raises(EnvironmentFailed, match="gone.patch"):
-        runtime.fetch()
+        fetching.fetch()
 
 
 def test_without_a_series_the_tree_is_upstreams(source, patches):
     shutil.rmtree(patches / "files")
     (patches / "series").unlink()
-    assert (runtime.fetch() / "src" / "names.txt").read_text() == (source / "src" / "names.txt").read_text()
+    assert (fetching.fetch() / "src" / "names.txt").read_text() == (source / "src" / "names.txt").read_text()
 
 
 def test_patches_are_applied_inside_another_repository(tmp_path, patches, monkeypatch):
     git(tmp_path, "init", "-q")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
-    assert "two and a half" in (runtime.fetch() / "src" / "names.txt").read_text()
+    assert "two and a half" in (fetching.fetch() / "src" / "names.txt").read_text()
 
 
 def test_patches_check_notices_an_altered_cache(patches):
-    assert runtime.patches_check() == ["names.patch"]
-    next(runtime.cache().glob("llama.cpp-*/src/names.txt")).write_text("one\ntwo\nthree\nfour\n")
+    assert fetching.patches_check() == ["names.patch"]
+    next(cache.folder().glob("llama.cpp-*/src/names.txt")).write_text("one\ntwo\nthree\nfour\n")
     with pytest.raises(EnvironmentFailed, match="cache.llama.cpp-012345678 is not llama.cpp"):
-        runtime.patches_check()
+        fetching.patches_check()
 
 
 def test_cache_key_follows_patches_and_files(patches):
-    trees = [runtime.fetch()]
+    trees = [fetching.fetch()]
     for path in ("names.patch", "files/src/own.c"):
         (patches / path).write_text((patches / path).read_text().replace("own", "mine").replace("half", "quarter"))
-        trees.append(runtime.fetch())
+        trees.append(fetching.fetch())
     assert len(set(trees)) == 3
     assert "quarter" in (trees[-1] / "src" / "names.txt").read_text()
     (patches / "PIN").write_text((patches / "PIN").read_text() + "# a remark\n")
-    assert runtime.fetch() == trees[-1]
+    assert fetching.fetch() == trees[-1]
 
 
 def test_concurrent_fetches_agree(patches):
     with ThreadPoolExecutor(4) as pool:
-        trees = set(pool.map(lambda _: runtime.fetch(), range(4)))
+        trees = set(pool.map(lambda _: fetching.fetch(), range(4)))
     assert len(trees) == 1 and (trees.pop() / patching.STAMP).exists()
 
 
@@ -244,14 +244,14 @@ def test_full_disk_is_reported_before_anything_is_written(patches, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 30))
     with pytest.raises(EnvironmentFailed, match="1.0 GB free, and llama.cpp needs 2 GB"):
-        runtime.fetch()
+        fetching.fetch()
 
 
 def test_unwritable_cache_is_reported(tmp_path, patches, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GGUF_SPLITQ_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(EnvironmentFailed, match="set GGUF_SPLITQ_CACHE"):
-        runtime.fetch()
+        fetching.fetch()
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def tools(tmp_path, patches, monkeypatch):
     record = f'[ "$1" = --version ] && echo cmake version 3.25.1 && exit; echo "$(basename $0) $*" >> {tools}/calls'
     script(tools / "cmake", record)
     make = 'mkdir -p "$2/bin"; cd "$2/bin"; shift 4; echo "[1/1]"; touch libggml-base.so "$@"'
-    make += f"; echo '#!/bin/sh\n. {tools}/self-test' > {runtime.SELF_TEST}; chmod +x {runtime.SELF_TEST}"
+    make += f"; echo '#!/bin/sh\n. {tools}/self-test' > {building.SELF_TEST}; chmod +x {building.SELF_TEST}"
     (tools / "self-test").write_text("exit 0\n")
     script(tools / "ninja", f"{record}; {make}")
     for name in ("cc", "c++"):
@@ -272,8 +272,8 @@ def tools(tmp_path, patches, monkeypatch):
     for name in ("git", "sh", "basename", "mkdir", "touch", "chmod", "grep"):
         (tools / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(tools))
-    monkeypatch.setattr(runtime.sys, "executable", str(tmp_path / "bin" / "python"))
-    monkeypatch.setattr(runtime, "_without_amx", lambda cc: [])
+    monkeypatch.setattr(building.sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(building, "_without_amx", lambda cc: [])
     for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS"):
         monkeypatch.delenv(name, raising=False)
     return tools
@@ -284,40 +284,40 @@ def calls(tools):
 
 
 def test_build_once_and_add_the_tests_when_asked(tools):
-    assert runtime.library() is None
-    folder = runtime.build()
-    assert runtime.path() == folder and runtime.program("llama-perplexity").parent == folder
-    assert runtime.library() == folder / "libggml-base.so"
+    assert building.library() is None
+    folder = building.build()
+    assert building.path() == folder and building.program("llama-perplexity").parent == folder
+    assert building.library() == folder / "libggml-base.so"
     with pytest.raises(EnvironmentFailed, match="test-gguf is not in"):
-        runtime.program("test-gguf")
+        building.program("test-gguf")
     assert len(calls(tools)) == 2
-    runtime.build()
+    building.build()
     assert len(calls(tools)) == 2
-    runtime.build(tests=True)
-    assert runtime.program("test-gguf").exists()
-    runtime.build()
+    building.build(tests=True)
+    assert building.program("test-gguf").exists()
+    building.build()
     assert len(calls(tools)) == 4
 
 
 def test_build_is_not_used_on_another_processor(tools, monkeypatch):
-    runtime.build()
-    monkeypatch.setattr(runtime, "_processor", lambda: "another")
+    building.build()
+    monkeypatch.setattr(cache, "processor", lambda: "another")
     with pytest.raises(EnvironmentFailed, match="is not built"):
-        runtime.path()
+        building.path()
 
 
 def test_build_downloads_nothing(tools):
-    runtime.build()
+    building.build()
     for option in ("LLAMA_USE_PREBUILT_UI=OFF", "FETCHCONTENT_FULLY_DISCONNECTED=ON", "GGML_NATIVE=ON"):
         assert f"-D{option}" in calls(tools)[0]
 
 
 @pytest.mark.parametrize("fault, cause", [("kill -ILL $$", "killed by SIGILL"), ("echo q8_0: wrong; exit 1", "q8_0: ")])
 def test_a_build_whose_products_are_wrong_is_made_again_without_amx(tools, monkeypatch, capfd, fault, cause):
-    monkeypatch.setattr(runtime, "_without_amx", lambda cc: runtime.NO_AMX)
+    monkeypatch.setattr(building, "_without_amx", lambda cc: building.NO_AMX)
     monkeypatch.setenv("CFLAGS", "-g1")
     (tools / "self-test").write_text(f"grep -q mno-amx-tile {tools}/calls && exit 0\n{fault}\n")
-    runtime.build()
+    building.build()
     first, _, second, _ = calls(tools)
     assert "amx" not in first
     assert "-DCMAKE_C_FLAGS=-g1 -mno-amx-tile -mno-amx-int8 -mno-amx-bf16" in second
@@ -326,26 +326,26 @@ def test_a_build_whose_products_are_wrong_is_made_again_without_amx(tools, monke
     assert cause in said and "building it again without AMX" in said
 
 
-@pytest.mark.parametrize("flags", [[], runtime.NO_AMX], ids=["no AMX to leave out", "also without AMX"])
+@pytest.mark.parametrize("flags", [[], building.NO_AMX], ids=["no AMX to leave out", "also without AMX"])
 def test_a_build_whose_products_stay_wrong_is_not_used(tools, monkeypatch, flags):
-    monkeypatch.setattr(runtime, "_without_amx", lambda cc: flags)
+    monkeypatch.setattr(building, "_without_amx", lambda cc: flags)
     (tools / "self-test").write_text("echo sq4 times 5 tokens in CPU: error 0.5 of the result; exit 1\n")
     with pytest.raises(EnvironmentFailed, match="fails its self-test .*sq4 times 5 tokens.*set CC and CXX"):
-        runtime.build()
+        building.build()
     with pytest.raises(EnvironmentFailed, match="is not built"):
-        runtime.path()
+        building.path()
     (tools / "self-test").write_text("exit 0\n")
-    runtime.build()
+    building.build()
 
 
 def test_failed_build_shows_the_end_of_its_log_and_is_not_taken_for_a_build(tools, capfd):
     script(tools / "ninja", '[ "$1" = --version ] && echo 1.11 && exit; echo "fatal: no such thing"; exit 3')
     with pytest.raises(EnvironmentFailed, match="Building llama.cpp failed with exit code 3; see .*log"):
-        runtime.build()
+        building.build()
     assert "fatal: no such thing" in capfd.readouterr().err
     with pytest.raises(EnvironmentFailed, match="is not built; run `gguf-splitq runtime build`"):
-        runtime.path()
-    assert runtime.library() is None
+        building.path()
+    assert building.library() is None
 
 
 @pytest.mark.parametrize(
@@ -361,31 +361,31 @@ def test_failed_build_shows_the_end_of_its_log_and_is_not_taken_for_a_build(tool
 def test_missing_tool_is_named(tools, missing, message):
     (tools / missing).unlink()
     with pytest.raises(EnvironmentFailed, match=message):
-        runtime.build()
+        building.build()
 
 
 def test_old_cmake_gives_way_to_the_one_beside_python(tmp_path, tools):
     script(tools / "cmake", "echo cmake version 3.16.3")
     with pytest.raises(EnvironmentFailed, match="cmake 3.18 or newer"):
-        runtime.build()
+        building.build()
     newer = script(tmp_path / "bin" / "cmake", "echo cmake version 4.1.0")
-    assert runtime._tool("cmake") == str(newer)
+    assert building._tool("cmake") == str(newer)
 
 
 def test_compiler_named_by_the_user(tools, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
     with pytest.raises(EnvironmentFailed, match="CXX=no-such-compiler -O1 was not found"):
-        runtime.build()
+        building.build()
 
 
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("knows", [True, False])
 def test_flags_against_amx_are_for_processors_and_compilers_that_know_it(tmp_path, monkeypatch, listed, knows):
-    monkeypatch.setattr(runtime.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(building.platform, "machine", lambda: "x86_64")
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : avx2 amx_tile\n" if listed else "flags : avx2\n")
     cc = script(tmp_path / "tools" / "cc", f"exit {1 - knows}")
-    assert runtime._without_amx(str(cc), cpuinfo) == (runtime.NO_AMX if listed and knows else [])
+    assert building._without_amx(str(cc), cpuinfo) == (building.NO_AMX if listed and knows else [])
 
 
 def test_the_real_pin_is_complete():
@@ -398,9 +398,9 @@ def test_the_real_pin_is_complete():
 def test_cache_folder_variables(monkeypatch):
     monkeypatch.delenv("GGUF_SPLITQ_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", os.sep + "xdg")
-    assert runtime.cache() == Path("/xdg/gguf-splitq")
+    assert cache.folder() == Path("/xdg/gguf-splitq")
     monkeypatch.setenv("GGUF_SPLITQ_CACHE", "/elsewhere")
-    assert runtime.cache() == Path("/elsewhere")
+    assert cache.folder() == Path("/elsewhere")
 
 
 def test_a_copy_that_fails_names_the_first_file(tmp_path):
@@ -408,22 +408,22 @@ def test_a_copy_that_fails_names_the_first_file(tmp_path):
     for name in "abc":
         os.mkfifo(tmp_path / "source" / name)
     with pytest.raises(OSError, match=r"named pipe.*, and 2 more"):
-        runtime._copy(tmp_path / "source", tmp_path / "target")
+        fetching.copy(tmp_path / "source", tmp_path / "target")
 
 
 def test_the_unpatched_build_is_another_one_and_made_once(tools):
-    folder = runtime.build_unpatched("llama-perplexity")
+    folder = building.build_unpatched("llama-perplexity")
     assert (folder / "llama-perplexity").exists() and "unpatched" in str(folder)
     assert not (folder.parents[1] / "llama.cpp" / "src" / "own.c").exists()
-    runtime.build_unpatched("llama-perplexity")
+    building.build_unpatched("llama-perplexity")
     assert len(calls(tools)) == 2
-    runtime.build()
-    assert len(calls(tools)) == 4 and runtime.path() != folder
+    building.build()
+    assert len(calls(tools)) == 4 and building.path() != folder
 
 
 def test_the_unpatched_build_has_no_amx_that_nothing_tests(tools, monkeypatch):
-    monkeypatch.setattr(runtime, "_without_amx", lambda cc: runtime.NO_AMX)
-    runtime.build_unpatched("llama-perplexity")
+    monkeypatch.setattr(building, "_without_amx", lambda cc: building.NO_AMX)
+    building.build_unpatched("llama-perplexity")
     assert "-DCMAKE_C_FLAGS=-mno-amx-tile" in calls(tools)[0]
 
 

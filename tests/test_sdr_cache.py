@@ -7,7 +7,7 @@ import pytest
 
 from experiments import models
 from gguf_splitq.convert import convert
-from gguf_splitq.validate import Baseline
+from gguf_splitq.measure.validate import Baseline
 
 TEXT = Path(__file__).parents[1] / "examples/demo/eval.txt"
 BOTH = ("--cache-type-k", "sdr4", "--cache-type-v", "sdr4")

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_splitq import cli, convert, gguf_file, inspection, mix, plan, types
+from gguf_splitq import cli, convert, inspection, plan, types
+from gguf_splitq.calibration import sensitivity
+from gguf_splitq.calibration.model import Model
 from gguf_splitq.errors import InputError, UsageError
-from gguf_splitq.solve import sensitivity
-from gguf_splitq.solve.model import Model
+from gguf_splitq.files import gguf_file
+from gguf_splitq.plan import mix
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_splitq import convert, errors, gguf_file, types
-from gguf_splitq.solve import formats, solver
+from gguf_splitq import convert, errors, types
+from gguf_splitq.coding import formats, solver
+from gguf_splitq.files import gguf_file
 
 torch.set_num_threads(1)  # the problems are too small to share
 

@@ -16,11 +16,12 @@ import torch
 from test_claq import check_experts, check_that_c_agrees, entry_of, wide_llama, without_data
 from test_solve import problem
 
-from gguf_splitq import convert, gguf_file, inspection, plan, types
+from gguf_splitq import convert, inspection, plan, types
+from gguf_splitq.coding import columns as coder
+from gguf_splitq.coding import solver
 from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import InputError, UsageError
-from gguf_splitq.solve import columns as coder
-from gguf_splitq.solve import solver
+from gguf_splitq.files import gguf_file
 from gguf_splitq.types import columns, splitquant
 
 KINDS = [(name, wide) for name in ("sq2c", "sq3c") for wide in (0, 2, 5)]

@@ -8,9 +8,10 @@ import crafted
 import pytest
 import transformers
 
-from gguf_splitq import convert, text
+from gguf_splitq import convert
+from gguf_splitq.calibration import text
+from gguf_splitq.calibration.model import Model
 from gguf_splitq.errors import InputError
-from gguf_splitq.solve.model import Model
 
 WORDS = "Grüße aus Köln,\nund aus Zürich.\n"
 PIECE = (crafted.DEMO / "calib.txt").read_text()[:60_000]

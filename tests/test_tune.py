@@ -5,9 +5,11 @@ import json
 import numpy as np
 import torch
 
-from gguf_splitq import convert, gguf_file, types
+from gguf_splitq import convert, types
+from gguf_splitq.calibration import tune
+from gguf_splitq.coding import formats
+from gguf_splitq.files import gguf_file
 from gguf_splitq.rewrite import to_float32
-from gguf_splitq.solve import formats, tune
 
 
 def run(folder, text, outfile, type="sq2", **options):

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gguf_splitq import errors, native, types
+from gguf_splitq import errors, types
+from gguf_splitq.runtime import native
 from gguf_splitq.types import splitquant
 
 COLUMNS = 1024

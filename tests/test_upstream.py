@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from gguf_splitq import plan, types
-from gguf_splitq.gguf_file import Tensor
+from gguf_splitq.files.gguf_file import Tensor
 
 
 def run(runtime_programs, *command: str) -> str:

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import crafted
 import pytest
 
-from gguf_splitq import gguf_file, runtime, validate
 from gguf_splitq.convert import convert
 from gguf_splitq.errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
-from gguf_splitq.gguf_file import Value
+from gguf_splitq.files import gguf_file
+from gguf_splitq.files.gguf_file import Value
+from gguf_splitq.measure import validate
+from gguf_splitq.runtime import building
 
 SQ4_KLD_CEILING = 0.09  # nats, demo model, embeddings at their default type, 4 chunks of 512 tokens; iq4_xs has 0.0915
 DEMO_F16_PPL = 33.30  # the same 4 chunks, stock llama.cpp
@@ -119,7 +121,7 @@ def fake_runtime(monkeypatch, tmp_path, script: str):
     program = tmp_path / "llama-perplexity"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(runtime, "program", lambda _: program)
+    monkeypatch.setattr(building, "program", lambda _: program)
 
 
 def test_notices_truncated_log_probabilities(files, tmp_path, monkeypatch):

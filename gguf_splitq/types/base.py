@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import native
+from ..runtime import native
 
 # Weights per NumPy pass: the temporaries of one pass then stay inside a core's L2 cache.
 _PIECE = 1 << 15

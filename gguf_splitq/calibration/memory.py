@@ -9,10 +9,10 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from ..coding.solver import WEIGHTS
 from ..plan import Entry
 from ..types.claq import Claq
 from .model import BATCH, CONTEXT, SAMPLED, TOGETHER
-from .solver import WEIGHTS
 
 BASE = 896 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
 SOLVER = 360  # bytes per weight of the rows that are coded at a time; measured, as are the other factors

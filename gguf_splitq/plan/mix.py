@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import gguf_file, output, plan, types
-from .errors import InputError, UsageError
-from .plan import Entry
-from .types import TensorType
+from .. import output, plan, types
+from ..errors import InputError, UsageError
+from ..files import gguf_file
+from ..types import TensorType
+from . import Entry
 
 MOST_BYTES = 1 << 26  # of a plan; what is longer is a model given by mistake, not to be read whole
 CANDIDATES = ("sq2", "sq3", "sq4", "q5_k", "q6_k", "q8_0")
@@ -64,7 +65,7 @@ def check(entries: Sequence[Entry], bpw: float, architecture: str = "") -> None:
 
 def choose(entries: Sequence[Entry], costs: Mapping[str, dict[str, float]], bpw: float, architecture: str = "") -> Mix:
     """The types with the least sum of costs within the budget; tensors without costs stay as they are in `entries`."""
-    from .solve import budget
+    from . import budget
 
     _, limit, sizes = _sizes(entries, bpw, architecture)
     fixed = [e for e in entries if e.name in sizes and e.name not in costs]

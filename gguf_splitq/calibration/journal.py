@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..errors import InputError, UsageError
-from ..gguf_file import disk_error
+from ..files.gguf_file import disk_error
 from ..output import write_whole
 from ..rewrite import Rows
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..coding import columns, formats, free, solver
 from ..errors import InputError
-from ..gguf_file import Gguf, require_space
+from ..files.gguf_file import Gguf, require_space
 from ..plan import Entry, is_linear
 from ..rewrite import Rows, each_matrix
 from ..types import TensorType
 from ..types.columns import ColumnType, side_name
-from . import calibrate, columns, fisher, formats, free, solver
+from . import fisher, moments
 from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
@@ -162,7 +163,7 @@ def _calibrated(
     journal: Journal,
     cache: Hessians | None,
     progress: Progress,
-) -> Iterator[tuple[int, list[calibrate.Layer]]]:
+) -> Iterator[tuple[int, list[moments.Layer]]]:
     """(decoder layer, its matrices with their Hessians) for all that are to be measured or solved.
 
     sample: as `_sample` gives it; None where the Hessians are all known.
@@ -175,7 +176,7 @@ def _calibrated(
         width, count = model.module.get_input_embeddings().embedding_dim, tokens.numel() + held.numel()
         require_space(journal.folder, fisher.scratch_bytes(len(model), count, width, model.dtype))
         step = functools.partial(progress, "calibrating")
-        for index, layers in calibrate.run(model, tokens, journal.folder, threads, known, held, step):
+        for index, layers in moments.run(model, tokens, journal.folder, threads, known, held, step):
             if cache:
                 cache.keep(index, layers)
             yield index, layers
@@ -183,7 +184,7 @@ def _calibrated(
         return
     for done, index in enumerate(sorted(known - solved)):
         with model.layer(index) as module:
-            layers = calibrate.layers_of(module)
+            layers = moments.layers_of(module)
             cache.fill(index, layers)
             yield index, layers
         progress("solving", done + 1, len(known - solved))
@@ -196,7 +197,7 @@ def _part(index: int) -> str:
 def _solve_layer(
     file: Gguf,
     wanted: list[Entry],
-    layers: list[calibrate.Layer],
+    layers: list[moments.Layer],
     pool: ThreadPoolExecutor,
     journal: Journal,
     index: int,
@@ -240,7 +241,7 @@ def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
 
 
 def _solve_tensor(
-    file: Gguf, entry: Entry, layers: list[calibrate.Layer]
+    file: Gguf, entry: Entry, layers: list[moments.Layer]
 ) -> tuple[dict[str, np.ndarray], dict[str, float], list[str], list[float]] | str:
     """What is stored, errors by stage, the experts that took the pooled Hessian, and as `Solved.tried`; or why not.
 
@@ -250,7 +251,7 @@ def _solve_tensor(
     assert code
     matrices, sides, errors, pooled, tried = [], [], [], [], np.zeros(3)
     for number, rows in enumerate(each_matrix(file, entry.tensor)):
-        found = calibrate.match(rows, layers)
+        found = moments.match(rows, layers)
         if found is None:
             return "no linear layer of the model has its rows"
         layer, order = found
@@ -273,7 +274,7 @@ def _solve_tensor(
     return stored, {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled, tried.tolist()
 
 
-def _tried(weight: torch.Tensor, fed: torch.Tensor, target: TensorType, layer: calibrate.Layer) -> np.ndarray:
+def _tried(weight: torch.Tensor, fed: torch.Tensor, target: TensorType, layer: moments.Layer) -> np.ndarray:
     """float64 [3], as `Solved.tried`, of one matrix."""
     if not layer.held:
         return np.zeros(3)

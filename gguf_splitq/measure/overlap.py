@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
-from .text import whole
+from ..calibration.text import whole
+from ..errors import InputError
 
 LINES = 8
 SHORT, LONG = 20, 80  # characters

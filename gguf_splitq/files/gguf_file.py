@@ -26,8 +26,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from . import types
-from .errors import EnvironmentFailed, InputError, UnsupportedError
+from .. import types
+from ..errors import EnvironmentFailed, InputError, UnsupportedError
 
 ALIGNMENT = 32  # of every file written here: llama-quantize's COPY breaks files with any other value
 MAX_HEADER = 1 << 28  # bytes; the largest vocabularies need about 2^24

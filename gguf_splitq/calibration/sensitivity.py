@@ -27,10 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..gguf_file import Gguf, Tensor
+from ..coding import formats
+from ..files.gguf_file import Gguf, Tensor
 from ..rewrite import each_matrix
 from ..types import TensorType
-from . import calibrate, fisher, formats
+from . import fisher, moments
 from .model import CONTEXT, Model
 
 TOKENS = 8192  # of the calibration text
@@ -105,7 +106,7 @@ def measure(
         if not wanted:
             continue
         with model.layer(index) as module:
-            layers = [layer for layer in calibrate.layers_of(module) if (index, layer.name) in sums]
+            layers = [layer for layer in moments.layers_of(module) if (index, layer.name) in sums]
             for tensor in wanted:
                 found = _cost(tensor, file, candidates[tensor.name], layers, sums, index)
                 if found is not None:
@@ -114,12 +115,12 @@ def measure(
 
 
 def _cost(
-    tensor: Tensor, file: Gguf, types: Sequence[TensorType], layers: list[calibrate.Layer], sums: Mapping, index: int
+    tensor: Tensor, file: Gguf, types: Sequence[TensorType], layers: list[moments.Layer], sums: Mapping, index: int
 ) -> dict[str, float] | None:
     """Type -> divergence in nats, summed over the tokens; of a stack of experts, summed over the experts."""
     total = dict.fromkeys((t.name for t in types), 0.0)
     for rows in each_matrix(file, tensor):
-        match = calibrate.match(rows, layers)
+        match = moments.match(rows, layers)
         if match is None:
             if len(tensor.shape) > 2:
                 continue  # an expert that no token reached

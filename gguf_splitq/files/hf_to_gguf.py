@@ -214,7 +214,8 @@ def write_in_pieces(gguf, lazy, torch) -> None:
 
     def evaluated(roots):
         """The values of lazy tensors, one at a time; a value is dropped when the last one that needs it is done."""
-        uses, kept = {}, {}
+        uses: dict[int, int] = {}
+        kept: dict = {}
 
         def count(node):
             uses[id(node)] = uses.get(id(node), 0) + 1
@@ -329,7 +330,7 @@ def largest_token(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    known = {}
+    known: dict = {}
     try:
         main(known, *sys.argv[1:])
     except Exception as error:

@@ -15,11 +15,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from .. import gguf_file
 from ..errors import InputError, UsageError
-from ..gguf_file import Tensor, Value
-from .calibrate import Layer
+from ..files import gguf_file
+from ..files.gguf_file import Tensor, Value
 from .journal import Array, Journal
+from .moments import Layer
 
 T = TypeVar("T")
 MEASURED = ("model", "calib", "calib_tokens", "calib_dtype")  # the settings that Hessians depend on

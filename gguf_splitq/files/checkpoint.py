@@ -1,7 +1,7 @@
 """What MODEL may be: a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16; all become a readable GGUF.
 
 A folder is checked first (configuration, index, every safetensors header against its file), then llama.cpp's own
-converter runs on it in a child process (convert/hf_to_gguf.py) and writes an intermediate GGUF in the checkpoint's own
+converter runs on it in a child process (hf_to_gguf.py) and writes an intermediate GGUF in the checkpoint's own
 precision in a temporary folder beside the output, which can be read while it grows.
 """
 
@@ -25,10 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from . import gguf_file, resources, runtime
-from .errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError, UsageError
+from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError, UsageError
+from ..runtime import fetching
+from . import gguf_file
 from .gguf_file import Gguf
 
+ADAPTER = Path(__file__).with_name("hf_to_gguf.py")
 ADAPTER_RAM = 1 << 30  # bytes: PyTorch, transformers and the tokenizer in the child process
 HEAD, SAMPLE, SAMPLES = 1 << 20, 1 << 14, 1 << 10  # of a file: bytes in front, bytes of a sample, samples of the rest
 INDEX = "model.safetensors.index.json"
@@ -350,8 +352,7 @@ class _Child:
         self.failed: SplitqError | None = None
         self.notes: list[str] = []  # known with the header
         self.aside = 0, 0  # tensors of a vision or audio part, and whether an mmproj file can hold them
-        script, tree = resources.folder("convert") / "hf_to_gguf.py", runtime.fetch()
-        command = [sys.executable, *map(str, (script, tree, folder, outfile, outtype, name))]
+        command = [sys.executable, *map(str, (ADAPTER, fetching.fetch(), folder, outfile, outtype, name))]
         command += ["--header-only"] * header_only + ["--mmproj"] * mmproj
         env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
         self.log = open(outfile.with_name("log"), "w+b")

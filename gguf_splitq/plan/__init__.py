@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import types
-from .errors import UnsupportedError, UsageError
-from .gguf_file import Tensor, n_bytes, type_name
-from .types import TensorType, columns
-from .types.columns import ColumnType
+from .. import types
+from ..errors import UnsupportedError, UsageError
+from ..files.gguf_file import Tensor, n_bytes, type_name
+from ..types import TensorType, columns
+from ..types.columns import ColumnType
 
 FLOATS = ("f32", "f16", "bf16")
 

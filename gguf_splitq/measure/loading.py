@@ -15,11 +15,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import checkpoint, gguf_file, plan, resources, runtime
-from .checkpoint import Source
-from .errors import EnvironmentFailed, InputError
-from .gguf_file import Value
+from .. import plan
+from ..errors import EnvironmentFailed, InputError
+from ..files import checkpoint, gguf_file
+from ..files.checkpoint import Source
+from ..files.gguf_file import Value
+from ..runtime import building
 
+PROBE = Path(__file__).with_name("load_gguf.py")
 TIMEOUT = 300  # seconds; the largest vocabularies take about one
 
 
@@ -56,9 +59,9 @@ def reason(path: Path) -> str | None:
 
     Raises EnvironmentFailed when the runtime does not start, or is stopped from outside.
     """
-    script, library = resources.folder("convert") / "load_gguf.py", str(_library())
+    library = str(_library())
     env = os.environ | {"GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, str(script), library, str(path)]
+    command = [sys.executable, str(PROBE), library, str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -117,7 +120,7 @@ def mismatch(source: Source) -> str | None:
 def _library() -> Path | None:
     """The folder of llama.cpp's libraries, None when they are not built."""
     try:
-        return runtime.path()
+        return building.path()
     except EnvironmentFailed:
         return None
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import InputError
 from . import gguf_file
-from .errors import InputError
 from .gguf_file import Tensor, Value
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"

@@ -18,12 +18,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from . import display, gguf_file, output, overlap, runtime
-from . import text as texts
-from .errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
-from .gguf_file import mib
-from .inspection import linear_bpw
-from .options import Validate
+from .. import display, output
+from ..calibration import text as texts
+from ..errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
+from ..files import gguf_file
+from ..files.gguf_file import mib
+from ..inspection import linear_bpw
+from ..options import Validate
+from ..runtime import building
+from . import overlap
 
 MIN_CTX = 256  # below this a one-chunk text gives fewer than the 100 values llama-perplexity wants for statistics
 BYTES_PER_TOKEN = 4  # of English text; only for saying beforehand how large the log-probabilities will be
@@ -150,7 +153,7 @@ class Baseline:
         """Runs llama-perplexity on `file`; returns all it printed."""
         command = ["-m", file, "-c", self.ctx, "--kl-divergence-base", self._logits, *options]
         command += [] if self.threads is None else ["-t", self.threads]
-        program = program or runtime.program("llama-perplexity")
+        program = program or building.program("llama-perplexity")
         env = os.environ | (environment or {})
         done = subprocess.run([program, *map(str, command)], capture_output=True, text=True, errors="replace", env=env)
         return check(done.returncode, f"{done.stdout}\n{done.stderr}", file, self.text)

@@ -16,8 +16,8 @@ import torch
 from ..types.claq import Claq
 from ..types.columns import ColumnType, Side
 from ..types.sqc import ScaledColumns
-from . import claq
-from .claq import PIECE, Codebooks
+from . import codebooks
+from .codebooks import PIECE, Codebooks
 from .columns import scales
 
 PASSES = 2  # of scales of rows and new codebooks: there is little to gain
@@ -60,8 +60,8 @@ def _slices(count: int, size: int) -> list[slice]:
 
 def _codebooks(matrix: _Slices, kind: Claq, importance: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     price = importance.clamp_min(1e-6 * float(importance.max())) if importance.any() else importance + 1
-    row = torch.cat([claq.row_sizes(matrix.of(rows).square(), price) for rows in matrix.rows])
-    books = Codebooks(kind, claq.order(kind, matrix, price), row)
+    row = torch.cat([codebooks.row_sizes(matrix.of(rows).square(), price) for rows in matrix.rows])
+    books = Codebooks(kind, codebooks.order(kind, matrix, price), row)
     codes = np.empty((matrix.n_rows, matrix.n_cols), np.uint8)
 
     def values(part: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
@@ -92,7 +92,7 @@ def _codebooks(matrix: _Slices, kind: Claq, importance: torch.Tensor) -> tuple[n
 
     if kind.outliers:
         costs = (np.square(a - values(f, slice(None), c)) * price[c, None].numpy() for c, a, f in cluster())
-        books.kept = claq.counts(costs, kind.outliers)
+        books.kept = codebooks.counts(costs, kind.outliers)
     deque(cluster(), 0)
     for _ in range(PASSES):
         refit()
@@ -103,7 +103,7 @@ def _codebooks(matrix: _Slices, kind: Claq, importance: torch.Tensor) -> tuple[n
     c = books.order[columns]
     exact = books.scale[c] * books.levels[c, codes[rows, columns]] * books.row_numpy[rows]
     rest = matrix.weight[torch.from_numpy(rows), torch.from_numpy(c)].float().numpy() - exact
-    return books.pack(codes, rows, columns, claq.half(rest))
+    return books.pack(codes, rows, columns, codebooks.half(rest))
 
 
 def _blocks(matrix: _Slices, kind: ScaledColumns, importance: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +111,7 @@ def _blocks(matrix: _Slices, kind: ScaledColumns, importance: torch.Tensor | Non
     size = scale.astype(np.float32)
     inverse = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
     price = torch.ones(len(size)) if importance is None else importance
-    order = claq.order(kind, matrix, price)
+    order = codebooks.order(kind, matrix, price)
     # An input that nothing is known of is taken to be the larger, the smaller its column.
     relevance = None if importance is None else (importance.numpy() * size**2)[order]
     codes = np.empty((matrix.n_rows, matrix.n_cols), np.uint8)

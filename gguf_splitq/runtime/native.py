@@ -31,9 +31,9 @@ class _TypeTraits(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The patched build's libggml-base, or None when the runtime has not been built."""
-    from . import runtime
+    from . import building
 
-    path = runtime.library()
+    path = building.library()
     if path is None:
         return None
     lib = ctypes.CDLL(str(path))

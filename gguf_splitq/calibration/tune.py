@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..gguf_file import Gguf
+from ..coding import formats
+from ..files.gguf_file import Gguf
 from ..plan import Entry
 from ..rewrite import Rows, each_matrix, to_float32
 from ..types.columns import side_name
-from . import calibrate, formats
+from . import moments
 from .model import BATCH, Model
 
 PASSES = 2
@@ -149,13 +150,13 @@ def _pieces(
     """Puts what is stored into the model; what can be trained is returned by the address of its matrix."""
     pieces: dict[int, list[tuple[_Piece, torch.Tensor]]] = {}
     for index, module in enumerate(modules):
-        layers = calibrate.layers_of(module)
-        stored: dict[str, list[tuple[calibrate.Layer, torch.Tensor, torch.Tensor]]] = {}
+        layers = moments.layers_of(module)
+        stored: dict[str, list[tuple[moments.Layer, torch.Tensor, torch.Tensor]]] = {}
         for entry in entries:
             if entry.quantized and entry.name.startswith(f"blk.{index}."):
                 fmt, first = formats.for_type(entry.coder, student.device), 0
                 for matrix in each_matrix(file, entry.tensor):
-                    found = calibrate.match(matrix, layers)
+                    found = moments.match(matrix, layers)
                     if found is None:
                         break
                     layer, order = found

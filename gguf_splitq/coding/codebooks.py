@@ -18,10 +18,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..kmeans import kmeans
 from ..types.claq import Claq
 from ..types.columns import ColumnType, Side
 from . import solver
+from .kmeans import kmeans
 from .solver import Solution
 
 PASSES = 5

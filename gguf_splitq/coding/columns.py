@@ -1,4 +1,4 @@
-"""Coding a matrix for a type with a side tensor: claq.py codes the cq types, here are sq2c and sq3c.
+"""Coding a matrix for a type with a side tensor: codebooks.py codes the cq types, here are sq2c and sq3c.
 
 Columns are divided by their scales, wide ones come first, and all are then coded as blocks by solver.py, where an
 input's second moment is multiplied by its column's scale. Without a Hessian: free.py.
@@ -13,7 +13,7 @@ from ..types.claq import Claq
 from ..types.columns import ColumnType, Side
 from ..types.splitquant import MAX_ABS
 from ..types.sqc import ScaledColumns
-from . import claq, formats, solver
+from . import codebooks, formats, solver
 from .solver import Solution
 
 SIZE = 8  # a column's scale, in root mean squares of its weights: keeps block scales inside the range of their bytes
@@ -26,7 +26,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: ColumnType, passes:
     Raises InputError as `solver.solve` does.
     """
     if isinstance(kind, Claq):
-        return claq.solve(weight, hessian, kind)
+        return codebooks.solve(weight, hessian, kind)
     assert isinstance(kind, ScaledColumns)
     n_rows, n_cols = weight.shape
     scale = torch.from_numpy(scales(weight.numpy()))
@@ -36,8 +36,8 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: ColumnType, passes:
     order = torch.arange(len(size))
     inverse = torch.where(size > 0, 1 / size, 0)
     if kind.wide:
-        price = claq.prices(solver._prepare(hessian, solver.DAMPING)[0]) * inverse**2
-        order = torch.from_numpy(claq.order(kind, [weight.T.contiguous()], price))
+        price = codebooks.prices(solver._prepare(hessian, solver.DAMPING)[0]) * inverse**2
+        order = torch.from_numpy(codebooks.order(kind, [weight.T.contiguous()], price))
     solved = solver.solve(
         weight[:, order] * inverse[order], hessian[order][:, order], formats.ColumnFormat(kind), passes=passes
     )

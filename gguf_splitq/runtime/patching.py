@@ -13,8 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .errors import EnvironmentFailed
-from .resources import folder
+from ..errors import EnvironmentFailed
+from ..resources import folder
 
 STAMP = ".gguf-splitq-patches"  # in a patched tree: the digest of what was applied
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from ..errors import InputError
 
 Chat = list[dict[str, Any]]  # messages: role, content, and what else a chat template may look at
 

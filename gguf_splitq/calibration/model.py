@@ -28,9 +28,10 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from .. import checkpoint, text
 from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError
-from ..gguf_file import disk_error
+from ..files import checkpoint
+from ..files.gguf_file import disk_error
+from . import text
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -257,7 +258,7 @@ class Model:
         with contextlib.ExitStack() as stack:
             for context in transformers.PreTrainedModel.get_init_context(self.dtype, False, False, None):
                 stack.enter_context(context)
-            # "eager" calls F.linear for each expert, which is where calibrate.py listens.
+            # "eager" calls F.linear for each expert, which is where moments.py listens.
             self.module = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, experts_implementation="eager", trust_remote_code=False
             )
