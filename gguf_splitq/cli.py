@@ -8,11 +8,59 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
+import textwrap
+from collections.abc import Callable
 
 from . import __version__
 from .errors import SplitqError, printable
+
+# README.md has the same commands; a test compares them and runs them.
+JOURNEYS = """\
+Better low-bit GGUF files for llama.cpp, in three ways.
+
+1. A better q4_k for any llama.cpp, Ollama or LM Studio
+gguf-splitq runtime build
+gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type q4_k --calib self
+
+2. Our best small file, run in the llama.cpp that `runtime build` makes
+gguf-splitq runtime build
+gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4 --calib self
+"$(gguf-splitq runtime path)/llama-server" -m SmolLM2-135M-Instruct-sq4.gguf
+
+3. Without data, in seconds
+gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4
+
+The model may be a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16.
+`gguf-splitq --help` lists commands, `gguf-splitq convert --help` its options."""
+
+# Examples in --help.
+CONVERT = """
+gguf-splitq convert MODEL --type q4_k --calib some.txt     # for any llama.cpp
+gguf-splitq convert MODEL --type sq4 --calib some.txt      # ours, 4.25 bits
+gguf-splitq convert MODEL --type sq4                       # no text, seconds
+gguf-splitq convert MODEL --bpw 3.5 --calib some.txt       # an exact size
+gguf-splitq convert MODEL --type sq3 --tensor-type ffn_down=sq4 --dry-run
+"""
+DEQUANTIZE = """
+gguf-splitq dequantize model-sq4.gguf        # writes model-sq4-f16.gguf
+"""
+INSPECT = """
+gguf-splitq inspect model-sq4.gguf
+gguf-splitq inspect model-sq4.gguf --json | jq .metadata
+"""
+VALIDATE = """
+gguf-splitq convert MODEL --type f16
+gguf-splitq validate M-sq4.gguf --baseline M-f16.gguf --text some.txt
+gguf-splitq validate M-sq4.gguf --baseline M-f16.gguf --text some.txt \\
+    --chunks 20 --max-kld 0.02 --report numbers.json
+"""
+RUNTIME = """
+gguf-splitq runtime build
+"$(gguf-splitq runtime path)/llama-server" -m MODEL-sq4.gguf
+"""
 
 
 class _Terminated(BaseException):
@@ -22,7 +70,10 @@ class _Terminated(BaseException):
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = vars(_parser().parse_args(argv))
-    run, debug = args.pop("run"), args.pop("debug")
+    run, debug = args.pop("run", None), args.pop("debug")
+    if run is None:  # no command: not an error to explain, but a script that forgot one should notice
+        print(JOURNEYS)
+        return 2
     if sys.platform == "win32":
         return _fail("this program runs on Linux and macOS: on Windows, run it in WSL (`wsl --install`)")
     if debug:
@@ -128,77 +179,129 @@ def _runtime(action: str, tests: bool = False) -> None:
         print({"fetch": fetching.fetch, "build": lambda: building.build(tests), "path": building.path}[action]())
 
 
+def _format(prog: str) -> argparse.HelpFormatter:
+    """Help as wide as the terminal, but no wider than a line that reads well; epilogs keep their lines."""
+    width = min(shutil.get_terminal_size().columns, 110) - 2
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gguf-splitq", description="Better low-bit GGUF files for llama.cpp.")
+    parser = argparse.ArgumentParser(
+        prog="gguf-splitq",
+        description="Better low-bit GGUF files for llama.cpp.",
+        epilog="`gguf-splitq COMMAND --help` explains its options; `gguf-splitq` is a tour.",
+        formatter_class=_format,
+    )
     parser.add_argument("--version", action="version", version=f"gguf-splitq {__version__}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks instead of one sentence")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(name: str, run: Callable[..., None], text: str, examples: str = "") -> argparse.ArgumentParser:
+        epilog = "examples:\n" + textwrap.indent(examples.strip(), "  ") if examples else None
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=_format)
         sub.set_defaults(run=run)
         return sub
 
-    p = command("convert", _convert, "Convert a checkpoint to a GGUF file.")
-    p.add_argument("model", help="a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16")
-    p.add_argument("--type", help="tensor type, see `gguf-splitq types`")
-    p.add_argument("--bpw", type=float, metavar="X", help="instead: the best types in X bits per weight; needs --calib")
-    p.add_argument("--save-plan", metavar="FILE", help="write the types that --bpw chose as JSON")
-    p.add_argument("--plan", dest="plan_file", metavar="FILE", help="instead of both: types that --save-plan wrote")
-    p.add_argument("--outfile", default="{name}-{type}.gguf", help="file, folder or template (%(default)s)")
-    many = "type of the tensors whose name matches; may be repeated, the first match wins"
-    p.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help=many)
-    p.add_argument("--token-embedding-type", metavar="TYPE", help="q8_0 unless given")
-    p.add_argument("--output-tensor-type", metavar="TYPE", help="q8_0 unless given")
-    p.add_argument("--imatrix", metavar="FILE", help="importance matrix of llama-imatrix, .dat or .gguf")
-    p.add_argument("--calib", metavar="TEXT", help="error feedback: calibrate on this text, or on `self`-made text")
-    p.add_argument("--calib-tokens", type=int, default=131_072, metavar="N", help="tokens to use (%(default)s)")
-    p.add_argument("--hessians", metavar="FILE", help="measure the float model once for many types: read or write FILE")
-    p.add_argument("--tune", action="store_true", help="train block scales and norms too; the model must fit twice")
-    dtype = "what the Hessians are computed in; auto: bf16 where the processor is fast in it, else f32"
-    p.add_argument("--calib-dtype", choices=("auto", "f32", "bf16"), default="auto", help=dtype)
-    metric = "what gives a column of cq2.x, cq3.x, sq2.x, sq3.x more bits (%(default)s)"
-    p.add_argument("--claq-metric", choices=("hessian", "outlier"), default="hessian", help=metric)
-    p.add_argument("--dry-run", action="store_true", help="print the plan with sizes, write only --save-plan")
-    aside = "also write the vision or audio part (%(const)s beside the output)"
-    p.add_argument("--mmproj", nargs="?", const="mmproj-{name}.gguf", metavar="FILE", help=aside)
-    p.add_argument("--no-check", dest="load", action="store_false", help="do not try whether llama.cpp loads the file")
-    p.add_argument("--report", metavar="FILE", help="write every tensor's error as JSON, over an earlier report")
-    p.add_argument("--threads", type=int, metavar="N", help="worker threads, all CPUs unless given")
-    p.add_argument("--max-ram", metavar="SIZE", help="memory to stay below, such as 1500M or 2G")
-    p.add_argument("--overwrite", action="store_true", help="replace an existing output or plan")
-    p.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    _add_convert(command("convert", _convert, "Convert a checkpoint to a GGUF file.", CONVERT))
 
-    p = command("dequantize", _dequantize, "Turn a quantized GGUF back into one of floats.")
-    p.add_argument("file")
-    p.add_argument("--outfile", help="file, folder or template ({name}-{type}.gguf)")
-    p.add_argument("--type", default="f16", help="f16 (default), bf16 or f32")
-    p.add_argument("--threads", type=int, metavar="N", help="worker threads, all CPUs unless given")
-    p.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    p = command("dequantize", _dequantize, "Turn a quantized GGUF back into one of floats.", DEQUANTIZE)
+    p.add_argument("file", metavar="FILE", help="a GGUF file; for a program that does not know its types")
+    p.add_argument("--outfile", metavar="OUT", help="file, folder or template (default: {name}-{type}.gguf)")
+    p.add_argument("--type", default="f16", help="f16, bf16 or f32 (default: %(default)s)")
+    p.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing output; without it one is refused")
 
-    p = command("inspect", _inspect, "Show types, bits per weight and sizes of a GGUF file.")
-    p.add_argument("file")
-    p.add_argument("--json", action="store_true", help="print JSON")
+    p = command("inspect", _inspect, "Show types, bits per weight and sizes of a GGUF file.", INSPECT)
+    p.add_argument("file", metavar="FILE", help="a GGUF file, or the first of its shards")
+    p.add_argument("--json", action="store_true", help="print JSON, with all metadata, for programs")
 
-    p = command("validate", _validate, "Compare a GGUF file with its F16 baseline: perplexity, KL divergence, top-1.")
-    p.add_argument("file")
-    p.add_argument("--baseline", required=True, metavar="F16", help="GGUF of the same model in F16")
-    p.add_argument("--text", required=True, help="text file to measure on")
-    p.add_argument("--ctx", type=int, default=512, help="tokens per chunk (%(default)s)")
-    p.add_argument("--chunks", type=int, help="chunks to use, the whole text unless given")
-    p.add_argument("--threads", type=int, metavar="N", help="threads, llama.cpp's choice unless given")
-    p.add_argument("--max-kld", type=float, help="fail (exit code 5) when the mean KL divergence is above")
-    p.add_argument("--max-ppl-ratio", type=float, help="fail (exit code 5) when perplexity / baseline's is above")
-    p.add_argument("--force", action="store_true", help="measure even on text that FILE was calibrated on")
-    p.add_argument("--report", metavar="FILE", help="write the numbers as JSON, over an earlier report")
+    text = "Compare a GGUF file with its F16 baseline: perplexity, KL divergence, top-1."
+    p = command("validate", _validate, text, VALIDATE)
+    p.add_argument("file", metavar="FILE", help="the GGUF file to judge")
+    g = p.add_argument_group("what to measure")
+    g.add_argument(
+        "--baseline", required=True, metavar="F16", help="the same model in F16: `convert --type f16` makes it"
+    )
+    g.add_argument("--text", required=True, help="text to measure on; not the text that FILE was calibrated on")
+    g.add_argument(
+        "--ctx", type=int, default=512, metavar="N", help="tokens per chunk (default: %(default)s, as others do)"
+    )
+    chunks = "chunks to use (default: the whole text); 20 give a first idea, 100 a figure to keep"
+    g.add_argument("--chunks", type=int, metavar="N", help=chunks)
+    g.add_argument("--force", action="store_true", help="measure even on text that FILE was calibrated on")
+    g = p.add_argument_group("limits, for scripts")
+    kld = "exit code 5 when the mean KL divergence is above X nats (default: no limit)"
+    g.add_argument("--max-kld", type=float, metavar="X", help=kld)
+    ratio = "exit code 5 when perplexity / baseline's is above X (default: no limit)"
+    g.add_argument("--max-ppl-ratio", type=float, metavar="X", help=ratio)
+    g = p.add_argument_group("output and speed")
+    g.add_argument("--report", metavar="JSON", help="write the numbers, over an earlier report (default: none)")
+    g.add_argument("--threads", type=int, metavar="N", help="threads (default: llama.cpp's choice)")
 
     command("types", _types, "List the tensor types with their bits per weight.")
 
-    p = command("runtime", _runtime, "The patched llama.cpp that runs the files.")
+    p = command("runtime", _runtime, "The patched llama.cpp that runs the files.", RUNTIME)
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("fetch", help="get the pinned source and patch it")
-    p = actions.add_parser("build", help="build it")
-    p.add_argument("--tests", action="store_true", help="build llama.cpp's tests as well")
+    p = actions.add_parser("build", help="fetch and build it: about ten minutes on two cores, once")
+    p.add_argument("--tests", action="store_true", help="build llama.cpp's tests as well; only developers need them")
     actions.add_parser("path", help="print the folder of the built programs")
     actions.add_parser("check", help="apply the patches to a clean tree, without fuzz")
     return parser
+
+
+def _add_convert(p: argparse.ArgumentParser) -> None:
+    """The options of `convert`, in groups: what to convert, to which type, with which text, where to, how fast."""
+    g = p.add_argument_group("what to convert")
+    g.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16")
+    g.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id (default: its main branch)")
+    aside = "also write the vision or audio part (default: left out; without FILE: %(const)s beside the output)"
+    g.add_argument("--mmproj", nargs="?", const="mmproj-{name}.gguf", metavar="FILE", help=aside)
+
+    g = p.add_argument_group("to which type", "One of --type, --bpw and --plan is needed.")
+    g.add_argument(
+        "--type", help="type of the linear layers: q4_k for any llama.cpp, sq4 for ours; see `gguf-splitq types`"
+    )
+    bpw = "an exact size: a type for each tensor, X bits per weight (no default); 2.3 to 8.5; needs --calib"
+    g.add_argument("--bpw", type=float, metavar="X", help=bpw)
+    g.add_argument("--save-plan", metavar="JSON", help="keep the types that --bpw chose (default: not kept)")
+    g.add_argument("--plan", dest="plan_file", metavar="JSON", help="types that --save-plan kept (no default)")
+    many = "type of tensors by name, such as ffn_down=sq4 (default: none); may be repeated, the first match wins"
+    g.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help=many)
+    embedding = "type of the embedding (default: q8_0); a smaller one pays off in small models"
+    g.add_argument("--token-embedding-type", metavar="TYPE", help=embedding)
+    g.add_argument("--output-tensor-type", metavar="TYPE", help="type of the output matrix (default: q8_0)")
+    metric = "what gives columns of cq2.x to sq3.x more bits (default: %(default)s); outlier is CLAQ's, for comparing"
+    g.add_argument("--claq-metric", choices=("hessian", "outlier"), default="hessian", help=metric)
+
+    g = p.add_argument_group(
+        "calibration", "Optional; it lowers the divergence of every type. See docs/calibration.md."
+    )
+    calib = "text like what the model is for, or `self`: the model writes one (default: no calibration, seconds)"
+    g.add_argument("--calib", metavar="TEXT", help=calib)
+    tokens = "tokens to use (default: %(default)s); time grows with them, and the gain slows"
+    g.add_argument("--calib-tokens", type=int, default=131_072, metavar="N", help=tokens)
+    hessians = "what was measured: read FILE, or write it (default: not kept); for several types of one model"
+    g.add_argument("--hessians", metavar="FILE", help=hessians)
+    tune = "also train block scales and norms (default: no); for 2 bits; the model must fit into memory twice"
+    g.add_argument("--tune", action="store_true", help=tune)
+    dtype = "what to compute in (default: %(default)s: bf16 where the processor is fast in it, else f32)"
+    g.add_argument("--calib-dtype", choices=("auto", "f32", "bf16"), default="auto", help=dtype)
+    imatrix = "importance matrix of llama-imatrix, .dat or .gguf (default: none); instead of --calib, which gains more"
+    g.add_argument("--imatrix", metavar="FILE", help=imatrix)
+
+    g = p.add_argument_group("output")
+    g.add_argument("--outfile", default="{name}-{type}.gguf", help="file, folder or template (default: %(default)s)")
+    g.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output or plan; without it one is refused"
+    )
+    g.add_argument("--dry-run", action="store_true", help="print the plan with sizes; write nothing but --save-plan")
+    report = "write every tensor's error, over an earlier report (default: none)"
+    g.add_argument("--report", metavar="JSON", help=report)
+    check = "do not try whether llama.cpp loads the file (default: tried, where it is built)"
+    g.add_argument("--no-check", dest="load", action="store_false", help=check)
+
+    g = p.add_argument_group("memory and speed")
+    g.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
+    ram = "memory to stay below, such as 1500M or 2G (default: no limit); what is needed is stated beforehand"
+    g.add_argument("--max-ram", metavar="SIZE", help=ram)
