@@ -16,7 +16,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant paper-claq paper-qrazor lint types fuzz \
+.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant paper-claq paper-qrazor lint types docs fuzz \
 	patches-check cross-tools clean
 
 help: ## this list
@@ -57,12 +57,18 @@ paper-claq: runtime ## CLAQ's codebooks per column, adaptive precision and outli
 paper-qrazor: runtime ## QRazor's 4-bit weights, activations and KV cache: as published, and as sdr4
 	@$(PY) -m experiments.paper_qrazor $(ARGS)
 
+docs: $(VENV)/docs.stamp ## the pages in docs/ as a site in build/docs; a link that leads nowhere is an error
+	@$(PY) -m mkdocs --quiet build --strict
+
 fuzz: $(VENV)/test.stamp ## damaged files for every reader, a minute each; the tests do it for a moment
 	@SPLITQ_FUZZ_SECONDS=60 $(PY) -m pytest -q tests/test_fuzz.py
 
-lint: $(VENV)/test.stamp ## ruff: mistakes and format
+lint: $(VENV)/test.stamp ## ruff: mistakes and format; the workflows and the citation against their schemas
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet . || { echo "Not formatted; run ruff format ." >&2; exit 1; }
+	@$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+	@! command -v actionlint >/dev/null || actionlint
 
 types: $(VENV)/test.stamp ## mypy, and which room may import from which
 	@$(PY) -m mypy
@@ -93,6 +99,10 @@ $(VENV)/test.stamp: $(VENV)/run.stamp
 
 $(VENV)/plot.stamp: $(VENV)/run.stamp
 	@$(PIP) -e '.[plot]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/run.stamp
+	@$(PIP) -e '.[docs]'
 	@touch $@
 
 # On x86-64 the Arm kernels are tested under emulation where these are installed. Debian's names; `make test` installs nothing.

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make he
 
 def commands(*targets):
     """What make would run, the virtual environment being there."""
-    stamps = [f"-o.venv/{name}.stamp" for name in ("run", "test", "plot")]
+    stamps = [f"-o.venv/{name}.stamp" for name in ("run", "test", "plot", "docs")]
     return subprocess.run(
         ["make", "-n", *stamps, *targets], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
@@ -30,6 +30,6 @@ def test_only_cross_tools_installs_system_packages():
 
 def test_ci_runs_the_readmes_tests_and_the_quick_checks():
     script = (ROOT / ".ci" / "run").read_text()
-    for target in ("test", "lint", "types", "patches-check"):
+    for target in ("test", "lint", "types", "docs", "patches-check"):
         assert re.search(rf"^(exec )?make\b.*\b{target}\b", script, re.MULTILINE)
         assert commands(target)
