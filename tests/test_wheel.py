@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a user installs: the wheel and the sdist hold all that a conversion and a run need, outside the checkout."""
 
+import json
 import subprocess
 import sys
 import sysconfig
@@ -10,7 +11,7 @@ from pathlib import Path
 import crafted
 import pytest
 
-from gguf_splitq import patching
+from gguf_splitq.runtime import patching
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,12 +69,12 @@ def test_the_wheel_holds_the_package_and_no_rubbish(built):
 
 def test_the_installed_program_converts_and_runs(installed, runtime_programs, tmp_path):
     python, program = installed / "python", installed / "gguf-splitq"
-    code = "import gguf_splitq, gguf_splitq.PATCHING as p; print(gguf_splitq.__file__); print(p.digest())"
-    code = code.replace("PATCHING", patching.__name__.removeprefix("gguf_splitq."))
+    code = "from gguf_splitq.runtime import patching; print(patching.__file__); print(patching.digest())"
     where, digest = run(python, "-c", code, cwd=tmp_path).splitlines()
     assert Path(where).is_relative_to(installed.parent) and digest == patching.digest()
     assert run(program, "runtime", "path", cwd=tmp_path).strip() == str(runtime_programs)
-    run(program, "convert", crafted.DEMO, "--type", "sq4", cwd=tmp_path)  # llama.cpp tries to load it, too
-    run(program, "inspect", "demo-sq4.gguf", cwd=tmp_path)
-    words = ["-m", "demo-sq4.gguf", "-p", "It was a dark", "-n", "8", "-no-cnv", "--seed", "1", "--temp", "0"]
-    assert len(run(runtime_programs / "llama-completion", *words, cwd=tmp_path).split()) > 6
+    for name in ("f16", "sq4"):
+        run(program, "convert", crafted.DEMO, "--type", name, cwd=tmp_path)  # llama.cpp tries to load it, too
+    words = ["--baseline", "demo-f16.gguf", "--text", crafted.DEMO / "eval.txt", "--chunks", "1", "--max-kld", "0.5"]
+    run(program, "validate", "demo-sq4.gguf", *words, "--report", "r.json", cwd=tmp_path)
+    assert 0 < json.loads((tmp_path / "r.json").read_text())["mean_kld"]
