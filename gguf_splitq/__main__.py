@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`python -m gguf_splitq`."""
 
 import sys

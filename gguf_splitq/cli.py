@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The command line: each subcommand is one function called with the parsed options; errors become exit codes.
 
 0 done, 2 wrong usage, 3 bad input, 4 unsupported, 5 validation failed, 6 the environment lacks something, 130 Ctrl-C,

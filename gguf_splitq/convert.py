@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Conversion: prepare (check and plan), calibrate, write, report."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Back from quantized tensors to floats: a GGUF that any llama.cpp reads, so that nobody is locked in."""
 
 from __future__ import annotations

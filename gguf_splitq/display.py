@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a conversion shows: the plan, a progress bar on a terminal or plain lines elsewhere, and the summary."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every failure a user can cause or meet, one class per kind, each with its exit code.
 
 A message is one sentence that names the tensor or file, the cause and the next step. Names come from files that may be

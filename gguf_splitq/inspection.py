@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is in a GGUF file: types, bits per weight and size, by type and by kind of tensor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The options of each command, and every check of them that can be made before work starts.
 
 A field that holds a path says whether the file is read or written. No file that is read may be written, no two outputs

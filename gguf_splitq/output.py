@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a command writes: its name, its metadata, JSON that appears whole, and a lock against a second run."""
 
 from __future__ import annotations

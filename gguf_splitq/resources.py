@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is found around the package: the folder `patches/` that travels with it, and the CPUs."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rewriting a GGUF file tensor by tensor: rows are read, encoded and measured in threads, and written in order.
 
 A tensor is cut into chunks of whole rows, always at the same places, so that neither the bytes nor the statistics

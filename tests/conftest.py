@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Fixtures made with the patched llama.cpp; it is built on first use and cached outside the checkout."""
 
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Small models and importance matrices for the tests, made with upstream's own writers where there are any."""
 
 import json

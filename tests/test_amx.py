@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The AMX tile configuration in the patched tree is what its function says, whatever the compiler made of it.
 
 LDTILECFG is replaced in the compiled function by a copy of the 64 bytes that it would load: this runs on any x86.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every failure a user can cause: the right exit code, one sentence that names the thing, nothing left behind."""
 
 import hashlib

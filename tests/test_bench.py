@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make bench` from parts to verdict, with programs that answer at once."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The bit budget: the choice of types against all choices."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calibration: streamed layers against whole models, Hessians against brute force, many architectures, bad input."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a checkpoint is, what it is not, and whether llama.cpp loads what becomes of it: folders as people have them."""
 
 import json

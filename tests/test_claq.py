@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """CLAQ's types in Python: their bytes, the encoder, sizes that are asked for, whole conversions."""
 
 import ctypes

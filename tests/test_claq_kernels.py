@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Products of weights that have a side tensor on every instruction set, and side tensors that must not be loaded."""
 
 import re

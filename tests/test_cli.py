@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The command line: what each subcommand passes on, and how failures end."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whole conversions of tiny models, read back with upstream's reader."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a failure says, and docs/errors.md."""
 
 import os

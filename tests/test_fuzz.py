@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Hostile input: whatever a file holds, a command ends well or with one sentence, in little time and memory.
 
 Every metadata key that is read has been of every kind; sound files are damaged at random, always in the same way

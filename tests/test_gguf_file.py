@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The reader against upstream's writer and against crafted headers; the writer against upstream's reader."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every instruction set's C code gives the same bits: encoders equal NumPy's bytes, dot products the scalar floats.
 Matrix products add in an order of their own and are compared with the exact product of the same numbers.
 

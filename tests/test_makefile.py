@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What `make` does to the machine."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The peak resident memory of a conversion, the converter process included, on a checkpoint larger than the peak."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Metal kernels, run on the CPU by tests/c/metal.cpp: no Metal device has run them."""
 
 import re

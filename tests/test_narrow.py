@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model with rows of 576 weights, which blocks of 256 do not divide: ours keep their size there, and it runs."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is asked before work starts: no input is written, no two outputs are one file, every output has its place."""
 
 import itertools

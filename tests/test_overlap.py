@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which texts count as overlapping, and that `validate` refuses to measure on a calibration text."""
 
 import json

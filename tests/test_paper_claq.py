@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What `make paper-claq` compares: the encoder as published, linear grids, a model with outlier channels."""
 
 import crafted

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The published razoring that `make paper-qrazor` simulates: codes, shifts, rounding, and its error by group size."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The simulated methods of `make paper-splitquant`."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The plan against golden text files; `SPLITQ_GOLDEN=write pytest tests/test_plan.py` writes them anew."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ggml's CPU back end with our C files compiles and links for platforms that are not here, by zig's cross compiler.
 
 The Linux one is linked without glibc, so that musl's headers are tested too, and runs under qemu. zig keeps objects in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The pure parts of `make quality`: which rows are kept, what is claimed of them."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Long calibrations: going on after a kill, refusing changed settings, Hessians kept for another type."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a conversion's loop does in C where the library is built, and in NumPy elsewhere, is the same."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Fetching, patching and building llama.cpp, on a tiny stand-in for its tree: no network, no real build."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """sdr4: its arithmetic is that of integers, and its steps, shifts and choices are the documented ones."""
 
 import re

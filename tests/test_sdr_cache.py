@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The KV cache in sdr4: error beside q4_0, head sizes, flash attention off, state files, context shift, 4 k tokens."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`--bpw`: predicted divergences against measured ones, the plan they make, and its file."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Error feedback: the solver against brute force, and whole conversions with calibration."""
 
 import itertools

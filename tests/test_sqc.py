@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """sq2c and sq3c in Python: their bytes, scales of columns, the encoder with and without data, whole conversions."""
 
 import functools

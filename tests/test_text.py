@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calibration texts: what counts as text, and where what does not goes wrong."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Training block scales and norms: it helps on held-out tokens, stores what it trained, and refuses what harms."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tensor types: NumPy and C give the same bytes, and those bytes hold what the format promises."""
 
 import re

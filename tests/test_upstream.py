@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Upstream's own tests, with this project's types in their lists, pass on the patched tree."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """validate: the parser on recorded output, every error path, and the whole way on the demo model."""
 
 import json

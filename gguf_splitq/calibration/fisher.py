@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Inputs and gradients of every matrix of a model, on calibration tokens, one decoder layer in memory at a time.
 
 A small error dy at a matrix's output changes the model's distribution by the divergence (g . dy)^2 / 2 in expectation,

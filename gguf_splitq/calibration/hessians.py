@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A file of Hessians, so that one calibration serves any number of types.
 
 A GGUF file of one F32 matrix [in, in] for every matrix of the float model, named "LAYER NAME"; those of experts that

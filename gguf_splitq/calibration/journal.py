@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a calibration has finished, kept beside its output so that the same command can go on after a kill.
 
     .OUT.gguf.unfinished/

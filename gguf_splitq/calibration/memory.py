@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How much memory a calibration takes, stated before it starts. Pure: tensors' shapes and options in, bytes out.
 
 Bounds for the CPU; on a GPU the layer being run is in the GPU's memory. Tests hold conversions to them.

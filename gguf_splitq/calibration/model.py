@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A causal language model that is never whole in memory: one decoder layer at a time, read when its turn comes.
 
 transformers builds the model from its configuration without weights (on PyTorch's meta device) and converts the

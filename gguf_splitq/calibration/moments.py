@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calibration: the Hessian of every matrix, and which matrix a GGUF tensor is.
 
 The Hessian is the second moment of a matrix's inputs, each token counted by its Fisher information |g|^2 (fisher.py):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What each type would cost each tensor: the divergence from the model's own output that rounding to it adds.
 
 To second order that divergence is half the mean over sequences of (sum over tokens of g . dW x)^2 per token, x being a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Error feedback for a whole model: calibrate layer by layer, solve every matrix, keep the bytes for the writer."""
 
 from __future__ import annotations

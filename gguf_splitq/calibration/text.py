@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A calibration text as documents: UTF-8, or what its byte order mark says; or JSON lines of texts or chats.
 
 Anything else is refused by its first bad place: a tokenizer makes tokens of any bytes, and a model calibrated on those

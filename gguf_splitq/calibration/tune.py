@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Training what a quantized model stores in floating point: block scales and norm weights (`--tune`).
 
 The codes stay. The model is trained as a whole to give the float model's distribution on the calibration tokens (KL

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Seeing every product of a module's matrices where PyTorch does it, in F.linear, whoever calls it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Coding a matrix for a CLAQ type: k-means of every column on the weights that the other columns' errors call for.
 
 1. Feedback, as in solver.py: columns in the order of falling Hessian diagonal, each clustered where it is best given

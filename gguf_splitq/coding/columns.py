@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Coding a matrix for a type with a side tensor: codebooks.py codes the cq types, here are sq2c and sq3c.
 
 Columns are divided by their scales, wide ones come first, and all are then coded as blocks by solver.py, where an

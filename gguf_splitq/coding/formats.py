@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the solver needs of each type: its levels, its scales and offsets, and its packing.
 
 Fitting is done by the type's own encoder, weighted by the Hessian's diagonal, and the parameters are read from its

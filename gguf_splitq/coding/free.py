@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Coding a matrix for a type with a side tensor without a Hessian.
 
 Columns do not see each other then, nor do the blocks of sq2c and sq3c: only the scales of rows, or those of columns,

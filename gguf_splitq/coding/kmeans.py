@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """k-means in one dimension, near-exact: the best partition into a few bins by dynamic programming, then Lloyd's rounds.
 
 Values are sorted once; by sums up to each of them, a round costs as much as looking up the boundaries.

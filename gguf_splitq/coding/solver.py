@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Error feedback: the codes of one weight matrix, chosen for the outputs they give on calibration inputs.
 
 Knows no format. In a block, weight = scale * level[code] + offset; a `Format` says which levels there are, and which

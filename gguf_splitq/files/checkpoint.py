@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What MODEL may be: a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16; all become a readable GGUF.
 
 A folder is checked first (configuration, index, every safetensors header against its file), then llama.cpp's own

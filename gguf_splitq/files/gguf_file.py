@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GGUF files: a strict reader of headers, bounded reads of tensor rows, and an atomic writer.
 
 The header is parsed here, not by `gguf.GGUFReader`, because that class trusts what it reads: a 49-byte file can make

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Runs llama.cpp's own converter on a Hugging Face folder, with the tree's own gguf-py, in bounded memory.
 
 usage: hf_to_gguf.py TREE FOLDER OUTFILE OUTTYPE NAME [--header-only | --mmproj]

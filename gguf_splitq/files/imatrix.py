@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Importance matrices of llama.cpp, in both of its file formats.
 
 Values are those that llama-quantize would use, to the last bit: common_imatrix_load in common/imatrix-loader.cpp and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Loads the header of a GGUF file in llama.cpp and makes a context of it, without memory for weights or reading any.
 
 usage: load_gguf.py FOLDER FILE

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whether llama.cpp loads a file: asked of the built runtime, before the long job and again before the final name.
 
 Only a header is needed for that, so the file that a plan would make is tried as a sparse one, in milliseconds and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whether a file is measured on the text it was calibrated on: that text's fingerprint travels in the metadata.
 
 Documents of one kind share the lines that their template prescribes without being the same text. So what counts as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How far a quantized file is from its F16 baseline: perplexity and KL divergence by the patched llama-perplexity.
 
 The baseline's log-probabilities go to a temporary file (two bytes per vocabulary entry for every second token of the

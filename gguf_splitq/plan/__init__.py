@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The plan of a conversion: which type each tensor gets, and why. Pure: no file is touched here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The bit budget: one type per tensor, so that the sum of the costs is least and the sum of the sizes fits. Pure.
 
 A multiple-choice knapsack. Upgrading, again and again, the tensor that saves the most cost per byte walks along the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A type for every linear layer: chosen under a bit budget (`--bpw`), kept in a file and used again (`--plan`).
 
 The budget is stored bits per weight of all linear layers, those included whose type a `--tensor-type` rule decides.

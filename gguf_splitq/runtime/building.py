@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The programs and libraries of the patched llama.cpp: builds them, tests them on this machine, finds them again."""
 
 import os

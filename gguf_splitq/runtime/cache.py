@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The cache folder of the runtime: $GGUF_SPLITQ_CACHE, else $XDG_CACHE_HOME/gguf-splitq, else ~/.cache/gguf-splitq.
 
     llama.cpp-<pin>/                the source as upstream has it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The pinned llama.cpp source: fetches it, checks that it is the pin, patches a copy."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The C encoders and decoders of the built runtime (libggml-base), called through ctypes.
 
 ctypes releases the GIL during a call, so threads encode in parallel. Nothing here is needed for a

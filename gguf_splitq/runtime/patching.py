@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The llama.cpp pin and the patch series on top of it: reads them, hashes them, applies them.
 
 patches/PIN         what the series is made for, one `key = value` a line

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tensor types: this project's own (one module per family) and llama.cpp's stock ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a tensor type is: a block of `block_size` weights of one row stored in `block_bytes` bytes.
 
 A type is an instance of a subclass; a subclass gives `encode_blocks` and `decode_blocks` in NumPy on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """cq4, cq3, cq2: CLAQ, a codebook for every column, with wide columns and outliers.
 
 All rows of the matrix share a column's codebook. Codes and what all side tensors have are drawn in columns.py; wide

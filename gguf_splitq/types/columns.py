@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the types with a side tensor share: cq4, cq3, cq2 (claq.py), sq2c and sq3c (sqc.py).
 
 A column is an input feature. What belongs to it, and not to a row, is in a tensor of its own: X.columns beside

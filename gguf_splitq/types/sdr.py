@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """sdr4: significant data razoring, a 4-bit integer and a shift, with a step of its own for every 32 weights.
 
 Block of 32 weights, two groups of 16, 17 bytes, 4.25 bpw:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """sq4, sq3, sq2: SplitQuantV2's three linear ranges sharing one short code.
 
 Block of 32 weights (32-bit words of codes, then one scale byte `d`):

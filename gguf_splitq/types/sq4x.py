@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """sq4x: SplitQuantV2 as published, three full 16-level linear ranges, for reproducing the paper.
 
 Super-block of 256 weights, 204 bytes, 6.375 bpw:

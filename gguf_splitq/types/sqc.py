@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """sq2c, sq3c: the blocks of sq2 and sq3 with a scale for every column, and columns of one bit more.
 
 Block of 32 stored columns of one row (the codes are laid out as columns.py draws them, `d` is splitquant.py's):

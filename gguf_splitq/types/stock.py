@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """llama.cpp's own types, for embeddings, outputs, fallbacks and comparisons.
 
 Encoding runs in the built runtime's C library; the types that the `gguf` package can encode work without it.
