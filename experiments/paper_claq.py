@@ -2,7 +2,7 @@
 
 All rows are files of the cq types that llama.cpp runs. Those named "grid" have 2^b even levels from a column's least to
 its largest weight in the place of k-means; neither they nor those named "CLAQ" have the scales of rows and the polish
-that are ours (gguf_splitq/coding/codebooks.py), which those named cq have. AP spends all that a file has beyond the plain
+that are ours (coding/codebooks.py), which those named cq have. AP spends all that a file has beyond the plain
 type on wide columns, OR all on outliers. Then the same for the model with outlier channels: in about 1 % of the
 channels the norms' gains are multiplied by 20 to 50 and what follows is divided by it, which changes nothing in F16.
 sq2 and sq3 are there to compare with, and sq2c, sq3c, sq2.x and sq3.x, blocks that spend bits on columns as AP does.

@@ -128,7 +128,7 @@ def digest(data: bytes) -> str:
 def source_hash() -> str:
     """Of the code that decides the bytes of a file."""
     folder = Path(gguf_splitq.__file__).parent
-    files = [p for pattern in ("types/*.py", "coding/*.py", "calibration/*.py", "plan/*.py") for p in sorted(folder.glob(pattern))]
+    files = [p for room in ("types", "coding", "calibration", "plan") for p in sorted((folder / room).glob("*.py"))]
     return digest(b"".join(p.read_bytes() for p in files))
 
 
