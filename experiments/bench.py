@@ -298,7 +298,7 @@ def main() -> None:
     for part in args.only or PARTS:
         found = {"conversion": conversion, "cache": cache}.get(part, functools.partial(running, part))(args)
         done = {name: {**done, part: found}[name] for name in PARTS if name in {*done, part}}
-        save(RESULTS.stem, done)
+        save(RESULTS.stem, done, args.keep)
     rows = [row for part in done.values() for row in part["rows"] if "type" in row]
     if rows:
         plot(rows, BUILD / "bench.png")

@@ -2,8 +2,12 @@
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
+import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -18,14 +22,16 @@ from gguf_splitq.runtime import building
 
 BUILD = Path("build")
 DEMO = Path("examples/demo")
+RESULTS = Path("docs/results")  # what the tables of the docs are made of
 REF_A = Path("../shared/models/ref-a")
 TEXTS = Path("../shared/text")
 HEADINGS = {"ppl": "perplexity", "ppl_ratio": "/ F16", "mean_kld": "mean KLD", "p99_kld": "99 % KLD", "top1": "top-1"}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser with the option that every script has."""
+    """An argument parser with the options that every script has."""
     p = argparse.ArgumentParser(description=description)
+    p.add_argument("--keep", action="store_true", help=f"also write to {RESULTS}/, for `make tables`")
     p.add_argument("--threads", type=int, default=resources.cores())
     return p
 
@@ -39,13 +45,25 @@ def run(main) -> None:
         raise SystemExit(error.exit_code) from None
 
 
-def model_and_texts(p: argparse.ArgumentParser) -> None:
-    """Adds --model, --text, --calib and --chunks; the default is ref-a with its texts where they are, else the demo."""
-    has_ref = REF_A.is_dir()
-    p.add_argument("--model", type=Path, default=REF_A if has_ref else DEMO)
-    p.add_argument("--text", type=Path, default=TEXTS / "eval.txt" if has_ref else DEMO / "eval.txt")
-    p.add_argument("--calib", type=Path, default=TEXTS / "calib.txt" if has_ref else DEMO / "calib.txt")
+def model_and_texts(p: argparse.ArgumentParser, model: str | None = None) -> None:
+    """Adds --model, --text, --calib and --chunks; `chosen` tells the model.
+
+    model: the default; without one ref-a where it is, else the demo. Texts that are longer and of more kinds than the
+    demo's are taken where they are.
+    """
+    texts = TEXTS if TEXTS.is_dir() else DEMO
+    model = model or str(REF_A if REF_A.is_dir() else DEMO)
+    p.add_argument("--model", default=model, help=f"a path, a Hub id, or smollm2, a public model (default: {model})")
+    p.add_argument("--text", type=Path, default=texts / "eval.txt")
+    p.add_argument("--calib", type=Path, default=texts / "calib.txt")
     p.add_argument("--chunks", type=int, default=60, help="chunks of 512 tokens to measure on")
+
+
+def chosen(args: argparse.Namespace) -> Path:
+    """The model of --model, fetched first if it is a public one."""
+    from . import public
+
+    return public.model(args.model)
 
 
 def llama(program: str, *args) -> str:
@@ -101,12 +119,37 @@ def show(title: str, rows: list[dict], formats: dict[str, str]) -> None:
     display.console().print(table)
 
 
-def save(name: str, content) -> None:
-    """Writes build/NAME.json."""
+def save(name: str, content: dict, keep: bool = False) -> None:
+    """Writes build/NAME.json, and docs/results/NAME.json if it is to be kept, which says where it comes from."""
     BUILD.mkdir(exist_ok=True)
-    path = BUILD / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"written: {path}")
+    for folder in [BUILD, RESULTS] if keep else [BUILD]:
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps({"measured": provenance()} | content, indent=1) + "\n")
+        print(f"written: {path}")
+
+
+def provenance() -> dict[str, str]:
+    """What a result belongs to: commit (a + behind it: with changes), machine, date and command."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "gguf_splitq", "experiments", "patches")
+    module = getattr(sys.modules["__main__"].__spec__, "name", "")
+    options = [option for option in sys.argv[1:] if option != "--keep"]
+    return {
+        "commit": git("rev-parse", "--short=9", "HEAD") + ("+" if changed else ""),
+        "machine": f"{processor()}, {resources.cores()} cores",
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "-m", module, *options]),
+    }
+
+
+def processor() -> str:
+    """The processor's name as the system has it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.*)", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def judge(claims: list[dict]) -> None:

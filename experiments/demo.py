@@ -41,7 +41,7 @@ def main() -> None:
             "tokens/s": ".0f",
         },
     )
-    save("demo", rows)
+    save("demo", {"rows": rows}, args.keep)
 
 
 if __name__ == "__main__":

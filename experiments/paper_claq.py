@@ -9,29 +9,34 @@ sq2 and sq3 are there to compare with, and sq2c, sq3c, sq2.x and sq3.x, blocks t
 All but "nearest" have error feedback from one calibration. Embeddings and output are F16.
 """
 
-import contextlib
-import functools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 
-from gguf_splitq.coding import codebooks as coder
-from gguf_splitq.coding import free
-from gguf_splitq.coding.kmeans import kmeans
+from gguf_splitq import output, plan, types
+from gguf_splitq.coding import codebooks, free
 from gguf_splitq.files import gguf_file
 from gguf_splitq.files.gguf_file import Gguf
 from gguf_splitq.measure.validate import Baseline
-from gguf_splitq.types import claq
+from gguf_splitq.rewrite import each_matrix, rewrite
+from gguf_splitq.types.columns import ColumnType, side_name
 
-from .common import BUILD, convert, judge, model_and_texts, parser, run, save, show
+from .common import BUILD, chosen, convert, judge, model_and_texts, parser, run, save, show
 
 FORMATS = {"method": "", "bpw": ".3f", "ppl": ".3f", "ppl_ratio": ".4f", "mean_kld": "z.5f", "top1": ".1%"}
 KEPT = {"token_embedding_type": "f16", "output_tensor_type": "f16"}
+PUBLISHED = {"passes": 0, "row_scales": False}
 BEYOND = 0.3  # bits per weight that AP and OR get
 SHARE = 0.01  # of the channels
 FACTORS = 20, 50
+NAMES = {  # GGUF's -> transformers'
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
 FOLLOWED = {"attn_norm": ("attn_q", "attn_k", "attn_v"), "ffn_norm": ("ffn_gate", "ffn_up")}
 
 
@@ -40,16 +45,34 @@ def grid(values: np.ndarray, weights: np.ndarray, k: int, centres=None, rounds: 
     return np.linspace(values.min(), values.max(), k)
 
 
-@contextlib.contextmanager
-def as_published(cluster):
-    """CLAQ's encoder without the scales of rows and the polish."""
+def code(source: Gguf, kind: ColumnType, hessians: Gguf | None, outfile: Path, threads: int, **method) -> Path:
+    """A GGUF whose linear layers are coded in a cq type by `codebooks.solve` or, without Hessians, `free.code`.
 
-    def same(square: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(square[0], float(square.mean().sqrt()))
+    hessians: as `convert --hessians` writes them. method: more arguments of those two.
+    """
+    given = (KEPT["token_embedding_type"], KEPT["output_tensor_type"])
+    entries = plan.make(source.tensors, kind, (), *given, source.get("general.architecture", str, ""))
 
-    plain = functools.partial(coder.solve, passes=0)
-    with mock.patch.multiple(coder, kmeans=cluster, row_sizes=same, solve=plain), mock.patch.object(free, "PASSES", 0):
-        yield
+    def one(entry: plan.Entry) -> dict[str, np.ndarray]:
+        weight, target = torch.from_numpy(np.concatenate(list(each_matrix(source, entry.tensor)))), entry.columns
+        if hessians is None:
+            packed, side = free.code(weight, target, **method)
+        else:
+            found = codebooks.solve(weight, hessian(hessians, entry.name), target, **method)
+            packed, side = found.packed.numpy(), found.side
+        return {entry.name: packed, side_name(entry.name): side[None]}
+
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        solved = {n: rows for found in pool.map(one, [e for e in entries if e.columns]) for n, rows in found.items()}
+    rewrite(source, entries, output.metadata(source.kv, kind, {}), outfile, threads=threads, solved=solved)
+    return outfile
+
+
+def hessian(file: Gguf, name: str) -> torch.Tensor:
+    """float64 [n_cols, n_cols]: what was measured for a matrix of a Llama, such as blk.0.attn_q.weight."""
+    _, layer, role, _ = name.split(".")
+    found = next(t for t in file.tensors if t.name == f"{layer} {NAMES[role]}.weight")
+    return torch.from_numpy(file.read_rows(found, 0, found.n_rows).view(np.float32)).double()
 
 
 def with_outliers(source: Gguf, outfile: Path) -> Path:
@@ -80,34 +103,40 @@ def measure(model: Path, folder: Path, args) -> dict[str, dict]:
     """Method -> its row, for one model."""
     folder.mkdir(parents=True, exist_ok=True)
     f16 = convert(model, "f16", folder / "f16.gguf", threads=args.threads)
-    hessians = folder / "hessians.gguf"
+    exact = convert(model, "f32", folder / "f32.gguf", threads=args.threads)
+    hessians, candidate = folder / "hessians.gguf", folder / "candidate.gguf"
     hessians.unlink(missing_ok=True)  # an earlier run's, whose model is not this file
     feedback = {"calib": str(args.calib), "calib_tokens": args.calib_tokens, "hessians": hessians}
     rows = {}
     with Baseline(f16, args.text, chunks=args.chunks, threads=args.threads) as base:
 
-        def row(method: str, type: str, options: dict = feedback) -> None:
-            file = convert(model, type, folder / "candidate.gguf", threads=args.threads, **KEPT, **options)
+        def row(method: str, file: Path) -> None:
             rows[method] = {"method": method, **base.compare(file)}
             print(f"{method}: {rows[method]['bpw']:.3f} bpw, mean KLD {rows[method]['mean_kld']:.5f}", flush=True)
 
-        rows["F16"] = {"method": "F16", **base.compare(f16)}
+        def converted(method: str, type: str, **more) -> None:
+            row(method, convert(model, type, candidate, threads=args.threads, **KEPT, **feedback, **more))
+
+        row("F16", f16)
         for bits in (4, 3, 2):
-            with as_published(grid):
-                row(f"grid {bits}, nearest", f"cq{bits}", {})
-                row(f"grid {bits}, GPTQ", f"cq{bits}")
-            with as_published(kmeans):
-                row(f"CLAQ {bits}", f"cq{bits}")
-            row(f"cq{bits}", f"cq{bits}")
+            converted(f"cq{bits}", f"cq{bits}")  # the first of them measures the Hessians
+            kind = types.get(f"cq{bits}")
+            with gguf_file.read(exact) as source, gguf_file.read(hessians) as known:
+                given = candidate, args.threads
+                row(f"grid {bits}, nearest", code(source, kind, None, *given, cluster=grid, **PUBLISHED))
+                row(f"grid {bits}, GPTQ", code(source, kind, known, *given, cluster=grid, **PUBLISHED))
+                row(f"CLAQ {bits}", code(source, kind, known, *given, **PUBLISHED))
         for bits in (3, 2):
-            target = f"cq{np.ceil(10 * (rows[f'cq{bits}']['bpw'] + BEYOND)) / 10:.1f}"
-            for method, share in {"AP": 1.0, "OR": 0.0, "AP + OR": claq.WIDE_SHARE}.items():
-                with mock.patch.object(claq, "WIDE_SHARE", share):
-                    row(f"cq{bits} + {method}", target)
-            row(f"cq{bits} + AP + OR, Outlier Order", target, feedback | {"claq_metric": "outlier"})
-            row(f"sq{bits}", f"sq{bits}")
-            row(f"sq{bits}c", f"sq{bits}c")
-            row(f"sq{bits} + AP", target.replace("cq", "sq"))
+            target = types.get(f"cq{np.ceil(10 * (rows[f'cq{bits}']['bpw'] + BEYOND)) / 10:.1f}")
+            with gguf_file.read(exact) as source, gguf_file.read(hessians) as known:
+                for method, share in {"AP": 1.0, "OR": 0.0}.items():
+                    kind = replace(target, wide_share=share)
+                    row(f"cq{bits} + {method}", code(source, kind, known, candidate, args.threads))
+            converted(f"cq{bits} + AP + OR", target.name)
+            converted(f"cq{bits} + AP + OR, Outlier Order", target.name, claq_metric="outlier")
+            converted(f"sq{bits}", f"sq{bits}")
+            converted(f"sq{bits}c", f"sq{bits}c")
+            converted(f"sq{bits} + AP", target.name.replace("cq", "sq"))
     return rows
 
 
@@ -121,9 +150,10 @@ def main() -> None:
     model_and_texts(p)
     p.add_argument("--calib-tokens", type=int, default=131_072)
     args = p.parse_args()
+    model = chosen(args)
 
     folder = BUILD / "paper-claq"
-    plain = measure(args.model, folder / "plain", args)
+    plain = measure(model, folder / "plain", args)
     with gguf_file.read(folder / "plain" / "f16.gguf") as source:
         modified = with_outliers(source, folder / "outliers.gguf")
     outliers = measure(modified, folder / "outliers", args)
@@ -144,7 +174,7 @@ def main() -> None:
     same = outliers["F16"]["ppl"] / plain["F16"]["ppl"]
     claims.append({"claim": "F16 with outlier channels: perplexity / plain", "measured": same, "at_most": 1.001})
     rows = {"plain": list(plain.values()), "outliers": list(outliers.values())}
-    save("paper-claq", {"model": str(args.model), "rows": rows, "claims": claims})
+    save("paper-claq", {"model": args.model, "rows": rows, "claims": claims}, args.keep)
     judge(claims)
 
 

@@ -20,7 +20,7 @@ from gguf_splitq.files import gguf_file
 from gguf_splitq.inspection import linear_bpw
 from gguf_splitq.measure.validate import Baseline
 
-from .common import BUILD, convert, imatrix, judge, llama, model_and_texts, parser, quantize, run, save, show
+from .common import BUILD, chosen, convert, imatrix, judge, llama, model_and_texts, parser, quantize, run, save, show
 from .paper_splitquant import simulate
 
 FORMATS = {
@@ -71,9 +71,10 @@ def main() -> None:
     p = parser(__doc__)
     model_and_texts(p)
     args = p.parse_args()
+    model = chosen(args)
 
     folder = BUILD / "qrazor"
-    f16 = convert(args.model, "f16", folder / "f16.gguf", threads=args.threads)
+    f16 = convert(model, "f16", folder / "f16.gguf", threads=args.threads)
     matrix = imatrix(f16, args.calib, folder / "imatrix.gguf", args.threads)
     sdr4 = convert(f16, "sdr4", folder / "sdr4.gguf", threads=args.threads, **KEPT)
     decoded = folder / "sdr4-decoded.gguf"
@@ -102,7 +103,7 @@ def main() -> None:
         measure("sdr4 W4A4 KV4", sdr4, "sdr4", environment=W4A4)
         weighted = convert(f16, "sdr4", folder / "weighted.gguf", threads=args.threads, imatrix=str(matrix), **KEPT)
         measure("sdr4 W4A8, imatrix", weighted)
-        fed = convert(args.model, "sdr4", weighted, calib=str(args.calib), threads=args.threads, **KEPT)
+        fed = convert(model, "sdr4", weighted, calib=str(args.calib), threads=args.threads, **KEPT)
         measure("sdr4 W4A8, feedback", fed)
         given = ["--pure", "--token-embedding-type", "f16", "--output-tensor-type", "f16"]
         measure("Q4_0 weights", quantize(f16, "Q4_0", weighted, args.threads, *given))
@@ -126,7 +127,9 @@ def main() -> None:
     rates = cache_rates(f16, args.threads)
     faster = {"claim": "decoding after 2048 tokens: sdr4 cache / q4_0 cache", "at_least": 1}
     claims.append(faster | {"measured": rates["sdr4"] / rates["q4_0"]})
-    save("paper-qrazor", {"model": str(args.model), "rows": list(rows.values()), "rates": rates, "claims": claims})
+    save(
+        "paper-qrazor", {"model": args.model, "rows": list(rows.values()), "rates": rates, "claims": claims}, args.keep
+    )
     judge(claims)
 
 

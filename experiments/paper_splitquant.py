@@ -12,7 +12,7 @@ import numpy as np
 from gguf_splitq.files import gguf_file
 from gguf_splitq.measure.validate import Baseline
 
-from .common import BUILD, convert, judge, model_and_texts, parser, run, save, show
+from .common import BUILD, chosen, convert, judge, model_and_texts, parser, run, save, show
 
 CLOSE = 1.05  # the perplexity ratio up to which a model counts as close to F16
 CLUSTER_BITS = 2  # which of the three clusters a weight is in
@@ -84,9 +84,10 @@ def main() -> None:
     p = parser(__doc__)
     model_and_texts(p)
     args = p.parse_args()
+    model = chosen(args)
 
     folder = BUILD / "paper"
-    f16 = convert(args.model, "f16", folder / "f16.gguf", threads=args.threads)
+    f16 = convert(model, "f16", folder / "f16.gguf", threads=args.threads)
     rows = []
     with Baseline(f16, args.text, chunks=args.chunks, threads=args.threads) as base:
         rows.append({"method": "F16", **base.compare(f16)})
@@ -109,7 +110,7 @@ def main() -> None:
         {"claim": "KLD of split / plain INT4", "measured": split4["mean_kld"] / plain["mean_kld"]},
         {"claim": "KLD of sq4x / plain INT4", "measured": group["mean_kld"] / plain["mean_kld"]},
     ]
-    save("paper-splitquant", {"model": str(args.model), "rows": rows, "claims": claims})
+    save("paper-splitquant", {"model": args.model, "rows": rows, "claims": claims}, args.keep)
     judge(claims)
 
 

@@ -4,11 +4,12 @@ Only the linear layers differ: embeddings and output are F16 everywhere. "imatri
 `llama-quantize --pure`, all from the same F16 file and one importance matrix of the calibration text; "feedback" files,
 ours and stock types, by `gguf-splitq convert --calib` from as many tokens of that text, "self" from text that the model
 wrote, "tuned" with `--tune` besides, and "3.5 bpw" by `--bpw 3.5`; all but "self" share one file of Hessians. Finished
-rows are kept in build/quality/rows.json: a run that was stopped goes on, and what the source of solver or types, the
-texts or the options have changed is measured again.
+rows are kept in build/quality/MODEL/rows.json: a run that was stopped goes on, and what the source of solver or types,
+the texts or the options have changed is measured again.
 
-  python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, feedback, self, tuned, bpw, narrow
+  python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, feedback, self, tuned, bpw
   python -m experiments.quality --only sq4,IQ4_XS          # or types
+  python -m experiments.quality --model ../shared/models/ref-a
 """
 
 import contextlib
@@ -27,8 +28,7 @@ from gguf_splitq.errors import EnvironmentFailed
 from gguf_splitq.measure.validate import Baseline, check_overlap
 from gguf_splitq.runtime import building, patching
 
-from . import models
-from .common import BUILD, DEMO, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
+from .common import BUILD, chosen, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
 
 COLUMNS = ["cq4", "cq3", "cq2", "cq3.5", "cq2.5", "sq3c", "sq2c", "sq3.5", "sq2.5"]
 OURS = ["sq4", "sq3", "sq2", "sdr4", "sq4x", *COLUMNS]
@@ -40,7 +40,6 @@ TUNED = ["sq4", "sq3", "sq2"]  # with --tune
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [2.5, 3.0, 3.5, 4.0]
 NEAR = 0.1  # bits per weight: what counts as the same stored size
-NARROW = ["sq4", "sq3", "sq2", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ2_XS"]
 KEPT = {"token_embedding_type": "f16", "output_tensor_type": "f16"}
 FORMATS = {
     "type": "",
@@ -52,7 +51,6 @@ FORMATS = {
     "top1": ".1%",
     "minutes": ".1f",
 }
-NARROW_FORMATS = {"type": "", "bpw": ".2f", "mean_kld": "z.5f"}
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,12 @@ def runs() -> list[Run]:
 
 def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
     """The file of a row, in the one scratch place."""
-    outfile = BUILD / "quality" / "candidate.gguf"
+    outfile = args.folder / "candidate.gguf"
     options = {"threads": args.threads} | KEPT
     if source.solved:
         options |= {"calib": "self" if source.data == "self" else str(args.calib), "calib_tokens": args.tokens}
         if source.data != "self":
-            options["hessians"] = BUILD / "quality" / f"hessians-{hessian_key(args)}.gguf"
+            options["hessians"] = args.folder / f"hessians-{hessian_key(args)}.gguf"
         if source.data == "tuned":
             options["tune"] = True
         if source.data == "bpw":
@@ -140,7 +138,7 @@ def measure(wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, 
 
     @functools.cache
     def matrix() -> Path:
-        path = BUILD / "quality" / f"imatrix-{digest(json.dumps(common | data).encode())}.gguf"
+        path = args.folder / f"imatrix-{digest(json.dumps(common | data).encode())}.gguf"
         if not path.exists():
             print(f"importance matrix of {calib}", flush=True)
             part = path.with_suffix(".part.gguf")  # llama-imatrix writes it again and again
@@ -156,7 +154,7 @@ def measure(wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, 
             minutes = (time.monotonic() - start) / 60
             check_overlap(file, text)
             result = base().compare(file) | {"minutes": minutes}
-            if source.data == "feedback" and source.type in UNPATCHED:
+            if args.unpatched is not None and source.data == "feedback" and source.type in UNPATCHED:
                 result["unpatched_kld"] = by_upstream(base(), file, unpatched(args))
             return result
 
@@ -166,7 +164,8 @@ def measure(wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, 
 
 def unpatched(args) -> Path:
     """llama-perplexity as upstream has it."""
-    return (args.unpatched or building.build_unpatched("llama-perplexity")) / "llama-perplexity"
+    folder = Path(args.unpatched) if args.unpatched else building.build_unpatched("llama-perplexity")
+    return folder / "llama-perplexity"
 
 
 def by_upstream(base: Baseline, file: Path, program: Path, attempts: int = 10) -> float:
@@ -245,7 +244,7 @@ def claims_of(rows: list[dict]) -> list[dict]:
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
-    """KLD over stored bits, one series for each kind of type and data."""
+    """KLD over stored bits, one series for each kind of type and data; the same rows give the same bytes."""
     try:
         import matplotlib
     except ImportError:
@@ -255,64 +254,58 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     series = {
-        "stock types, no data": ("none", False, "v", "tab:gray"),
-        "stock types, imatrix": ("imatrix", False, "o", "tab:blue"),
-        "stock types, feedback": ("feedback", False, "s", "tab:cyan"),
-        "our types, no data": ("none", True, "v", "tab:olive"),
-        "our types, imatrix": ("imatrix", True, "o", "tab:orange"),
-        "our types, feedback": ("feedback", True, "s", "tab:red"),
-        "our types, feedback on own text": ("self", True, "x", "tab:purple"),
-        "our types, trained": ("tuned", True, "P", "tab:brown"),
-        "mixed by --bpw": ("bpw", False, "*", "tab:green"),
+        "llama.cpp's types, no data": ("none", False, "v", "#8a8a8a"),
+        "llama.cpp's types, importance matrix": ("imatrix", False, "o", "#3b82c4"),
+        "llama.cpp's types, our feedback": ("feedback", False, "s", "#12a5b8"),
+        "our types, no data": ("none", True, "v", "#b08f00"),
+        "our types, importance matrix": ("imatrix", True, "o", "#e07b00"),
+        "our types, feedback": ("feedback", True, "s", "#d9343f"),
+        "our types, feedback on own text": ("self", True, "x", "#a06bd0"),
+        "our types, trained": ("tuned", True, "P", "#a8715a"),
+        "mixed by --bpw": ("bpw", False, "*", "#33a047"),
     }
-    figure, axes = pyplot.subplots(figsize=(10, 7))
-    for label, (data, ours, marker, color) in series.items():
-        chosen = [row for row in rows if row["data"] == data and (row["type"] in OURS) == ours and row["bpw"] < 7]
-        x, y = [row["bpw"] for row in chosen], [row["mean_kld"] for row in chosen]
-        if chosen:
-            axes.scatter(x, y, label=label, marker=marker, color=color)
-        for row in chosen if data in ("imatrix", "feedback", "tuned", "bpw") else ():
-            near = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": color}
-            axes.annotate(row["type"], (row["bpw"], row["mean_kld"]), **near)
-    axes.set(yscale="log", xlabel="stored bits per weight, linear layers", ylabel="mean KL divergence to F16, nats")
-    axes.set_title(title, fontsize=9)
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
+    # Grey letters on nothing are read on white and on black pages; letters stay letters.
+    grey = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "#808080")
+    with matplotlib.rc_context({"svg.hashsalt": "", "svg.fonttype": "none", "grid.color": "#808080"} | grey):
+        figure, axes = pyplot.subplots(figsize=(9, 6.5))
+        for label, (data, ours, marker, color) in series.items():
+            points = [row for row in rows if row["data"] == data and (row["type"] in OURS) == ours and row["bpw"] < 7]
+            x, y = [row["bpw"] for row in points], [row["mean_kld"] for row in points]
+            if points:
+                axes.scatter(x, y, label=label, marker=marker, color=color)
+            for row in points if data in ("imatrix", "feedback", "tuned", "bpw") else ():
+                near = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": color}
+                axes.annotate(row["type"], (row["bpw"], row["mean_kld"]), **near)
+        axes.set(yscale="log", xlabel="stored bits per weight, linear layers", ylabel="mean KL divergence to F16, nats")
+        axes.set_title(title, fontsize=9)
+        axes.grid(True, which="both", alpha=0.25)
+        axes.legend(fontsize=8, framealpha=0)
+        figure.savefig(path, bbox_inches="tight", transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
     print(f"written: {path}")
 
 
 def main() -> None:
     p = parser(__doc__)
-    model_and_texts(p)
+    model_and_texts(p, "smollm2")
     p.add_argument("--tokens", type=int, default=131_072, help="tokens of the calibration text to use")
     p.add_argument("--only", help="kinds of data or types, separated by commas")
-    p.add_argument("--unpatched", type=Path, metavar="DIR", help="unpatched llama.cpp's programs; built unless given")
+    upstream = f"run the {' and '.join(UNPATCHED)} files with feedback by llama.cpp as upstream has it, too"
+    p.add_argument("--unpatched", nargs="?", const="", metavar="DIR", help=f"{upstream}; built unless DIR has it")
     args = p.parse_args()
+    name, args.model = args.model.removesuffix("/").rpartition("/")[2].removesuffix(".gguf"), chosen(args)
+    args.folder = BUILD / "quality" / name
     only = set(args.only.lower().split(",")) if args.only else None
     wanted = [r for r in runs() if only is None or {r.type.lower(), r.data} & only]
 
-    folder = BUILD / "quality"
-    rows = Rows(folder / "rows.json")
-    f16 = convert(args.model, "f16", folder / "f16.gguf", threads=args.threads)
-    found = measure(wanted, f16, args.text, args.calib, args.chunks, rows, args)
-    title = f"{args.model} on {args.chunks} chunks of {args.text}"
+    f16 = convert(args.model, "f16", args.folder / "f16.gguf", threads=args.threads)
+    found = measure(wanted, f16, args.text, args.calib, args.chunks, Rows(args.folder / "rows.json"), args)
+    title = f"{name} on {args.chunks} chunks of {args.text.name}"
     show(title, found, FORMATS)
     claims = claims_of(found)
-
-    narrow_rows = []
-    if only is None or "narrow" in only:
-        narrow = convert(models.random_llama("narrow", **models.NARROW), "f16", folder / "narrow-f16.gguf")
-        small = [Run(type, "imatrix") for type in NARROW]
-        narrow_rows = measure(small, narrow, DEMO / "eval.txt", DEMO / "calib.txt", 2, rows, args)
-        show("576-wide rows, random weights: stored size, and that it runs", narrow_rows, NARROW_FORMATS)
-        bpw = {row["type"]: row["bpw"] for row in narrow_rows}
-        for type, limit in (("sq3", 3.25), ("sq2", 2.25)):
-            name = f"bits per weight of {type} on 576-wide rows"
-            claims.append({"claim": name, "measured": bpw[type], "at_most": limit})
-    save("quality", {"model": str(args.model), "rows": found, "narrow": narrow_rows, "claims": claims})
-    plot(found, title, BUILD / "quality.png")
+    settings = {"model": name, "text": args.text.name, "chunks": args.chunks, "tokens": args.tokens}
+    save(f"quality.{name}", settings | {"rows": found, "claims": claims}, args.keep)
+    plot(found, title, BUILD / f"quality.{name}.svg")
     judge(claims)
 
 

@@ -92,7 +92,7 @@ def main() -> None:
     columns = {"shape": "", "calibration s": ".1f", "solve s": ".1f", "all layers min": ".1f"}
     columns |= {"GPU GiB": ".1f"} if args.device == "cuda" else {}
     show(f"One decoder layer on {args.device} in {args.dtype}, {args.type}, {TOKENS} tokens{note}", rows, columns)
-    save("slices", {"options": vars(args), "rows": rows})
+    save("slices", {"options": vars(args), "rows": rows}, args.keep)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ from test_solve import problem
 
 from experiments import paper_claq
 from gguf_splitq import types
-from gguf_splitq.coding import codebooks as coder
-from gguf_splitq.coding import free
-from gguf_splitq.coding.kmeans import kmeans
+from gguf_splitq.coding import codebooks, free
 from gguf_splitq.files import gguf_file
 
 
@@ -22,16 +20,14 @@ def test_a_grid_is_even_between_the_extremes():
 def test_what_is_ours_lowers_the_error_and_clusters_beat_grids():
     weight, hessian = problem(128, 64)
     kind = types.get("cq3")
-    with paper_claq.as_published(paper_claq.grid):
-        grid = coder.solve(weight, hessian, kind)
-    with paper_claq.as_published(kmeans):
-        published = coder.solve(weight, hessian, kind)
-    ours = coder.solve(weight, hessian, kind)
-    assert ours.errors["polish"] < published.errors["polish"] < grid.errors["polish"]
-    assert published.errors["polish"] == pytest.approx(published.errors["feedback"], rel=1e-3)
-    with paper_claq.as_published(paper_claq.grid):
-        _, nearest = free.code(weight, kind)
-    for side in (published.side, nearest):
+    published = paper_claq.PUBLISHED
+    grid = codebooks.solve(weight, hessian, kind, cluster=paper_claq.grid, **published)
+    claq = codebooks.solve(weight, hessian, kind, **published)
+    ours = codebooks.solve(weight, hessian, kind)
+    assert ours.errors["polish"] < claq.errors["polish"] < grid.errors["polish"]
+    assert claq.errors["polish"] == pytest.approx(claq.errors["feedback"], rel=1e-3)
+    _, nearest = free.code(weight, kind, cluster=paper_claq.grid, **published)
+    for side in (claq.side, nearest):
         row = kind.read_side(side, 128, 64, "x").row
         assert (row == row[0]).all()
 

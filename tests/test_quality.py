@@ -63,5 +63,9 @@ def test_rows_are_measured_once_for_the_same_settings(tmp_path):
 
 def test_the_plot_shows_every_row(tmp_path):
     pytest.importorskip("matplotlib")
-    quality.plot(ROWS, "a title", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("one.svg", "two.svg"):
+        quality.plot(ROWS, "a title", tmp_path / name)
+    picture = (tmp_path / "one.svg").read_text()
+    assert picture == (tmp_path / "two.svg").read_text()
+    for row in ROWS:
+        assert f">{row['type']}<" in picture or row["data"] == "self"

@@ -37,7 +37,7 @@ def test_feedback_and_polish_lower_the_output_error(runtime_library, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_step_after_feedback_raises_the_error(runtime_library, name, seed):
     weight, hessian = problem(24, 256, seed)
-    h, order, push, _ = solver._prepare(hessian, solver.DAMPING)
+    h, order, push, _ = solver.prepare(hessian, solver.DAMPING)
     rows = solver._Rows(weight, h, formats.for_type(types.get(name)))
     nearest = rows.error()
     rows.feedback(order, push)

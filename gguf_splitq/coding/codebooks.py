@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,17 +37,33 @@ _NO_TABLE = np.zeros(0, np.float32)
 Code = Callable[[int, np.ndarray], np.ndarray]
 
 
-def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: Claq, passes: int = PASSES) -> Solution:
+class Cluster(Protocol):
+    """What `kmeans` does: the centres of weighted values."""
+
+    def __call__(
+        self, values: np.ndarray, weights: np.ndarray, k: int, centres: np.ndarray | None, rounds: int, /
+    ) -> np.ndarray: ...
+
+
+def solve(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    kind: Claq,
+    passes: int = PASSES,
+    cluster: Cluster = kmeans,
+    row_scales: bool = True,
+) -> Solution:
     """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols].
 
-    passes: of step 2. `errors` has the stages "nearest" (k-means of every column alone), "feedback" and "polish".
-    Raises InputError as `solver.solve` does.
+    passes: of step 2. cluster: what finds the values of a column's codebook. row_scales: whether each row has a scale
+    of its own. With no passes and one scale it is CLAQ as published. `errors` has the stages "nearest" (k-means of
+    every column alone), "feedback" and "polish". Raises InputError as `solver.solve` does.
     """
     # Codebooks take any size of a column; damping that is relative to it makes the result the same for all sizes.
     size = weight.double().square().mean(0).sqrt()
     size = size.clamp_min(1e-6 * float(size.max())) if size.any() else torch.ones_like(size)
-    h, order, push, damping = solver._prepare(hessian, solver.DAMPING, size)
-    matrix, chance = _Matrix(weight, h, kind), torch.Generator().manual_seed(0)
+    h, order, push, damping = solver.prepare(hessian, solver.DAMPING, size)
+    matrix, chance = _Matrix(weight, h, kind, cluster, row_scales), torch.Generator().manual_seed(0)
     nearest = matrix.error()
     matrix.feedback(order, push)
     fed = matrix.error()
@@ -69,9 +86,9 @@ class Codebooks:
     are outliers.
     """
 
-    def __init__(self, kind: Claq, order: np.ndarray, row: torch.Tensor):
+    def __init__(self, kind: Claq, order: np.ndarray, row: torch.Tensor, cluster: Cluster = kmeans):
         n_cols = len(order)
-        self.kind, self.order = kind, order
+        self.kind, self.order, self.centres = kind, order, cluster
         self.sizes = np.empty(n_cols, np.int64)
         self.sizes[order] = 1 << kind.bits(n_cols)
         self.scale, self.levels = np.zeros(n_cols, np.float32), np.zeros((n_cols, 16), np.int8)
@@ -97,7 +114,7 @@ class Codebooks:
             unit, heavy = unit[inside], heavy[inside]
         if len(unit):
             start, rounds = (table, ROUNDS) if len(table) else (None, 16)
-            centres = kmeans(unit, heavy, self.sizes[c], start, rounds)
+            centres = self.centres(unit, heavy, self.sizes[c], start, rounds)
         else:
             centres = np.zeros(self.sizes[c])
         scale = np.float32(half(np.abs(centres).max() / 127))
@@ -145,12 +162,12 @@ class _Matrix:
     bool [n_cols, n_rows], None where the type has none.
     """
 
-    def __init__(self, weight: torch.Tensor, h: torch.Tensor, kind: Claq):
+    def __init__(self, weight: torch.Tensor, h: torch.Tensor, kind: Claq, cluster: Cluster, row_scales: bool):
         """Every column clustered alone."""
         self.weight, self.h, self.diagonal = weight.T.contiguous(), h, h.diagonal()
-        row = torch.cat([row_sizes(self.weight[:, rows].square(), self.diagonal) for rows in self._pieces()])
+        row = row_sizes((self.weight[:, rows] for rows in self._pieces()), self.diagonal, row_scales)
         price = prices(h)
-        self.books, self.outlier = Codebooks(kind, order(kind, [self.weight], price), row), None
+        self.books, self.outlier = Codebooks(kind, order(kind, [self.weight], price), row, cluster), None
         self.value = self._alone()
         if kind.outliers:
             self.outlier = np.zeros(self.weight.shape, bool)
@@ -167,7 +184,7 @@ class _Matrix:
         return total
 
     def feedback(self, order: torch.Tensor, push: torch.Tensor) -> None:
-        """Code all columns anew in this order. push: as `solver._push` gives it."""
+        """Code all columns anew in this order. push: as `solver.pushes` gives it."""
         self.books.table = [_NO_TABLE] * len(order)
         weight = self.weight[order]
         self.value[order] = self._sweep(weight.clone(), weight, push, self._cluster, order.tolist())
@@ -200,11 +217,11 @@ class _Matrix:
             if failed:  # positive definite, but not in float32
                 continue
             aims = torch.addmm(base, torch.cholesky_inverse(factor).flip(0, 1).float(), here)
-            found = self._sweep(aims.clone(), aims, solver._push(factor), self._nearest, columns.tolist())
+            found = self._sweep(aims.clone(), aims, solver.pushes(factor), self._nearest, columns.tolist())
             ratio = h / h.diagonal()
             aims = torch.addmm(found, ratio.T, aims - found)
             change = self._sweep(aims, found, -ratio, self._nearest, columns.tolist()) - base
-            change *= solver._gain(h, here, change) > 0
+            change *= solver.gains(h, here, change) > 0
             self.value[columns] += change
             pull.addmm_(self.h[columns].T, change, alpha=-1)
 
@@ -304,9 +321,18 @@ def order(kind: ColumnType, parts: Iterable[torch.Tensor], price: torch.Tensor) 
     return torch.cat([columns[wide], columns[~wide]]).numpy()
 
 
-def row_sizes(square: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-    """float32 [n_rows]: the size of each row's weights, of which `square` float32 [n_cols, n_rows] has the squares."""
-    return (torch.mv(square.T, diagonal) / diagonal.sum()).sqrt()
+def row_sizes(parts: Iterable[torch.Tensor], price: torch.Tensor, each: bool = True) -> torch.Tensor:
+    """float32 [n_rows]: the size of each row's weights, errors weighted by `price` [n_cols], or one size for all rows.
+
+    parts: float32 [n_cols, some rows], which together are the weight.
+    """
+    sizes, means = [], []
+    for part in parts:
+        square = part.square()
+        sizes.append((torch.mv(square.T, price) / price.sum()).sqrt())
+        means.append(square.mean())
+    row = torch.cat(sizes)
+    return row if each else torch.full_like(row, float(torch.stack(means).mean().sqrt()))
 
 
 def counts(costs: Iterable[np.ndarray], count: int) -> np.ndarray:

@@ -37,7 +37,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: ColumnType, passes:
     order = torch.arange(len(size))
     inverse = torch.where(size > 0, 1 / size, 0)
     if kind.wide:
-        price = codebooks.prices(solver._prepare(hessian, solver.DAMPING)[0]) * inverse**2
+        price = codebooks.prices(solver.prepare(hessian, solver.DAMPING)[0]) * inverse**2
         order = torch.from_numpy(codebooks.order(kind, [weight.T.contiguous()], price))
     solved = solver.solve(
         weight[:, order] * inverse[order], hessian[order][:, order], formats.ColumnFormat(kind), passes=passes

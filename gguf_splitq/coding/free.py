@@ -18,23 +18,31 @@ from ..types.claq import Claq
 from ..types.columns import ColumnType, Side
 from ..types.sqc import ScaledColumns
 from . import codebooks
-from .codebooks import PIECE, Codebooks
+from .codebooks import PIECE, Cluster, Codebooks
 from .columns import scales
+from .kmeans import kmeans
 
 PASSES = 2  # of scales of rows and new codebooks: there is little to gain
 _CODE, _OUTLIER = 0x7F, 0x80  # of the bytes that codes are kept in
 
 
 def code(
-    weight: torch.Tensor, kind: ColumnType, importance: torch.Tensor | None = None
+    weight: torch.Tensor,
+    kind: ColumnType,
+    importance: torch.Tensor | None = None,
+    passes: int = PASSES,
+    cluster: Cluster = kmeans,
+    row_scales: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 [n_rows, row_bytes], uint8 [size]): the rows and the side tensor that stand for a matrix.
 
     weight: float32, float16 or bfloat16 [n_rows, n_cols], finite. importance: float32 [n_cols], not negative.
+    passes, cluster, row_scales: of codebooks, as `codebooks.solve` takes them.
     """
     matrix = _Slices(weight)
     if isinstance(kind, Claq):
-        return _codebooks(matrix, kind, torch.ones(weight.shape[1]) if importance is None else importance)
+        price = torch.ones(weight.shape[1]) if importance is None else importance
+        return _codebooks(matrix, kind, price, passes, cluster, row_scales)
     assert isinstance(kind, ScaledColumns)
     return _blocks(matrix, kind, importance)
 
@@ -59,10 +67,12 @@ def _slices(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
-def _codebooks(matrix: _Slices, kind: Claq, importance: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _codebooks(
+    matrix: _Slices, kind: Claq, importance: torch.Tensor, passes: int, find: Cluster, row_scales: bool
+) -> tuple[np.ndarray, np.ndarray]:
     price = importance.clamp_min(1e-6 * float(importance.max())) if importance.any() else importance + 1
-    row = torch.cat([codebooks.row_sizes(matrix.of(rows).square(), price) for rows in matrix.rows])
-    books = Codebooks(kind, codebooks.order(kind, matrix, price), row)
+    row = codebooks.row_sizes((matrix.of(rows) for rows in matrix.rows), price, row_scales)
+    books = Codebooks(kind, codebooks.order(kind, matrix, price), row, find)
     codes = np.empty((matrix.n_rows, matrix.n_cols), np.uint8)
 
     def values(part: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
@@ -95,7 +105,7 @@ def _codebooks(matrix: _Slices, kind: Claq, importance: torch.Tensor) -> tuple[n
         costs = (np.square(a - values(f, slice(None), c)) * price[c, None].numpy() for c, a, f in cluster())
         books.kept = codebooks.counts(costs, kind.outliers)
     deque(cluster(), 0)
-    for _ in range(PASSES):
+    for _ in range(passes):
         refit()
         deque(cluster(), 0)
     codes = codes[:, books.order]

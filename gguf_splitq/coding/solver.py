@@ -100,7 +100,7 @@ def solve(
     search and refit; the time goes with them. The same input gives the same bytes. Raises InputError when the Hessian
     is not finite or not positive definite even with MOST_DAMPING.
     """
-    h, order, push, damping = _prepare(hessian, damping)
+    h, order, push, damping = prepare(hessian, damping)
     stages, parts = [], []
     for piece in weight.split(max(1, WEIGHTS // weight.shape[1])):
         rows, chance = _Rows(piece, h, fmt), torch.Generator().manual_seed(0)
@@ -134,7 +134,7 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING, size: torch.Tensor |
     return h
 
 
-def _prepare(
+def prepare(
     hessian: torch.Tensor, damping: float, size: torch.Tensor | float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """The damped Hessian in float32, the order of coding, the push matrix of that order, and the damping it took."""
@@ -143,7 +143,7 @@ def _prepare(
         order = h.diagonal().argsort(descending=True, stable=True)
         factor, failed = torch.linalg.cholesky_ex(_reversed(h[order][:, order]))
         if not failed:
-            return h.float(), order, _push(factor), damping
+            return h.float(), order, pushes(factor), damping
         damping = max(10 * damping, 1e-6)
         if damping > MOST_DAMPING:
             raise InputError("the Hessian is not positive definite: use more calibration text or a larger damping")
@@ -153,7 +153,7 @@ def _reversed(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.flip(0, 1)
 
 
-def _push(factor: torch.Tensor) -> torch.Tensor:
+def pushes(factor: torch.Tensor) -> torch.Tensor:
     """How a change of a column moves the best value of each later one: float32 [earlier, later], for `_sweep`.
 
     factor: lower Cholesky factor of the Hessian with its columns in the reverse order of coding. With H = C^T G C, C
@@ -278,7 +278,7 @@ class _Rows:
                     steps = _least_squares(h, here, unit * scale, offset, fmt.has_offset)
                     new = fmt.stretch(1 + steps[0], 1 + steps[1], old)
                 change = _value(unit, *self.columns_of(new, block)) - _value(unit, scale, offset)
-                better = _gain(h, here, change) > 0
+                better = gains(h, here, change) > 0
                 self.params[better, blocks] = new[better]
                 pull[end:].addmm_(self.h[end:, inside], torch.where(better, change, 0), alpha=-1)
 
@@ -307,12 +307,12 @@ class _Rows:
             scale, offset = self.columns_of(params, block)
 
             aims, base, here = (part.repeat(1, COPIES) for part in (aims, base, here))
-            units = _sweep(aims.clone(), aims, _push(factor), scale, offset, fmt, columns)
+            units = _sweep(aims.clone(), aims, pushes(factor), scale, offset, fmt, columns)
             found, ratio = _value(units, scale, offset), h / h.diagonal()
             units = _sweep(torch.addmm(found, ratio.T, aims - found), found, -ratio, scale, offset, fmt, columns)
             change = _value(units, scale, offset) - base
 
-            gain, copy = _gain(h, here, change).view(COPIES, n_rows).max(0)
+            gain, copy = gains(h, here, change).view(COPIES, n_rows).max(0)
             better = (gain > 0).nonzero()[:, 0]
             best = copy[better] * n_rows + better
             self.params[better[:, None], blocks] = params[best]
@@ -326,7 +326,7 @@ def _value(unit: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> tor
     return unit * scale + offset
 
 
-def _gain(h: torch.Tensor, pull: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+def gains(h: torch.Tensor, pull: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """float32 [n_rows]: by how much a change of the weights [n_cols, n_rows] lowers the error; pull = H (W - Q)."""
     return (change * (2 * pull - h @ change)).sum(0)
 

@@ -136,7 +136,7 @@ def is_linear(tensor: Tensor, architecture: str = "") -> bool:
 
 def make(
     tensors: Sequence[Tensor],
-    type: str,
+    type: str | TensorType,
     tensor_type: Iterable[str] = (),
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
@@ -155,7 +155,7 @@ def make(
     Raises UsageError for bad rules, missing importance and a size that cannot be met, UnsupportedError for a file whose
     linear layers are all quantized already.
     """
-    base = types.get(type)
+    base = types.get(type) if isinstance(type, str) else type
     large = base if base.bpw > types.get("q8_0").bpw else types.get("q8_0")
     rules = [_Rule(text) for text in tensor_type]
     embedding = types.get(token_embedding_type) if token_embedding_type else None

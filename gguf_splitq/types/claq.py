@@ -29,16 +29,16 @@ import numpy as np
 
 from .columns import ColumnType, Require, Side
 
-WIDE_SHARE = 0.75  # of what cq2.x and cq3.x have beyond cq2 and cq3; outliers take the rest
-
 
 @dataclass(frozen=True)
 class Claq(ColumnType):
-    """A type of the family."""
+    """A type of the family. wide_share: of what cq2.x and cq3.x have beyond cq2 and cq3; outliers take the rest."""
+
+    wide_share: float = 0.75
 
     def within(self, n_rows: int, n_cols: int, room: int) -> ColumnType:
         least = self.matrix_bytes(n_rows, n_cols)
-        kind = super().within(n_rows, n_cols, least + int(WIDE_SHARE * (room - least)))
+        kind = super().within(n_rows, n_cols, least + int(self.wide_share * (room - least)))
         return kind.largest("outliers", n_rows * n_cols // 8, n_rows, n_cols, room)
 
     def sections(self, n_rows: int, n_cols: int) -> dict[str, tuple[str, tuple[int, ...]]]:
