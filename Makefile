@@ -16,8 +16,8 @@ PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test runtime perplexity bench quality slices paper-splitquant paper-claq paper-qrazor lint types docs fuzz \
-	patches-check cross-tools clean
+.PHONY: help demo test runtime perplexity bench quality embeddings tables slices paper-splitquant \
+	paper-claq paper-qrazor lint types docs fuzz patches-check cross-tools clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +44,12 @@ bench: runtime ## speed of conversion and of decoding, beside stock llama.cpp ty
 
 quality: runtime $(VENV)/plot.stamp ## KL divergence over stored bits of every type and way to make it, beside stock types
 	@$(PY) -m experiments.quality $(ARGS)
+
+embeddings: runtime ## how far the vectors of a quantized embedding model turn, beside stock types
+	@$(PY) -m experiments.embeddings $(ARGS)
+
+tables: $(VENV)/plot.stamp ## the tables of README.md and docs/ from docs/results/*.json
+	@$(PY) -m experiments.tables
 
 slices: runtime ## what error feedback costs on larger models: one decoder layer of 1 B and 8 B shapes
 	@$(PY) -m experiments.slices $(ARGS)

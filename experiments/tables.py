@@ -1,0 +1,178 @@
+"""`make tables`: the tables of figures in README.md and docs/, and a picture, from what docs/results/*.json keep.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, with a line on where its figures come from.
+The JSON files are written by the experiments with --keep. What no experiment measures, such as instructions that were
+counted in machine code, is kept there as tables with the commit that has the figures.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .common import RESULTS, run
+from .quality import OURS, plot
+
+PICTURE = RESULTS / "quality.svg"
+PICTURED = "quality.ref-a"
+DOCS = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+Table = tuple[list[str], list[list[str]]]  # headings, rows
+
+
+def results() -> dict[str, dict]:
+    """File name without .json -> content."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def tables(kept: dict[str, dict]) -> dict[str, str]:
+    """Name -> Markdown, with a line on what was measured."""
+    found = {}
+    for name, result in kept.items():
+        for part, table, measured in parts(name, result):
+            found[part] = markdown(table) + "\n" + source(measured)
+    return found
+
+
+def parts(name: str, result: dict) -> Iterator[tuple[str, Table, dict]]:
+    """(name, table, where it is from) of each of a file's tables."""
+    if "tables" in result:
+        for part, table in result["tables"].items():
+            yield f"{name}.{part}", (table["headings"], table["rows"]), table["measured"]
+        return
+    make = {"quality": quality, "bench": bench, "paper-claq": claq}.get(name.partition(".")[0], plain)
+    yield name, make(result), result["measured"]
+
+
+def quality(result: dict) -> Table:
+    """A row for each type, KLD by what it was made with."""
+    kinds = {"none": "KLD, no data", "imatrix": "KLD, imatrix", "feedback": "KLD, feedback", "tuned": "KLD, trained"}
+    rows: dict[str, dict[str, dict]] = {}
+    for row in result["rows"]:
+        name, data = row["type"], row["data"]
+        if data == "bpw":
+            name, data = f"`--bpw {name.split()[0]}`", "feedback"
+        elif name in OURS:
+            name = f"`{name}`"
+        if data == "self":
+            name, data = f"{name}, own text", "feedback"
+        rows.setdefault(name, {})[data] = row
+    kinds = {data: heading for data, heading in kinds.items() if any(data in found for found in rows.values())}
+    table = []
+    for name, found in rows.items():
+        fed = found.get("feedback", {})
+        bits = max(row["bpw"] for row in found.values())
+        klds = [significant(found[data]["mean_kld"]) if data in found else "" for data in kinds]
+        ends = [f"{fed['ppl_ratio']:.4f}", f"{fed['top1']:.1%}"] if fed else ["", ""]
+        table.append((bits, [name, f"{bits:.2f}", *klds, *(ends if "feedback" in kinds else [])]))
+    table.sort(key=lambda entry: -entry[0])
+    fed = ["perplexity / F16, feedback", "top-1, feedback"] if "feedback" in kinds else []
+    return ["type", "bits per weight", *kinds.values(), *fed], [cells for _, cells in table]
+
+
+def bench(result: dict) -> Table:
+    """A column for each type, tokens per second and their ratio to Q4_K_S."""
+    rows = result["0.6B"]["rows"]
+    types = list(dict.fromkeys(row["type"] for row in rows))
+    table = []
+    for threads in sorted({row["threads"] for row in rows}):
+        for what, heading in (("decode t/s", "decode"), ("prompt t/s", "prompt")):
+            rates = {row["type"]: row.get(what) for row in rows if row["threads"] == threads}
+            if not any(rates.values()):
+                continue
+            many = f"{threads} thread{'s' * (threads > 1)}"
+            table.append([f"{heading}, {many}", *(f"{rates[t]:.3g}" if rates.get(t) else "" for t in types)])
+            if base := rates.get("Q4_K_S"):
+                ratios = (f"{rates[t] / base:.2f}" if rates.get(t) else "" for t in types)
+                table.append([f"{heading}, {many} / Q4_K_S", *ratios])
+    return ["tokens per second", *(f"`{t}`" if t.islower() else t for t in types)], table
+
+
+def claq(result: dict) -> Table:
+    """KLD of every method, of the model as it is and with outlier channels."""
+    pairs = zip(result["rows"]["plain"], result["rows"]["outliers"], strict=True)
+    headings = ["method", "bits per weight", "KLD, as it is", "KLD, with outlier channels"]
+    return headings, [
+        [one["method"], f"{one['bpw']:.2f}", significant(one["mean_kld"]), significant(other["mean_kld"])]
+        for one, other in pairs
+        if one["method"] != "F16"
+    ]
+
+
+def plain(result: dict) -> Table:
+    """The rows as they are, of the columns that are known."""
+    formats = {
+        "method": ("method", "{}"),
+        "file": ("file", "{}"),
+        "type": ("type", "{}"),
+        "weights": ("bits per weight", "{:.2f}"),
+        "bpw": ("bits per weight", "{:.2f}"),
+        "cache": ("bits in the cache", "{:.2f}"),
+        "MB": ("MB", "{:.2f}"),
+        "ppl": ("perplexity", "{:.3f}"),
+        "ppl_ratio": ("perplexity / F16", "{:.4f}"),
+        "mean_kld": ("KLD", ""),
+        "top1": ("top-1", "{:.1%}"),
+        "cosine": ("mean cosine to F16", "{:.5f}"),
+        "lowest": ("lowest cosine", "{:.4f}"),
+        "neighbour": ("same nearest text", "{:.1%}"),
+    }
+    rows = result["rows"]
+    known = {key: value for key, value in formats.items() if any(row.get(key) is not None for row in rows)}
+    if "weights" in known:
+        del known["bpw"]
+
+    def cell(row: dict, key: str, form: str) -> str:
+        value = row.get(key)
+        if value is None:
+            return ""
+        name = f"`{value}`" if key == "type" and value in OURS else form.format(value)
+        return significant(value) if key == "mean_kld" else name
+
+    return [h for h, _ in known.values()], [[cell(row, k, form) for k, (_, form) in known.items()] for row in rows]
+
+
+def significant(value: float) -> str:
+    """Three digits that count, never as a power of ten; F16's own divergence is 0."""
+    if value < 1e-5:
+        return "0"
+    digits = f"{value:#.3g}"
+    return f"{float(digits):.7f}".rstrip("0") if "e" in digits else digits.rstrip(".")
+
+
+def markdown(table: Table) -> str:
+    headings, rows = table
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def source(measured: dict[str, str]) -> str:
+    """Where the figures come from, as a line below a table."""
+    command = f"`{measured['command']}`" if measured.get("command") else "by hand"
+    return f"<sub>{command}, {measured['date']}, {measured['machine']}, commit {measured['commit']}</sub>\n"
+
+
+def filled(text: str, found: dict[str, str]) -> str:
+    """A document with all its marked tables as they should be; KeyError for a table that nothing is kept of."""
+    return MARKED.sub(lambda match: f"{match[1]}\n{found[match[2]]}\n{match[3]}", text)
+
+
+def draw(kept: dict[str, dict], path: Path) -> None:
+    """KLD over stored bits."""
+    result = kept[PICTURED]
+    plot(result["rows"], f"{result['model']} on {result['chunks']} chunks of {result['text']}", path)
+
+
+def main() -> None:
+    kept = results()
+    found = tables(kept)
+    for path in DOCS:
+        before = path.read_text()
+        if (after := filled(before, found)) != before:
+            path.write_text(after)
+            print(f"written: {path}")
+    draw(kept, PICTURE)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Tables of figures in README.md and docs/ are what docs/results/*.json keep, and nothing else."""
+
+import re
+
+import pytest
+
+from experiments import quality, tables
+
+KEPT = tables.results()
+TEXTS = {path: path.read_text() for path in tables.DOCS}
+
+
+@pytest.mark.parametrize("path", tables.DOCS, ids=str)
+def test_a_document_shows_the_kept_figures(path):
+    found = tables.tables(KEPT)
+    assert tables.filled(TEXTS[path], found) == TEXTS[path], f"{path} differs from docs/results: run make tables"
+
+
+def test_every_kept_table_is_shown_once():
+    shown = [match[2] for text in TEXTS.values() for match in tables.MARKED.finditer(text)]
+    assert sorted(shown) == sorted(tables.tables(KEPT))
+
+
+@pytest.mark.parametrize("path", [path for path in tables.DOCS if tables.MARKED.search(TEXTS[path])], ids=str)
+def test_no_measured_figure_stands_in_a_table_typed_by_hand(path):
+    cells = re.findall(r"(?<=\|)[^|\n]*(?=\|)", tables.MARKED.sub("", TEXTS[path]))
+    assert not [cell for cell in cells if re.fullmatch(r"\s*\d*\.\d{2,}( %)?\s*", cell)]
+
+
+def test_all_that_is_kept_says_where_it_is_from():
+    measured = [part["measured"] for part in KEPT.values() if "measured" in part]
+    measured += [table["measured"] for part in KEPT.values() for table in part.get("tables", {}).values()]
+    for source in measured:
+        assert re.fullmatch("[0-9a-f]{7,9}", source["commit"]), "from a changed checkout"
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", source["date"]) and source["machine"]
+
+
+def test_a_changed_figure_and_an_unknown_table_are_seen():
+    rows = [{"type": "sq4", "data": data, "bpw": 4.25, "mean_kld": 0.0123, "ppl_ratio": 1.01, "top1": 0.95}
+            for data in ("none", "feedback")]  # fmt: skip
+    result = {"measured": {"commit": "0" * 9, "machine": "one", "date": "2026-01-01", "command": "a b"}, "rows": rows}
+    page = tables.filled("<!-- table: quality.x -->\n<!-- end of table -->", tables.tables({"quality.x": result}))
+    assert "| `sq4` | 4.25 | 0.0123 | 0.0123 | 1.0100 | 95.0% |" in page and "`a b`, 2026-01-01, one" in page
+    rows[0]["mean_kld"] = 0.0124
+    assert tables.filled(page, tables.tables({"quality.x": result})) != page
+    with pytest.raises(KeyError):
+        tables.filled(page, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0123456, "0.0123"), (1.61, "1.61"), (0.00012, "0.000120"), (-1e-9, "0")]
+)
+def test_three_digits_count(value, text):
+    assert tables.significant(value) == text
+
+
+def test_the_picture_is_of_the_kept_figures(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    picture = tables.PICTURE.read_text()
+    if f"Matplotlib v{matplotlib.__version__}," not in picture:
+        pytest.skip("drawn by another version of matplotlib")
+    tables.draw(KEPT, tmp_path / "quality.svg")
+    assert (tmp_path / "quality.svg").read_text() == picture, "docs/results/quality.svg is old: run make tables"
+    assert all(f">{row['type']}</text>" in picture for row in KEPT[tables.PICTURED]["rows"] if row["data"] == "bpw")
+    assert quality.OURS[0] in picture
