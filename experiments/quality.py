@@ -8,7 +8,7 @@ rows are kept in build/quality/MODEL/rows.json: a run that was stopped goes on, 
 the texts or the options have changed is measured again.
 
   python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, feedback, self, tuned, bpw
-  python -m experiments.quality --only sq4,IQ4_XS          # or types
+  python -m experiments.quality --only sq4,Q4_K/imatrix    # types, or one row
   python -m experiments.quality --model ../shared/models/ref-a
 """
 
@@ -289,14 +289,14 @@ def main() -> None:
     p = parser(__doc__)
     model_and_texts(p, "smollm2")
     p.add_argument("--tokens", type=int, default=131_072, help="tokens of the calibration text to use")
-    p.add_argument("--only", help="kinds of data or types, separated by commas")
+    p.add_argument("--only", help="kinds of data, types, or TYPE/KIND, separated by commas")
     upstream = f"run the {' and '.join(UNPATCHED)} files with feedback by llama.cpp as upstream has it, too"
     p.add_argument("--unpatched", nargs="?", const="", metavar="DIR", help=f"{upstream}; built unless DIR has it")
     args = p.parse_args()
     name, args.model = args.model.removesuffix("/").rpartition("/")[2].removesuffix(".gguf"), chosen(args)
     args.folder = BUILD / "quality" / name
     only = set(args.only.lower().split(",")) if args.only else None
-    wanted = [r for r in runs() if only is None or {r.type.lower(), r.data} & only]
+    wanted = [r for r in runs() if only is None or {r.type.lower(), r.data, f"{r.type.lower()}/{r.data}"} & only]
 
     f16 = convert(args.model, "f16", args.folder / "f16.gguf", threads=args.threads)
     found = measure(wanted, f16, args.text, args.calib, args.chunks, Rows(args.folder / "rows.json"), args)
