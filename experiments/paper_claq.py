@@ -46,7 +46,7 @@ def grid(values: np.ndarray, weights: np.ndarray, k: int, centres=None, rounds: 
 
 
 def code(source: Gguf, kind: ColumnType, hessians: Gguf | None, outfile: Path, threads: int, **method) -> Path:
-    """A GGUF whose linear layers are coded in a cq type by `codebooks.solve` or, without Hessians, `free.code`.
+    """A GGUF whose linear layers are coded in a cq type by `codebooks.solve` or, without Hessians, `free.with_codebooks`.
 
     hessians: as `convert --hessians` writes them. method: more arguments of those two.
     """
@@ -56,9 +56,9 @@ def code(source: Gguf, kind: ColumnType, hessians: Gguf | None, outfile: Path, t
     def one(entry: plan.Entry) -> dict[str, np.ndarray]:
         weight, target = torch.from_numpy(np.concatenate(list(each_matrix(source, entry.tensor)))), entry.columns
         if hessians is None:
-            packed, side = free.code(weight, target, **method)
+            packed, side = free.with_codebooks(weight, target, entry.layout, **method)
         else:
-            found = codebooks.solve(weight, hessian(hessians, entry.name), target, **method)
+            found = codebooks.solve(weight, hessian(hessians, entry.name), target, entry.layout, **method)
             packed, side = found.packed.numpy(), found.side
         return {entry.name: packed, side_name(entry.name): side[None]}
 

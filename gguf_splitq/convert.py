@@ -314,7 +314,7 @@ def deciding(given: options.Convert) -> dict:
 
 def settings(job: Job, calib: str | Path) -> dict:
     """All that decides what a calibration stores, by name: a run goes on only with what the same settings left."""
-    stored = {e.name: str(e.columns) if e.columns else e.target_name for e in job.entries}
+    stored = {e.name: f"{e.columns} {e.layout}" if e.columns else e.target_name for e in job.entries}
     return {
         "model": checkpoint.fingerprint(job.source.files),
         "types": hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16],

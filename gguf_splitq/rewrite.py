@@ -290,7 +290,7 @@ def _code(
     """A tensor of a type with side tensors, coded without a Hessian: uint8 [n_rows, row_bytes] and [matrices, size]."""
     import torch
 
-    from .coding import free
+    from .coding import families
 
     tensor, packed, sides = entry.tensor, [], []
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(entry.source_name, torch.float32)
@@ -304,7 +304,7 @@ def _code(
         weights = None if by_matrix is None else by_matrix[number]
         if entry.source_name not in plan.FLOATS:
             raw = to_float32(raw, tensor.type_id).view(np.uint8)
-        found = free.code(torch.from_numpy(raw).view(dtype), kind, weights)
+        found = families.code(torch.from_numpy(raw).view(dtype), kind, entry.layout, weights)
         packed.append(found[0])
         sides.append(found[1])
     return np.concatenate(packed), np.stack(sides)

@@ -4,7 +4,6 @@
 import ctypes
 import functools
 import json
-from dataclasses import replace
 
 import crafted
 import numpy as np
@@ -14,7 +13,7 @@ from test_solve import problem
 
 from gguf_splitq import convert, inspection, plan, types
 from gguf_splitq.coding import codebooks as coder
-from gguf_splitq.coding import free, solver
+from gguf_splitq.coding import families, free, solver
 from gguf_splitq.coding.kmeans import kmeans
 from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import InputError, UsageError
@@ -28,33 +27,33 @@ ROWS, COLUMNS = 37, 160
 
 
 def kind_of(name, wide=0, outliers=0):
-    return replace(types.get(name), wide=wide, outliers=outliers)
+    return types.get(name), columns.Layout(wide, outliers)
 
 
-def random_side(kind, rng, n_rows=ROWS, n_cols=COLUMNS):
+def random_side(kind, layout, rng, n_rows=ROWS, n_cols=COLUMNS):
     """A side tensor of random sound contents; of unused codes the levels are 0."""
     levels = np.sort(rng.integers(-127, 128, (n_cols, 16)).astype(np.int8), 1)
-    levels[32 * kind.wide :, 1 << kind.code_bits :] = 0
-    places = np.sort(rng.choice(n_rows * n_cols, kind.outliers, replace=False))
-    start = np.searchsorted(places, n_cols * np.arange(n_rows + 1)) if kind.outliers else []
+    levels[32 * layout.wide :, 1 << kind.code_bits :] = 0
+    places = np.sort(rng.choice(n_rows * n_cols, layout.outliers, replace=False))
+    start = np.searchsorted(places, n_cols * np.arange(n_rows + 1)) if layout.outliers else []
     return columns.Side(
-        rng.permutation(n_cols).astype(np.uint16) if kind.wide else np.arange(n_cols),
+        rng.permutation(n_cols).astype(np.uint16) if layout.wide else np.arange(n_cols),
         rng.random(n_cols).astype(np.float16),
         rng.random(n_rows).astype(np.float16),
         levels,
         np.asarray(start, np.uint32),
         (places % n_cols).astype(np.uint16),
-        rng.normal(size=kind.outliers).astype(np.float16),
+        rng.normal(size=layout.outliers).astype(np.float16),
     )
 
 
 @pytest.mark.parametrize(("name", "wide", "outliers"), KINDS)
 def test_what_is_packed_stands_for_the_documented_weights(name, wide, outliers):
-    kind, rng = kind_of(name, wide, outliers), np.random.default_rng(3)
-    side = random_side(kind, rng)
-    codes = (rng.integers(0, 16, (ROWS, COLUMNS)) % (1 << kind.bits(COLUMNS))).astype(np.uint8)
-    packed, data = kind.pack(codes, side)
-    assert packed.shape == (ROWS, kind.row_bytes(COLUMNS)) and len(data) == kind.side_bytes(ROWS, COLUMNS)
+    (kind, layout), rng = kind_of(name, wide, outliers), np.random.default_rng(3)
+    side = random_side(kind, layout, rng)
+    codes = (rng.integers(0, 16, (ROWS, COLUMNS)) % (1 << kind.bits(COLUMNS, layout))).astype(np.uint8)
+    packed, data = kind.pack(codes, side, layout)
+    assert packed.shape == (ROWS, kind.row_bytes(COLUMNS)) and len(data) == kind.side_bytes(ROWS, COLUMNS, layout)
 
     expected = np.zeros((ROWS, COLUMNS))
     for r in range(ROWS):
@@ -80,9 +79,9 @@ class CSide(ctypes.Structure):
 
 @pytest.mark.parametrize(("name", "wide", "outliers"), KINDS)
 def test_c_reads_the_same_weights(runtime_library, name, wide, outliers):
-    kind, rng = kind_of(name, wide, outliers), np.random.default_rng(4)
-    codes = (rng.integers(0, 16, (ROWS, COLUMNS)) % (1 << kind.bits(COLUMNS))).astype(np.uint8)
-    check_that_c_agrees(runtime_library, kind, *kind.pack(codes, random_side(kind, rng)))
+    (kind, layout), rng = kind_of(name, wide, outliers), np.random.default_rng(4)
+    codes = (rng.integers(0, 16, (ROWS, COLUMNS)) % (1 << kind.bits(COLUMNS, layout))).astype(np.uint8)
+    check_that_c_agrees(runtime_library, kind, *kind.pack(codes, random_side(kind, layout, rng), layout))
 
 
 def check_that_c_agrees(lib, kind, packed, data):
@@ -119,10 +118,10 @@ def test_the_place_of_a_code(name, column, code, bits):
 
 
 def test_the_place_of_a_section_and_of_an_upper_bit():
-    kind, rng = kind_of("cq3", 1, 1), np.random.default_rng(0)
-    side, codes = random_side(kind, rng, 18, 64), np.zeros((18, 64), np.uint8)
+    (kind, layout), rng = kind_of("cq3", 1, 1), np.random.default_rng(0)
+    side, codes = random_side(kind, layout, rng, 18, 64), np.zeros((18, 64), np.uint8)
     codes[17, 16 + 4 * 2 + 1] = 8
-    _, data = kind.pack(codes, side)
+    _, data = kind.pack(codes, side, layout)
     assert data[:20].view("<u4").tolist() == [0x51414C43, 18, 64, 1, 1] and not data[20:32].any()
     order, row, scale, levels = 32, 32 + 128, 32 + 128 + 64, 32 + 128 + 64 + 128
     extra = levels + 32 * 16 + 32 * 8
@@ -154,8 +153,8 @@ def test_the_place_of_a_section_and_of_an_upper_bit():
     ],
 )
 def test_a_damaged_side_tensor_is_refused_by_name(at, value, words):
-    kind, rng = kind_of("cq2", 2, 80), np.random.default_rng(1)
-    _, data = kind.pack(np.zeros((ROWS, COLUMNS), np.uint8), random_side(kind, rng))
+    (kind, layout), rng = kind_of("cq2", 2, 80), np.random.default_rng(1)
+    _, data = kind.pack(np.zeros((ROWS, COLUMNS), np.uint8), random_side(kind, layout, rng), layout)
     data = data.copy() if at is not None else data[:7]
     if at is not None:
         data[at] = value
@@ -208,8 +207,8 @@ def test_every_stage_lowers_the_output_error_and_the_bytes_are_what_it_reports(n
     weight, hessian = problem(64, 128)
     weight[5] = 0
     weight[:, 9] *= 30  # more than 13 times the mean
-    kind = replace(kind_of(name, wide, outliers), metric=metric)
-    result = coder.solve(weight, hessian, kind)
+    kind, layout = types.get(name), columns.Layout(wide, outliers, metric)
+    result = coder.solve(weight, hessian, kind, layout)
     assert result.errors["feedback"] < 0.8 * result.errors["nearest"]
     assert result.errors["polish"] < 0.97 * result.errors["feedback"]
     side = kind.read_side(result.side, 64, 128, "x")
@@ -221,15 +220,15 @@ def test_every_stage_lowers_the_output_error_and_the_bytes_are_what_it_reports(n
     assert (side.upper.shape[1], len(side.value)) == (wide, outliers) and not result.weight[5].any()
     if wide:
         assert 9 in side.order[:32]
-    again = coder.solve(weight, hessian, kind)
+    again = coder.solve(weight, hessian, kind, layout)
     assert torch.equal(again.packed, result.packed) and np.array_equal(again.side, result.side)
 
 
 def test_more_bits_go_to_the_columns_that_need_them():
     weight, hessian = problem(128, 128)
-    errors = {w: coder.solve(weight, hessian, kind_of("cq2", w)).errors["polish"] for w in range(5)}
+    errors = {w: coder.solve(weight, hessian, *kind_of("cq2", w)).errors["polish"] for w in range(5)}
     assert all(errors[w + 1] < 0.9 * errors[w] for w in range(4))
-    kept = coder.solve(weight, hessian, kind_of("cq2", 0, 400)).errors["polish"]
+    kept = coder.solve(weight, hessian, *kind_of("cq2", 0, 400)).errors["polish"]
     assert kept < 0.95 * errors[0]
 
 
@@ -238,28 +237,29 @@ def test_columns_of_very_different_sizes_cost_nothing():
     weight, hessian = problem(128, 128)
     size = torch.ones(128)
     size[::25] = 40
-    plain = coder.solve(weight, hessian, kind_of("cq3")).errors["polish"]
-    scaled = coder.solve(weight / size, hessian * size * size[:, None], kind_of("cq3")).errors["polish"]
+    plain = coder.solve(weight, hessian, *kind_of("cq3")).errors["polish"]
+    scaled = coder.solve(weight / size, hessian * size * size[:, None], *kind_of("cq3")).errors["polish"]
     assert scaled == pytest.approx(plain, rel=0.05)
 
 
-def without_data(weight, kind, importance=None):
+def without_data(weight, kind, layout, importance=None):
     """What the type makes of a matrix, and its side tensor."""
-    packed, data = free.code(weight, kind, importance)
+    packed, data = families.code(weight, kind, layout, importance)
     side = kind.read_side(data, *weight.shape, "x")
     return torch.from_numpy(kind.decode_rows(packed, side, 0)), side
 
 
-def test_without_a_hessian_importance_only_orders_the_columns(monkeypatch):
+def test_without_a_hessian_importance_only_orders_the_columns():
     weight, _ = problem(128, 128)
-    plain, _ = without_data(weight, kind_of("cq3"))
+    plain, _ = without_data(weight, *kind_of("cq3"))
     importance = torch.ones(128)
     importance[96:] = 100
-    _, side = without_data(weight, kind_of("cq3", 1), importance)
+    _, side = without_data(weight, *kind_of("cq3", 1), importance)
     assert side.order.tolist() == [*range(96, 128), *range(96)]
-    assert not without_data(0 * weight, kind_of("cq2", 1, 5))[0].any()
-    monkeypatch.setattr(free, "PASSES", 0)
-    once, _ = without_data(weight, kind_of("cq3"))
+    assert not without_data(0 * weight, *kind_of("cq2", 1, 5))[0].any()
+    kind = types.get("cq3")
+    packed, data = free.with_codebooks(weight, kind, passes=0)
+    once = kind.decode_rows(packed, kind.read_side(data, 128, 128, "x"), 0)
     assert (weight - plain).square().sum() < 0.99 * (weight - once).square().sum()
 
 
@@ -269,12 +269,12 @@ def test_slices_change_nothing(monkeypatch, name, wide, outliers, metric):
     weight, _ = problem(150, 128)
     weight[5] = 0
     weight[:, 9] *= 30
-    weight, kind = weight.half(), replace(kind_of(name, wide, outliers), metric=metric)
-    packed, side = free.code(weight.float(), kind, torch.arange(128).float())
+    weight, kind, layout = weight.half(), types.get(name), columns.Layout(wide, outliers, metric)
+    packed, side = families.code(weight.float(), kind, layout, torch.arange(128).float())
     monkeypatch.setattr(free, "PIECE", 1700)
     for again in (
-        free.code(weight, kind, torch.arange(128).float()),
-        free.code(weight.float(), kind, torch.arange(128)),
+        families.code(weight, kind, layout, torch.arange(128).float()),
+        families.code(weight.float(), kind, layout, torch.arange(128)),
     ):
         np.testing.assert_array_equal(again[0], packed)
         np.testing.assert_array_equal(again[1], side)
@@ -313,7 +313,7 @@ def test_the_size_asked_for_is_the_size_stored(llama, tmp_path, name):
         planned = plan.make(file.tensors, name)
     linear = [e for e in planned if plan.is_linear(e.tensor)]
     assert plan.bpw(linear) == pytest.approx(inspection.linear_bpw(out))
-    assert any(e.target.wide for e in linear) and any(e.target.outliers for e in linear)
+    assert any(e.layout.wide for e in linear) and any(e.layout.outliers for e in linear)
 
 
 def test_a_conversion_and_back(llama, tmp_path):

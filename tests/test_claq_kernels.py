@@ -14,7 +14,7 @@ from test_kernels import check_products, driver, has_products, run  # noqa: F401
 
 from gguf_splitq import types
 from gguf_splitq.files import gguf_file
-from gguf_splitq.types.columns import Side
+from gguf_splitq.types.columns import Layout, Side
 from gguf_splitq.types.splitquant import SCALES, codebooks
 
 TYPES = {"cq4": 105, "cq3": 106, "cq2": 107, "sq2c": 108, "sq3c": 109}  # ggml_type
@@ -28,15 +28,15 @@ class Matrix:
 
     def __init__(self, name: str, columns: int, rows: int, wide: int, outliers: int, rng, scale=0.01):
         own = name.startswith("cq")  # codebooks
-        kind = replace(types.get(name), wide=int(wide) * (name != "cq4"), outliers=int(outliers) * own)
-        bits = kind.bits(columns)
+        kind, layout = types.get(name), Layout(int(wide) * (name != "cq4"), int(outliers) * own)
+        bits = kind.bits(columns, layout)
         codes = (rng.integers(0, 16, (rows, columns)) % (1 << bits)).astype(np.uint8)
-        self.order = rng.permutation(columns) if kind.wide else np.arange(columns)
+        self.order = rng.permutation(columns) if layout.wide else np.arange(columns)
         self.scale = (scale * rng.exponential(1, columns)).astype("<f2")
-        start = np.sort(rng.integers(0, kind.outliers + 1, rows + 1)).astype("<u4")
-        start[0], start[-1] = 0, kind.outliers
+        start = np.sort(rng.integers(0, layout.outliers + 1, rows + 1)).astype("<u4")
+        start[0], start[-1] = 0, layout.outliers
         column = np.concatenate([np.sort(rng.choice(columns, n, False)) for n in np.diff(start)])
-        value = rng.normal(0, 1, kind.outliers).astype("<f2")
+        value = rng.normal(0, 1, layout.outliers).astype("<f2")
         side = Side(self.order, self.scale)
         d = None
         if own:
@@ -48,7 +48,7 @@ class Matrix:
             levels = np.stack([np.resize(codebooks()[f"sq{n}"].levels, 16) for n in bits])
             d = rng.integers(0, 256, (rows, columns // 32), dtype=np.uint8) & 0xDF  # no more than a few exponents
             factor = SCALES[d].repeat(32, 1)
-        self.weights, self.side = (part.tobytes() for part in kind.pack(codes, side, d))
+        self.weights, self.side = (part.tobytes() for part in kind.pack(codes, side, layout, d))
 
         self.levels = factor.astype(np.float64) * levels[np.arange(columns), codes]
         self.added = np.zeros((rows, columns))

@@ -17,7 +17,6 @@ import struct
 import subprocess
 import time
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,10 +69,10 @@ def quantized(folder):
         stored.append((f"blk.0.{kind.name}.weight", (2, 256), kind.gguf_id))
         rows.append(kind.encode_numpy(crafted.weights(2, 256)).tobytes())
     for kind in types.COLUMNS:
-        kind = replace(kind, wide=int(kind.code_bits < 4), outliers=9 if kind.name.startswith("cq") else 0)
+        layout = columns.Layout(int(kind.code_bits < 4), 9 if kind.name.startswith("cq") else 0)
         codes = rng.integers(0, 4, (20, 64)).astype(np.uint8)
         d = None if kind.name.startswith("cq") else rng.integers(0, 64, (20, 2)).astype(np.uint8)
-        packed, side = kind.pack(codes, random_side(kind, rng, 20, 64), d)
+        packed, side = kind.pack(codes, random_side(kind, layout, rng, 20, 64), layout, d)
         name = f"blk.0.{kind.name}.weight"
         stored += [(name, (20, 64), kind.gguf_id), (columns.side_name(name), (len(side),), columns.SIDE_TYPE)]
         rows += [packed.tobytes(), side.tobytes()]

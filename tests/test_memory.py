@@ -115,22 +115,26 @@ def test_the_promise_holds_for_a_matrix_that_is_coded_as_a_whole(tmp_path, name)
 # Codes a matrix, once it has coded a small one, and prints by how much the peak was above what was there before.
 CODER = """
 import re, sys
-from dataclasses import replace
 import numpy as np, torch
 from gguf_splitq import types
-from gguf_splitq.solve import claq, free
+from gguf_splitq.coding import free
+from gguf_splitq.types.columns import PLAIN, Layout
 free.PIECE = 1 << 16
-free.PASSES = 1
-claq.kmeans = lambda values, weights, k, *_: np.linspace(values.min(), values.max(), k)
+def even(values, weights, k, *_):
+    return np.linspace(values.min(), values.max(), k)
 name, (rows, columns, wide, outliers) = sys.argv[1], map(int, sys.argv[2:])
-kind = replace(types.get(name), wide=wide, outliers=outliers)
+kind = types.get(name)
 weight = torch.randn(rows, columns, dtype=torch.bfloat16)
 def status(key):
     return int(re.search(key + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 for part in (weight[:128], weight):
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
-    free.code(part, kind if part is weight else types.get(name))
+    layout = Layout(wide, outliers) if part is weight else PLAIN
+    if name.startswith("cq"):
+        free.with_codebooks(part, kind, layout, passes=1, cluster=even)
+    else:
+        free.in_blocks(part, kind, layout)
 print(status("VmHWM") - before)
 """
 
@@ -142,7 +146,7 @@ def test_coding_a_matrix_takes_what_is_stated(tmp_path, name):
     tensor = Tensor("blk.0.ffn_up.weight", (1024, 8192), 30, 0, 1 << 24, tmp_path)
     entry = plan.make([tensor], name)[0]
     env = os.environ | GIVEN_BACK | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", CODER, name, *map(str, (*tensor.shape, entry.target.wide, entry.target.outliers))]
+    command = [sys.executable, "-c", CODER, name, *map(str, (*tensor.shape, entry.layout.wide, entry.layout.outliers))]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     taken, stated = int(done.stdout), rewrite.peak_ram([entry], 1, 0) - rewrite.BASE_RAM - rewrite.CODER_RAM

@@ -26,7 +26,7 @@ def test_what_is_ours_lowers_the_error_and_clusters_beat_grids():
     ours = codebooks.solve(weight, hessian, kind)
     assert ours.errors["polish"] < claq.errors["polish"] < grid.errors["polish"]
     assert claq.errors["polish"] == pytest.approx(claq.errors["feedback"], rel=1e-3)
-    _, nearest = free.code(weight, kind, cluster=paper_claq.grid, **published)
+    _, nearest = free.with_codebooks(weight, kind, cluster=paper_claq.grid, **published)
     for side in (claq.side, nearest):
         row = kind.read_side(side, 128, 64, "x").row
         assert (row == row[0]).all()

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import crafted
 import numpy as np
@@ -30,26 +29,26 @@ ROWS, COLUMNS = 37, 160
 
 
 def kind_of(name, wide=0, **options):
-    return replace(types.get(name), wide=wide, **options)
+    return types.get(name), columns.Layout(wide, **options)
 
 
-def random_matrix(kind, rng, n_rows=ROWS, n_cols=COLUMNS):
+def random_matrix(kind, layout, rng, n_rows=ROWS, n_cols=COLUMNS):
     """Codes, scale bytes and a side tensor of random sound contents."""
-    codes = (rng.integers(0, 16, (n_rows, n_cols)) % (1 << kind.bits(n_cols))).astype(np.uint8)
-    order = rng.permutation(n_cols).astype(np.uint16) if kind.wide else np.arange(n_cols)
+    codes = (rng.integers(0, 16, (n_rows, n_cols)) % (1 << kind.bits(n_cols, layout))).astype(np.uint8)
+    order = rng.permutation(n_cols).astype(np.uint16) if layout.wide else np.arange(n_cols)
     side = columns.Side(order, rng.normal(size=n_cols).astype(np.float16))
     return codes, rng.integers(0, 256, (n_rows, n_cols // 32)).astype(np.uint8), side
 
 
 @pytest.mark.parametrize(("name", "wide"), KINDS)
 def test_what_is_packed_stands_for_the_documented_weights(name, wide):
-    kind = kind_of(name, wide)
-    codes, d, side = random_matrix(kind, np.random.default_rng(3))
-    packed, data = kind.pack(codes, side, d)
-    assert packed.shape == (ROWS, kind.row_bytes(COLUMNS)) and len(data) == kind.side_bytes(ROWS, COLUMNS)
+    kind, layout = kind_of(name, wide)
+    codes, d, side = random_matrix(kind, layout, np.random.default_rng(3))
+    packed, data = kind.pack(codes, side, layout, d)
+    assert packed.shape == (ROWS, kind.row_bytes(COLUMNS)) and len(data) == kind.side_bytes(ROWS, COLUMNS, layout)
     expected = np.zeros((ROWS, COLUMNS))
     for i in range(COLUMNS):
-        levels = splitquant.codebooks()[f"sq{kind.bits(COLUMNS)[i]}"].levels
+        levels = splitquant.codebooks()[f"sq{kind.bits(COLUMNS, layout)[i]}"].levels
         for r in range(ROWS):
             scale = float(side.scale[i]) * float(splitquant.SCALES[d[r, i // 32]])
             expected[r, side.order[i]] = scale * levels[codes[r, i]]
@@ -62,19 +61,19 @@ def test_what_is_packed_stands_for_the_documented_weights(name, wide):
 
 @pytest.mark.parametrize(("name", "wide"), KINDS)
 def test_c_reads_the_same_weights(runtime_library, name, wide):
-    kind = kind_of(name, wide)
-    codes, d, side = random_matrix(kind, np.random.default_rng(4))
-    check_that_c_agrees(runtime_library, kind, *kind.pack(codes, side, d))
+    kind, layout = kind_of(name, wide)
+    codes, d, side = random_matrix(kind, layout, np.random.default_rng(4))
+    check_that_c_agrees(runtime_library, kind, *kind.pack(codes, side, layout, d))
 
 
 @pytest.mark.parametrize(("name", "codes", "extra"), [("sq2c", {4 + 2: 2 << 6}, 4), ("sq3c", {4 + 2: 2 << 6}, 8)])
 def test_the_place_of_every_byte(name, codes, extra):
-    kind = kind_of(name, 1)
-    given, d, side = random_matrix(kind, np.random.default_rng(0), 18, 64)
+    kind, layout = kind_of(name, 1)
+    given, d, side = random_matrix(kind, layout, np.random.default_rng(0), 18, 64)
     given[:], d[:] = 0, 0
     given[17, 16 + 4 * 3 + 2] = 2 | extra
     d[17] = 7, 9
-    packed, data = kind.pack(given, side, d)
+    packed, data = kind.pack(given, side, layout, d)
     size = kind.block_bytes
     assert size == {"sq2c": 9, "sq3c": 13}[name] and not packed[:17].any()
     assert {int(at): int(packed[17, at]) for at in np.flatnonzero(packed[17])} == codes | {size - 1: 7, 2 * size - 1: 9}
@@ -83,7 +82,7 @@ def test_the_place_of_every_byte(name, codes, extra):
     assert data[160:288].tobytes() == side.scale.tobytes()
     assert np.flatnonzero(data[288:]).tolist() == [64 + 4 * 1 + 2] and data[288 + 70] == 1 << 4 + 3
     assert len(data) == 288 + 2 * 16 * 4
-    _, plain = kind_of(name).pack(given, side, d)
+    _, plain = kind.pack(given, side, columns.PLAIN, d)
     assert len(plain) == 32 + 128 and plain[32:].tobytes() == side.scale.tobytes()
 
 
@@ -103,9 +102,9 @@ def test_the_place_of_every_byte(name, codes, extra):
     ],
 )
 def test_a_damaged_side_tensor_is_refused_by_name(at, value, words):
-    kind = kind_of("sq2c", 2)
-    codes, d, side = random_matrix(kind, np.random.default_rng(1))
-    _, data = kind.pack(codes, side, d)
+    kind, layout = kind_of("sq2c", 2)
+    codes, d, side = random_matrix(kind, layout, np.random.default_rng(1))
+    _, data = kind.pack(codes, side, layout, d)
     data = data.copy() if at is not None else data[:7]
     if at is not None:
         data[at] = value
@@ -131,7 +130,7 @@ def test_scales_of_columns_make_all_weights_fit():
     np.testing.assert_allclose(scale[usual], 8 * np.sqrt(np.square(weight[:, usual]).mean(0)), rtol=1e-3)
     for hessian in (None, torch.from_numpy(1 / np.maximum(scale, 1e-6) ** 2).diag()):
         given, kind = torch.from_numpy(weight), kind_of("sq3c", 1)
-        found = without_data(given, kind)[0] if hessian is None else coder.solve(given, hessian, kind).weight
+        found = without_data(given, *kind)[0] if hessian is None else coder.solve(given, hessian, *kind).weight
         found = found.numpy()
         assert not found[:, 3].any() and abs(found[7, 4] - 500) < 60
         error = np.square(found - weight)[:, usual].sum(0) / np.square(weight[:, usual]).sum(0)
@@ -144,8 +143,8 @@ def test_every_stage_lowers_the_output_error_and_the_bytes_are_what_it_reports(n
     weight, hessian = problem(64, 128)
     weight[5] = 0
     weight[:, 9] *= 30  # more than 13 times the mean
-    kind = kind_of(name, wide, metric=metric)
-    result = coder.solve(weight, hessian, kind)
+    kind, layout = kind_of(name, wide, metric=metric)
+    result = coder.solve(weight, hessian, kind, layout)
     assert result.errors["polish"] < 0.9 * result.errors["feedback"] < 0.8 * result.errors["nearest"]
     side = kind.read_side(result.side, 64, 128, "x")
     np.testing.assert_array_equal(kind.decode_rows(result.packed.numpy(), side, 0), result.weight.numpy())
@@ -155,18 +154,18 @@ def test_every_stage_lowers_the_output_error_and_the_bytes_are_what_it_reports(n
     assert result.errors["polish"] == pytest.approx(expected, rel=1e-3)
     if wide:
         assert 9 in side.order[:32]
-    again = coder.solve(weight, hessian, kind)
+    again = coder.solve(weight, hessian, kind, layout)
     assert torch.equal(again.packed, result.packed) and np.array_equal(again.side, result.side)
 
 
 def test_more_bits_go_to_the_columns_that_need_them():
     weight, hessian = problem(128, 128)
     for low, high in (("sq2c", "sq3c"), ("sq3c", "sq4")):
-        errors = [coder.solve(weight, hessian, kind_of(low, wide)).errors["polish"] for wide in range(5)]
+        errors = [coder.solve(weight, hessian, *kind_of(low, wide)).errors["polish"] for wide in range(5)]
         assert all(after < 0.9 * before for before, after in zip(errors, errors[1:], strict=False))
         if high == "sq3c":  # all columns wide
-            assert errors[4] == pytest.approx(coder.solve(weight, hessian, kind_of(high)).errors["polish"], rel=0.05)
-    order = types.get("sq2c").read_side(coder.solve(weight, hessian, kind_of("sq2c", 1)).side, 128, 128, "x").order
+            assert errors[4] == pytest.approx(coder.solve(weight, hessian, *kind_of(high)).errors["polish"], rel=0.05)
+    order = types.get("sq2c").read_side(coder.solve(weight, hessian, *kind_of("sq2c", 1)).side, 128, 128, "x").order
     h = solver.damped(hessian)
     cost = weight.square().sum(0) / torch.linalg.inv(h).diagonal()
     assert cost[order[:32].astype(int)].min() > 0.9 * cost[order[32:].astype(int)].max()
@@ -178,22 +177,22 @@ def test_columns_of_very_different_sizes_cost_nothing():
     size = torch.ones(128)
     size[::25] = 40
     for kind in (kind_of("sq2c"), kind_of("sq2c", 1)):
-        plain = coder.solve(weight, hessian, kind).errors["polish"]
-        scaled = coder.solve(weight / size, hessian * size * size[:, None], kind).errors["polish"]
+        plain = coder.solve(weight, hessian, *kind).errors["polish"]
+        scaled = coder.solve(weight / size, hessian * size * size[:, None], *kind).errors["polish"]
         assert scaled == pytest.approx(plain, rel=0.05)
 
 
 def test_without_a_hessian_importance_decides():
     weight, _ = problem(128, 128)
-    plain, _ = without_data(weight, kind_of("sq2c"))
+    plain, _ = without_data(weight, *kind_of("sq2c"))
     importance = torch.ones(128)
     importance[96:] = 100
-    result, side = without_data(weight, kind_of("sq2c", 1), importance)
+    result, side = without_data(weight, *kind_of("sq2c", 1), importance)
     assert set(side.order[:32]) == set(range(96, 128))
     errors = [(weight - found).square().mean(0) for found in (plain, result)]
     assert errors[1][96:].mean() < 0.4 * errors[0][96:].mean()
-    assert not without_data(0 * weight, kind_of("sq2c", 1))[0].any()
-    assert not coder.solve(0 * weight, 0 * problem(128, 128)[1], kind_of("sq2c", 1)).weight.any()
+    assert not without_data(0 * weight, *kind_of("sq2c", 1))[0].any()
+    assert not coder.solve(0 * weight, 0 * problem(128, 128)[1], *kind_of("sq2c", 1)).weight.any()
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +207,7 @@ def test_the_size_asked_for_is_the_size_stored(llama, tmp_path, name):
     assert inspection.linear_bpw(out) == pytest.approx(float(name[2:]), abs=0.01)
     with gguf_file.read(llama) as file:
         linear = [e for e in plan.make(file.tensors, name) if plan.is_linear(e.tensor)]
-    assert plan.bpw(linear) == pytest.approx(inspection.linear_bpw(out)) and all(e.target.wide for e in linear)
+    assert plan.bpw(linear) == pytest.approx(inspection.linear_bpw(out)) and all(e.layout.wide for e in linear)
     kv, stored = crafted.read_gguf(out)
     assert kv["general.file_type"] == types.get(name).file_type and kv["gguf_splitq.type"] == name
     assert stored["blk.0.attn_v.columns"][0] == "I8"

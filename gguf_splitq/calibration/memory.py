@@ -10,14 +10,11 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from ..coding.solver import WEIGHTS
+from ..coding import families
 from ..plan import Entry
-from ..types.claq import Claq
 from .model import BATCH, CONTEXT, SAMPLED, TOGETHER
 
 BASE = 896 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
-SOLVER = 360  # bytes per weight of the rows that are coded at a time; measured, as are the other factors
-CLAQ = 110  # bytes per weight of a matrix coded for CLAQ's types, all rows together; twice that for the first ones
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 
@@ -75,10 +72,4 @@ def _layer(layer: Sequence[Entry], threads: int) -> int:
 def _solving(entry: Entry) -> int:
     """One matrix: its Hessian with factors, in double and single precision; its rows, before and after; its codes."""
     rows, columns = entry.tensor.shape[-2:]
-    weights = columns * rows
-    coded = SOLVER * min(weights, WEIGHTS)
-    if isinstance(entry.target, Claq):
-        coded = CLAQ * (weights + min(weights, WEIGHTS))
-    elif entry.columns:  # the Hessian and the rows once more, with scaled columns and in order
-        coded += columns * (24 * columns + 20 * rows)
-    return columns * (40 * columns + 16 * rows) + coded
+    return columns * (40 * columns + 16 * rows) + families.coding_bytes(entry.target, rows, columns)

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..coding import columns, formats, free, solver
+from ..coding import families
+from ..coding.solver import Solution
 from ..errors import InputError
 from ..files.gguf_file import Gguf, require_space
 from ..plan import Entry, is_linear
 from ..rewrite import Rows, each_matrix
-from ..types import TensorType
-from ..types.columns import ColumnType, side_name
+from ..types.columns import side_name
 from . import fisher, moments
 from . import tune as tuning
 from .hessians import Hessians
@@ -220,12 +220,9 @@ def _solve_layer(
     journal.keep(_part(index), rows, report)
 
 
-def _coder(entry: Entry) -> Callable[[torch.Tensor, torch.Tensor], solver.Solution] | None:
+def _coder(entry: Entry) -> Callable[[torch.Tensor, torch.Tensor], Solution] | None:
     """What codes a matrix, given its Hessian, in the entry's type; None without error feedback for that."""
-    if entry.columns:
-        return functools.partial(columns.solve, kind=entry.columns)
-    fmt = formats.for_type(entry.target) if entry.target else None
-    return functools.partial(solver.solve, fmt=fmt) if fmt else None
+    return families.coder(entry.target, entry.layout) if entry.target else None
 
 
 def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
@@ -268,23 +265,23 @@ def _solve_tensor(
         matrices.append(solved.packed.cpu().numpy())
         sides += [] if solved.side is None else [solved.side]
         errors.append(solved.errors)
-        tried += _tried(weight, solved.weight.cpu(), entry.coder, layer)
+        tried += _tried(weight, solved.weight.cpu(), entry, layer)
     stored = {entry.name: np.concatenate(matrices)}
     if sides:
         stored[side_name(entry.name)] = np.stack(sides)
     return stored, {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled, tried.tolist()
 
 
-def _tried(weight: torch.Tensor, fed: torch.Tensor, target: TensorType, layer: moments.Layer) -> np.ndarray:
+def _tried(weight: torch.Tensor, fed: torch.Tensor, entry: Entry, layer: moments.Layer) -> np.ndarray:
     """float64 [3], as `Solved.tried`, of one matrix."""
     if not layer.held:
         return np.zeros(3)
-    if isinstance(target, ColumnType):
+    if kind := entry.columns:
         n_rows, n_cols = weight.shape
-        packed, side = free.code(weight, target)
-        nearest = target.decode_rows(packed, target.read_side(side, n_rows, n_cols, target.name), 0)
+        packed, side = families.code(weight, kind, entry.layout)
+        nearest = kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0)
     else:
-        nearest = target.decode(target.encode(weight.numpy()))
+        nearest = entry.coder.decode(entry.coder.encode(weight.numpy()))
     sums = np.zeros(3)
     for i, change in enumerate((weight, torch.from_numpy(nearest).sub_(weight), fed - weight)):
         for x, information in layer.held:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..types.claq import Claq
-from ..types.columns import ColumnType, Side
+from ..types.columns import PLAIN, Layout, Side
 from . import solver
 from .kmeans import kmeans
 from .solver import Solution
@@ -30,6 +30,7 @@ PASSES = 5
 COLUMNS = 128  # coded again at a time
 PIECE = 1 << 20  # weights that temporary values are kept of
 ROUNDS = 2  # of k-means that starts from a codebook
+BYTES = 110  # of memory per weight, all rows together; twice that for the first ones; measured
 OUTLIER = 13  # times the mean |weight|: what the paper's order counts
 
 _NO_TABLE = np.zeros(0, np.float32)
@@ -49,6 +50,7 @@ def solve(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     kind: Claq,
+    layout: Layout = PLAIN,
     passes: int = PASSES,
     cluster: Cluster = kmeans,
     row_scales: bool = True,
@@ -63,7 +65,7 @@ def solve(
     size = weight.double().square().mean(0).sqrt()
     size = size.clamp_min(1e-6 * float(size.max())) if size.any() else torch.ones_like(size)
     h, order, push, damping = solver.prepare(hessian, solver.DAMPING, size)
-    matrix, chance = _Matrix(weight, h, kind, cluster, row_scales), torch.Generator().manual_seed(0)
+    matrix, chance = _Matrix(weight, h, kind, layout, cluster, row_scales), torch.Generator().manual_seed(0)
     nearest = matrix.error()
     matrix.feedback(order, push)
     fed = matrix.error()
@@ -78,6 +80,11 @@ def solve(
     return Solution(torch.from_numpy(packed), matrix.value.T.contiguous(), errors, damping, side)
 
 
+def coding_bytes(n_rows: int, n_cols: int) -> int:
+    """Bytes of memory that `solve` takes beside the Hessian and the rows."""
+    return BYTES * (n_rows * n_cols + min(n_rows * n_cols, solver.WEIGHTS))
+
+
 class Codebooks:
     """What the columns and rows of a matrix have in common while it is coded.
 
@@ -86,11 +93,11 @@ class Codebooks:
     are outliers.
     """
 
-    def __init__(self, kind: Claq, order: np.ndarray, row: torch.Tensor, cluster: Cluster = kmeans):
+    def __init__(self, kind: Claq, layout: Layout, order: np.ndarray, row: torch.Tensor, cluster: Cluster = kmeans):
         n_cols = len(order)
-        self.kind, self.order, self.centres = kind, order, cluster
+        self.kind, self.layout, self.order, self.centres = kind, layout, order, cluster
         self.sizes = np.empty(n_cols, np.int64)
-        self.sizes[order] = 1 << kind.bits(n_cols)
+        self.sizes[order] = 1 << kind.bits(n_cols, layout)
         self.scale, self.levels = np.zeros(n_cols, np.float32), np.zeros((n_cols, 16), np.int8)
         self.table = [_NO_TABLE] * n_cols
         self.kept = np.zeros(n_cols, np.int64)
@@ -152,7 +159,7 @@ class Codebooks:
         """
         start = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(codes)))])
         side = Side(self.order, self.scale[self.order], self.row_numpy, self.levels[self.order])
-        return self.kind.pack(codes, replace(side, start=start, column=columns, value=half(missed)))
+        return self.kind.pack(codes, replace(side, start=start, column=columns, value=half(missed)), self.layout)
 
 
 class _Matrix:
@@ -162,17 +169,19 @@ class _Matrix:
     bool [n_cols, n_rows], None where the type has none.
     """
 
-    def __init__(self, weight: torch.Tensor, h: torch.Tensor, kind: Claq, cluster: Cluster, row_scales: bool):
+    def __init__(
+        self, weight: torch.Tensor, h: torch.Tensor, kind: Claq, layout: Layout, cluster: Cluster, row_scales: bool
+    ):
         """Every column clustered alone."""
         self.weight, self.h, self.diagonal = weight.T.contiguous(), h, h.diagonal()
         row = row_sizes((self.weight[:, rows] for rows in self._pieces()), self.diagonal, row_scales)
         price = prices(h)
-        self.books, self.outlier = Codebooks(kind, order(kind, [self.weight], price), row, cluster), None
+        self.books, self.outlier = Codebooks(kind, layout, order(layout, [self.weight], price), row, cluster), None
         self.value = self._alone()
-        if kind.outliers:
+        if layout.outliers:
             self.outlier = np.zeros(self.weight.shape, bool)
             cost = (self.weight - self.value).square_().mul_(price[:, None])
-            self.books.kept = counts([cost.numpy()], kind.outliers)
+            self.books.kept = counts([cost.numpy()], layout.outliers)
             self.value = self._alone()
 
     def error(self) -> float:
@@ -301,23 +310,23 @@ def prices(h: torch.Tensor) -> torch.Tensor:
     return 1 / torch.cholesky_inverse(torch.linalg.cholesky(h.double())).diagonal().float()
 
 
-def order(kind: ColumnType, parts: Iterable[torch.Tensor], price: torch.Tensor) -> np.ndarray:
+def order(layout: Layout, parts: Iterable[torch.Tensor], price: torch.Tensor) -> np.ndarray:
     """int [n_cols]: the columns, the wide ones first, neighbours together: heads have their own sizes.
 
     parts: float32 [some columns, n_rows], which together are the weight, each time they are iterated over. price:
     float32 [n_cols], of an error.
     """
     columns = torch.arange(len(price))
-    if not kind.wide:
+    if not layout.wide:
         return columns.numpy()
     cost = price * torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts]).square()
     rank = cost.double() / max(float(cost.max()), 1e-300)
-    if kind.metric == "outlier":
+    if layout.metric == "outlier":
         sums, sizes = zip(*((float(part.abs().sum(dtype=torch.float64)), part.numel()) for part in parts), strict=True)
         least = OUTLIER * sum(sums) / sum(sizes)
         rank = torch.cat([(part.abs() > least).sum(1) for part in parts]) + rank / 2  # which decides among equal counts
     wide = torch.zeros(len(price), dtype=torch.bool)
-    wide[rank.argsort(descending=True, stable=True)[: 32 * kind.wide]] = True
+    wide[rank.argsort(descending=True, stable=True)[: 32 * layout.wide]] = True
     return torch.cat([columns[wide], columns[~wide]]).numpy()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Coding a matrix for a type with a side tensor: codebooks.py codes the cq types, here are sq2c and sq3c.
+"""Coding a matrix for sq2c and sq3c against a Hessian; codebooks.py is for the other types with a side tensor.
 
 Columns are divided by their scales, wide ones come first, and all are then coded as blocks by solver.py, where an
 input's second moment is multiplied by its column's scale. Without a Hessian: free.py.
@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..types.claq import Claq
-from ..types.columns import ColumnType, Side
+from ..types.columns import PLAIN, Layout, Side
 from ..types.splitquant import MAX_ABS
 from ..types.sqc import ScaledColumns
 from . import codebooks, formats, solver
@@ -21,14 +20,17 @@ SIZE = 8  # a column's scale, in root mean squares of its weights: keeps block s
 LEAST = 1e-6  # of the mean of a Hessian's diagonal: what columns get that are zero, or never active
 
 
-def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: ColumnType, passes: int = solver.PASSES) -> Solution:
+def solve(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    kind: ScaledColumns,
+    layout: Layout = PLAIN,
+    passes: int = solver.PASSES,
+) -> Solution:
     """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols].
 
     Raises InputError as `solver.solve` does.
     """
-    if isinstance(kind, Claq):
-        return codebooks.solve(weight, hessian, kind)
-    assert isinstance(kind, ScaledColumns)
     n_rows, n_cols = weight.shape
     scale = torch.from_numpy(scales(weight.numpy()))
     size = scale.float()
@@ -36,16 +38,21 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, kind: ColumnType, passes:
     hessian.diagonal().clamp_min_(LEAST * hessian.diagonal().mean())
     order = torch.arange(len(size))
     inverse = torch.where(size > 0, 1 / size, 0)
-    if kind.wide:
+    if layout.wide:
         price = codebooks.prices(solver.prepare(hessian, solver.DAMPING)[0]) * inverse**2
-        order = torch.from_numpy(codebooks.order(kind, [weight.T.contiguous()], price))
+        order = torch.from_numpy(codebooks.order(layout, [weight.T.contiguous()], price))
     solved = solver.solve(
-        weight[:, order] * inverse[order], hessian[order][:, order], formats.ColumnFormat(kind), passes=passes
+        weight[:, order] * inverse[order], hessian[order][:, order], formats.ColumnFormat(kind, layout), passes=passes
     )
     codes, d = np.split(solved.packed.numpy(), [len(size)], 1)
-    packed, side = kind.pack(codes, Side(order.numpy(), scale[order].numpy()), d)
+    packed, side = kind.pack(codes, Side(order.numpy(), scale[order].numpy()), layout, d)
     value = kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0)
     return Solution(torch.from_numpy(packed), torch.from_numpy(value), solved.errors, solved.damping, side)
+
+
+def coding_bytes(n_rows: int, n_cols: int) -> int:
+    """Bytes of memory that `solve` takes: the Hessian and the rows once more, with scaled columns and in order."""
+    return solver.coding_bytes(n_rows, n_cols) + n_cols * (24 * n_cols + 20 * n_rows)
 
 
 def scales(weight: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..types import TensorType, sdr, splitquant, sqc
+from ..types.columns import Layout
 from ..types.splitquant import pack_4bit
 
 
@@ -97,13 +98,13 @@ class ScaleByteFormat(BlockFormat):
 class ColumnFormat(ScaleByteFormat):
     """sq2c, sq3c: columns scaled and in stored order. Packed are codes, then scale bytes, [n_rows, n_cols 33 / 32]."""
 
-    def __init__(self, tensor_type: sqc.ScaledColumns):
+    def __init__(self, tensor_type: sqc.ScaledColumns, layout: Layout):
         super().__init__(tensor_type.plain)
-        self.columns_type, self.wide = tensor_type, 32 * tensor_type.wide
+        self.columns_type, self.layout, self.wide = tensor_type, layout, 32 * layout.wide
         self.wide_levels = torch.tensor(splitquant.codebooks()[tensor_type.widened.name].levels, dtype=torch.float32)
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.columns_type.nearest(weight.numpy(), importance.numpy())[1])
+        return torch.from_numpy(self.columns_type.nearest(weight.numpy(), importance.numpy(), self.layout)[1])
 
     def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return torch.cat([codes, params], 1)

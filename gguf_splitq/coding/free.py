@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..types.claq import Claq
-from ..types.columns import ColumnType, Side
+from ..types.columns import PLAIN, Layout, Side
 from ..types.sqc import ScaledColumns
 from . import codebooks
 from .codebooks import PIECE, Cluster, Codebooks
@@ -26,53 +26,44 @@ PASSES = 2  # of scales of rows and new codebooks: there is little to gain
 _CODE, _OUTLIER = 0x7F, 0x80  # of the bytes that codes are kept in
 
 
-def code(
+def in_blocks(
+    weight: torch.Tensor, kind: ScaledColumns, layout: Layout = PLAIN, importance: torch.Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """sq2c, sq3c: each block for itself, columns divided by their scales. Arguments and result: see `families.code`."""
+    matrix = _Slices(weight)
+    scale = np.concatenate([scales(part.T.numpy()) for part in matrix])
+    size = scale.astype(np.float32)
+    inverse = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
+    price = torch.ones(len(size)) if importance is None else importance
+    order = codebooks.order(layout, matrix, price)
+    # An input that nothing is known of is taken to be the larger, the smaller its column.
+    relevance = None if importance is None else (importance.numpy() * size**2)[order]
+    codes = np.empty((matrix.n_rows, matrix.n_cols), np.uint8)
+    d = np.empty((matrix.n_rows, matrix.n_cols // 32), np.uint8)
+    for rows in matrix.rows:
+        stored = matrix.weight[rows].float().numpy()[:, order] * inverse[order]
+        codes[rows], d[rows] = kind.nearest(stored, relevance, layout)
+    return kind.pack(codes, Side(order, scale[order]), layout, d)
+
+
+def with_codebooks(
     weight: torch.Tensor,
-    kind: ColumnType,
+    kind: Claq,
+    layout: Layout = PLAIN,
     importance: torch.Tensor | None = None,
     passes: int = PASSES,
     cluster: Cluster = kmeans,
     row_scales: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [n_rows, row_bytes], uint8 [size]): the rows and the side tensor that stand for a matrix.
+    """cq types: each column clustered for itself. The first arguments and the result as of `families.code`.
 
-    weight: float32, float16 or bfloat16 [n_rows, n_cols], finite. importance: float32 [n_cols], not negative.
-    passes, cluster, row_scales: of codebooks, as `codebooks.solve` takes them.
+    passes: of scales of rows and new codebooks. cluster, row_scales: as `codebooks.solve` takes them.
     """
     matrix = _Slices(weight)
-    if isinstance(kind, Claq):
-        price = torch.ones(weight.shape[1]) if importance is None else importance
-        return _codebooks(matrix, kind, price, passes, cluster, row_scales)
-    assert isinstance(kind, ScaledColumns)
-    return _blocks(matrix, kind, importance)
-
-
-class _Slices:
-    """A matrix in slices of columns, float32 [some columns, n_rows], each time it is iterated over."""
-
-    def __init__(self, weight: torch.Tensor):
-        self.weight, (self.n_rows, self.n_cols) = weight, weight.shape
-        self.columns, self.rows = _slices(self.n_cols, self.n_rows), _slices(self.n_rows, self.n_cols)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (self.of(slice(None), columns) for columns in self.columns)
-
-    def of(self, rows: slice, columns: slice = slice(None)) -> torch.Tensor:
-        return self.weight[rows, columns].T.float().contiguous()
-
-
-def _slices(count: int, size: int) -> list[slice]:
-    """0 to `count`, cut so that slices of this size have about PIECE weights."""
-    step = max(1, PIECE // size)
-    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
-
-
-def _codebooks(
-    matrix: _Slices, kind: Claq, importance: torch.Tensor, passes: int, find: Cluster, row_scales: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    price = importance.clamp_min(1e-6 * float(importance.max())) if importance.any() else importance + 1
+    price = torch.ones(matrix.n_cols) if importance is None else importance
+    price = price.clamp_min(1e-6 * float(price.max())) if price.any() else price + 1
     row = codebooks.row_sizes((matrix.of(rows) for rows in matrix.rows), price, row_scales)
-    books = Codebooks(kind, codebooks.order(kind, matrix, price), row, find)
+    books = Codebooks(kind, layout, codebooks.order(layout, matrix, price), row, cluster)
     codes = np.empty((matrix.n_rows, matrix.n_cols), np.uint8)
 
     def values(part: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
@@ -80,7 +71,7 @@ def _codebooks(
         tables = books.scale[columns, None] * books.levels[columns]
         return np.take_along_axis(tables, part & _CODE, 1) * books.row_numpy[rows]
 
-    def cluster() -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    def clustered() -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """All columns, in slices: which, float32 weights and uint8 codes [some columns, n_rows]."""
         for columns, part in zip(matrix.columns, matrix, strict=True):
             aims, found = part.numpy(), np.empty(part.shape, np.uint8)
@@ -101,15 +92,15 @@ def _codebooks(
             new[rows] = books.refit(rows, pull, unit, price[:, None] * unit)
         books.set_row(new)
 
-    if kind.outliers:
-        costs = (np.square(a - values(f, slice(None), c)) * price[c, None].numpy() for c, a, f in cluster())
-        books.kept = codebooks.counts(costs, kind.outliers)
-    deque(cluster(), 0)
+    if layout.outliers:
+        costs = (np.square(a - values(f, slice(None), c)) * price[c, None].numpy() for c, a, f in clustered())
+        books.kept = codebooks.counts(costs, layout.outliers)
+    deque(clustered(), 0)
     for _ in range(passes):
         refit()
-        deque(cluster(), 0)
+        deque(clustered(), 0)
     codes = codes[:, books.order]
-    rows, columns = np.nonzero(codes & _OUTLIER) if kind.outliers else np.zeros((2, 0), np.int64)
+    rows, columns = np.nonzero(codes & _OUTLIER) if layout.outliers else np.zeros((2, 0), np.int64)
     codes &= _CODE
     c = books.order[columns]
     exact = books.scale[c] * books.levels[c, codes[rows, columns]] * books.row_numpy[rows]
@@ -117,17 +108,21 @@ def _codebooks(
     return books.pack(codes, rows, columns, codebooks.half(rest))
 
 
-def _blocks(matrix: _Slices, kind: ScaledColumns, importance: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    scale = np.concatenate([scales(part.T.numpy()) for part in matrix])
-    size = scale.astype(np.float32)
-    inverse = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
-    price = torch.ones(len(size)) if importance is None else importance
-    order = codebooks.order(kind, matrix, price)
-    # An input that nothing is known of is taken to be the larger, the smaller its column.
-    relevance = None if importance is None else (importance.numpy() * size**2)[order]
-    codes = np.empty((matrix.n_rows, matrix.n_cols), np.uint8)
-    d = np.empty((matrix.n_rows, matrix.n_cols // 32), np.uint8)
-    for rows in matrix.rows:
-        stored = matrix.weight[rows].float().numpy()[:, order] * inverse[order]
-        codes[rows], d[rows] = kind.nearest(stored, relevance)
-    return kind.pack(codes, Side(order, scale[order]), d)
+class _Slices:
+    """A matrix in slices of columns, float32 [some columns, n_rows], each time it is iterated over."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight, (self.n_rows, self.n_cols) = weight, weight.shape
+        self.columns, self.rows = _slices(self.n_cols, self.n_rows), _slices(self.n_rows, self.n_cols)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self.of(slice(None), columns) for columns in self.columns)
+
+    def of(self, rows: slice, columns: slice = slice(None)) -> torch.Tensor:
+        return self.weight[rows, columns].T.float().contiguous()
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    """0 to `count`, cut so that slices of this size have about PIECE weights."""
+    step = max(1, PIECE // size)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]

@@ -34,6 +34,7 @@ COLUMNS = 128  # searched at a time
 COPIES = 2  # of the parameters, the unchanged ones included
 SPREAD = 0.05  # standard deviation of the relative change in a copy
 WEIGHTS = 1 << 22  # coded at a time, in whole rows, to bound the memory
+BYTES = 360  # per weight of these; measured
 LEAF = 16  # columns whose changes are pushed on one by one
 
 
@@ -118,6 +119,11 @@ def solve(
     errors = (sum(stage) / len(weight) for stage in zip(*stages, strict=True))
     packed, values = (torch.cat(part) for part in zip(*parts, strict=True))
     return Solution(packed, values, dict(zip(("nearest", "feedback", "polish"), errors, strict=True)), damping)
+
+
+def coding_bytes(n_rows: int, n_cols: int) -> int:
+    """Bytes of memory that `solve` takes beside the Hessian and the rows."""
+    return BYTES * min(n_rows * n_cols, WEIGHTS)
 
 
 def damped(hessian: torch.Tensor, damping: float = DAMPING, size: torch.Tensor | float = 1.0) -> torch.Tensor:

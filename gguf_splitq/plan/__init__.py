@@ -13,7 +13,6 @@ from .. import types
 from ..errors import UnsupportedError, UsageError
 from ..files.gguf_file import Tensor, n_bytes, type_name
 from ..types import TensorType, columns
-from ..types.columns import ColumnType
 
 FLOATS = ("f32", "f16", "bf16")
 
@@ -59,12 +58,16 @@ _NEEDS_IMPORTANCE = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor's decision; `fallback` names the cause when the type asked for could not be used."""
+    """One tensor's decision.
+
+    fallback: the cause when the type asked for could not be used. layout: of a type with a side tensor.
+    """
 
     tensor: Tensor
     target: TensorType | None  # None: copied as stored, a type this project does not encode (integers)
     reason: str
     fallback: str | None = None
+    layout: columns.Layout = columns.PLAIN
 
     @property
     def name(self) -> str:
@@ -89,9 +92,9 @@ class Entry:
         return self.target
 
     @property
-    def columns(self) -> ColumnType | None:
+    def columns(self) -> columns.ColumnType | None:
         """The target if it has a side tensor."""
-        return self.target if isinstance(self.target, ColumnType) else None
+        return self.target.columns if self.target else None
 
     @property
     def copied(self) -> bool:
@@ -107,7 +110,7 @@ class Entry:
         out = [(self.name, self.tensor.shape, self.target_id)]
         if self.columns:
             *experts, n_rows, n_cols = self.tensor.shape
-            shape = (*experts, self.columns.side_bytes(n_rows, n_cols))
+            shape = (*experts, self.columns.side_bytes(n_rows, n_cols, self.layout))
             out.append((columns.side_name(self.name), shape, columns.SIDE_TYPE))
         return out
 
@@ -195,7 +198,7 @@ def make(
         if entry.columns:
             if not is_linear(tensor, architecture):
                 raise UsageError(f"{entry.columns.name} is for linear layers only: give {entry.name!r} another type")
-            entry = replace(entry, target=replace(entry.columns, metric=claq_metric))
+            entry = replace(entry, layout=columns.Layout(metric=claq_metric))
         return replace(entry, **_fit(entry.coder, tensor))
 
     entries = [decide(tensor) for tensor in tensors]
@@ -297,8 +300,8 @@ def _filled(entries: Sequence[Entry]) -> list[Entry]:
         *stack, n_rows, n_cols = entry.tensor.shape
         matrices = math.prod(stack)
         left[name] += room[name] * entry.tensor.n_weights
-        size = kind.matrix_bytes(n_rows, n_cols) + int(left[name] / matrices)
-        filled = replace(entry, target=kind.within(n_rows, n_cols, size))
+        size = kind.matrix_bytes(n_rows, n_cols, entry.layout) + int(left[name] / matrices)
+        filled = replace(entry, layout=kind.within(n_rows, n_cols, size, entry.layout))
         left[name] -= filled.n_bytes - entry.n_bytes
         return filled
 
@@ -307,14 +310,8 @@ def _filled(entries: Sequence[Entry]) -> list[Entry]:
 
 def _fit(target: TensorType, tensor: Tensor) -> dict:
     """`target` and `fallback` of an entry for this tensor."""
-    n_cols = tensor.n_cols
-    if isinstance(target, ColumnType) and (cause := target.unfit(tensor.name, tensor.shape)):
-        fallback = _fit(types.get(f"sq{target.code_bits}"), tensor)
-        return fallback | {"fallback": f"{cause}: {target.name} -> {fallback['target'].name}"}
-    if n_cols % target.block_size == 0:
+    cause = target.unfit(tensor.name, tensor.shape)
+    if cause is None:
         return {"target": target}
-    wider = types.get(_FALLBACK.get(target.name, "f16"))
-    if n_cols % wider.block_size:
-        wider = types.get("f16")
-    cause = f"a row of {n_cols} is not a multiple of {target.block_size}"
-    return {"target": wider, "fallback": f"{cause}: {target.name} -> {wider.name}"}
+    found = _fit(types.get(target.stand_in or _FALLBACK.get(target.name, "f16")), tensor)
+    return found | {"fallback": f"{cause}: {target.name} -> {found['target'].name}"}

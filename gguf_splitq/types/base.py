@@ -8,10 +8,14 @@ arrays of blocks, and this base class does rows, checks and the switch to the C 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..runtime import native
+
+if TYPE_CHECKING:
+    from .columns import ColumnType
 
 # Weights per NumPy pass: the temporaries of one pass then stay inside a core's L2 cache.
 _PIECE = 1 << 15
@@ -48,6 +52,21 @@ class TensorType:
     def needs_library(self, weighted: bool) -> bool:
         """Whether only the C library can encode, weighted: with importance data."""
         return False
+
+    @property
+    def columns(self) -> ColumnType | None:
+        """The type itself when it has a side tensor: a plan then has a layout for it."""
+        return None
+
+    @property
+    def stand_in(self) -> str | None:
+        """The type that a tensor gets instead when this one does not fit; None where llama-quantize's table tells."""
+        return None
+
+    def unfit(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """Why a tensor of this name and NumPy shape cannot have the type, in words that fit many; None when it can."""
+        n_cols = shape[-1]
+        return f"a row of {n_cols} is not a multiple of {self.block_size}" if n_cols % self.block_size else None
 
     def row_bytes(self, n_cols: int) -> int:
         """Stored bytes of a row of `n_cols` weights; `n_cols` must be a multiple of `block_size`."""

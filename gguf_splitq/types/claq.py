@@ -23,11 +23,11 @@ of a row and the bytes are this project's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .columns import ColumnType, Require, Side
+from .columns import ColumnType, Layout, Require, Side
 
 
 @dataclass(frozen=True)
@@ -36,42 +36,42 @@ class Claq(ColumnType):
 
     wide_share: float = 0.75
 
-    def within(self, n_rows: int, n_cols: int, room: int) -> ColumnType:
-        least = self.matrix_bytes(n_rows, n_cols)
-        kind = super().within(n_rows, n_cols, least + int(self.wide_share * (room - least)))
-        return kind.largest("outliers", n_rows * n_cols // 8, n_rows, n_cols, room)
+    def within(self, n_rows: int, n_cols: int, room: int, layout: Layout) -> Layout:
+        least = self.matrix_bytes(n_rows, n_cols, layout)
+        wide = super().within(n_rows, n_cols, least + int(self.wide_share * (room - least)), layout)
+        return self.largest(lambda count: replace(wide, outliers=count), n_rows * n_cols // 8, n_rows, n_cols, room)
 
-    def sections(self, n_rows: int, n_cols: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        wide = 32 * self.wide
+    def sections(self, n_rows: int, n_cols: int, layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+        wide, outliers = 32 * layout.wide, layout.outliers
         return {
-            "header": self.section("header", n_rows, n_cols),
-            "order": self.section("order", n_rows, n_cols),
+            "header": self.section("header", n_rows, n_cols, layout),
+            "order": self.section("order", n_rows, n_cols, layout),
             "row": ("<f2", (n_rows,)),
-            "scale": self.section("scale", n_rows, n_cols),
+            "scale": self.section("scale", n_rows, n_cols, layout),
             "levels": ("i1", (16 * wide + (n_cols - wide << self.code_bits),)),
-            "extra": self.section("extra", n_rows, n_cols),
-            "start": ("<u4", (n_rows + 1 if self.outliers else 0,)),
-            "column": ("<u2", (self.outliers,)),
-            "value": ("<f2", (self.outliers,)),
+            "extra": self.section("extra", n_rows, n_cols, layout),
+            "start": ("<u4", (n_rows + 1 if outliers else 0,)),
+            "column": ("<u2", (outliers,)),
+            "value": ("<f2", (outliers,)),
         }
 
-    def contents(self, side: Side) -> dict[str, np.ndarray]:
-        wide = 32 * self.wide
+    def contents(self, side: Side, layout: Layout) -> dict[str, np.ndarray]:
+        wide = 32 * layout.wide
         levels = [side.levels[:wide].ravel(), side.levels[wide:, : 1 << self.code_bits].ravel()]
-        return super().contents(side) | {"levels": np.concatenate(levels)}
+        return super().contents(side, layout) | {"levels": np.concatenate(levels)}
 
-    def checked(self, found: Mapping[str, np.ndarray], require: Require) -> Side:
+    def checked(self, found: Mapping[str, np.ndarray], layout: Layout, require: Require) -> Side:
         finite = all(np.isfinite(found[name]).all() for name in ("row", "scale", "value"))
         require(finite, "a scale or an outlier is not finite")
-        n_cols, wide, packed, start = len(found["order"]), 32 * self.wide, found["levels"], found["start"]
-        if self.outliers:
-            rising = start[0] == 0 and start[-1] == self.outliers and (np.diff(start.astype(np.int64)) >= 0).all()
+        n_cols, wide, packed, start = len(found["order"]), 32 * layout.wide, found["levels"], found["start"]
+        if layout.outliers:
+            rising = start[0] == 0 and start[-1] == layout.outliers and (np.diff(start.astype(np.int64)) >= 0).all()
             require(bool(rising), "the starts of its outliers do not rise to their number")
             require(found["column"].max() < n_cols, "an outlier lies in a column that is not there")
         levels = np.zeros((n_cols, 16), np.int8)
         levels[:wide] = packed[: 16 * wide].reshape(-1, 16)
         levels[wide:, : 1 << self.code_bits] = packed[16 * wide :].reshape(n_cols - wide, -1)
-        return super().checked({**found, "levels": levels}, require)
+        return super().checked({**found, "levels": levels}, layout, require)
 
     def decode_rows(self, data: np.ndarray, side: Side, first: int) -> np.ndarray:
         codes, rows = self.codes_of(data, side, first), slice(first, first + len(data))

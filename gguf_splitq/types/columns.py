@@ -55,56 +55,71 @@ Require = Callable[[bool, str], None]
 
 
 @dataclass(frozen=True)
-class ColumnType(TensorType):
-    """A type with a side tensor. target: stored bits per weight of cq2.x, sq2.x and so on.
+class Layout:
+    """How a tensor of such a type is laid out; all its matrices alike.
 
-    What the target buys for a tensor: wide, leading blocks of 32 stored columns with codes of wide_bits; outliers, in
-    all. metric: which columns are wide, and hold more outliers: those of most "outlier"s, or of most error, "hessian".
-    least_rows: with fewer, the side tensor takes more than half of what the codes do.
+    wide: leading blocks of 32 stored columns with codes of `wide_bits`. outliers: in a whole matrix. metric: which
+    columns are wide, and hold more outliers: those of most "outlier"s, or of most error, "hessian".
+    """
+
+    wide: int = 0
+    outliers: int = 0
+    metric: str = "hessian"
+
+
+PLAIN = Layout()
+
+
+@dataclass(frozen=True)
+class ColumnType(TensorType):
+    """A type with a side tensor. target: stored bits per weight of cq2.x, sq2.x and so on, met by layouts.
+
+    code_bits and wide_bits: of the codes of plain and wide columns. least_rows: with fewer, the side tensor takes more
+    than half of what the codes do.
     """
 
     code_bits: int = 4
     wide_bits: int = 4
     target: float | None = None
-    wide: int = 0
-    outliers: int = 0
-    metric: str = "hessian"
     least_rows: int = 128
 
-    def bits(self, n_cols: int) -> np.ndarray:
-        """int [n_cols]: bits of the codes of each stored column."""
-        return np.where(np.arange(n_cols) < 32 * self.wide, self.wide_bits, self.code_bits)
+    @property
+    def columns(self) -> ColumnType:
+        return self
 
-    def side_bytes(self, n_rows: int, n_cols: int) -> int:
+    @property
+    def stand_in(self) -> str:
+        return f"sq{self.code_bits}"
+
+    def bits(self, n_cols: int, layout: Layout) -> np.ndarray:
+        """int [n_cols]: bits of the codes of each stored column."""
+        return np.where(np.arange(n_cols) < 32 * layout.wide, self.wide_bits, self.code_bits)
+
+    def side_bytes(self, n_rows: int, n_cols: int, layout: Layout) -> int:
         """Bytes of one matrix's side tensor."""
-        sections = self.sections(n_rows, n_cols).values()
+        sections = self.sections(n_rows, n_cols, layout).values()
         return sum(_padded(math.prod(shape) * np.dtype(kind).itemsize) for kind, shape in sections)
 
-    def matrix_bytes(self, n_rows: int, n_cols: int) -> int:
+    def matrix_bytes(self, n_rows: int, n_cols: int, layout: Layout) -> int:
         """Bytes of one matrix, codes and side tensor."""
-        return n_rows * self.row_bytes(n_cols) + self.side_bytes(n_rows, n_cols)
+        return n_rows * self.row_bytes(n_cols) + self.side_bytes(n_rows, n_cols, layout)
 
-    def within(self, n_rows: int, n_cols: int, room: int) -> ColumnType:
-        """The type with the wide blocks (and outliers) that `room` bytes for a matrix can hold."""
-        return self.largest("wide", n_cols // 32, n_rows, n_cols, room)
+    def within(self, n_rows: int, n_cols: int, room: int, layout: Layout) -> Layout:
+        """The layout with the wide blocks (and outliers) that `room` bytes for a matrix can hold."""
+        return self.largest(lambda count: replace(layout, wide=count), n_cols // 32, n_rows, n_cols, room)
 
-    def largest(self, name: str, most: int, n_rows: int, n_cols: int, room: int) -> ColumnType:
-        """With as many of `name` as `room` bytes can hold, up to `most`."""
+    def largest(self, layout: Callable[[int], Layout], most: int, n_rows: int, n_cols: int, room: int) -> Layout:
+        """layout(n) with the largest n up to `most` of which `room` bytes can hold a matrix; n = 0 if of none."""
 
         def size(count: int) -> int:
-            return self.with_count(name, count).matrix_bytes(n_rows, n_cols)
+            return self.matrix_bytes(n_rows, n_cols, layout(count))
 
-        return self.with_count(name, max(bisect.bisect_right(range(most + 1), room, key=size) - 1, 0))
-
-    def with_count(self, name: str, count: int) -> ColumnType:
-        """With that many "wide" or "outliers"."""
-        return replace(self, wide=count) if name == "wide" else replace(self, outliers=count)
+        return layout(max(bisect.bisect_right(range(most + 1), room, key=size) - 1, 0))
 
     def unfit(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """Why a tensor cannot have the type, in words that fit many; None when it can."""
         *stack, n_rows, n_cols = shape
-        if n_cols % 32:
-            return f"a row of {n_cols} is not a multiple of 32"
+        if cause := super().unfit(name, shape):
+            return cause
         if n_rows < self.least_rows:
             return f"{n_rows} rows are too few to share a side tensor"
         if n_cols > MOST_COLUMNS:
@@ -114,16 +129,16 @@ class ColumnType(TensorType):
                 return use
         return "of stacks only experts can have side tensors" if stack and "_exps." not in name else None
 
-    def sections(self, n_rows: int, n_cols: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def sections(self, n_rows: int, n_cols: int, layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of each section by name, in the file's order; those that are absent have no elements."""
         raise NotImplementedError
 
-    def section(self, name: str, n_rows: int, n_cols: int) -> tuple[str, tuple[int, ...]]:
+    def section(self, name: str, n_rows: int, n_cols: int, layout: Layout) -> tuple[str, tuple[int, ...]]:
         """(dtype, shape) of a section that all types have."""
-        extra = (-(-n_rows // PANEL), self.wide, self.wide_bits - self.code_bits, PANEL, 4)
+        extra = (-(-n_rows // PANEL), layout.wide, self.wide_bits - self.code_bits, PANEL, 4)
         return {
             "header": ("<u4", (8,)),
-            "order": ("<u2", (n_cols if self.wide else 0,)),
+            "order": ("<u2", (n_cols if layout.wide else 0,)),
             "scale": ("<f2", (n_cols,)),
             "extra": ("u1", extra),
         }[name]
@@ -153,28 +168,30 @@ class ColumnType(TensorType):
             codes[:, : side.wide] |= _unpack(upper, self.wide_bits - self.code_bits) << self.code_bits
         return codes
 
-    def pack(self, codes: np.ndarray, side: Side, d: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def pack(
+        self, codes: np.ndarray, side: Side, layout: Layout, d: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Codes uint8 [n_rows, n_cols] in stored order -> (uint8 [n_rows, row_bytes], uint8 [side_bytes]).
 
         d: as `pack_codes` takes it.
         """
         n_rows, n_cols = codes.shape
-        wide, panels, words = 32 * self.wide, -(-n_rows // PANEL), self.wide_bits - self.code_bits
-        upper = np.zeros((panels * PANEL, self.wide, 4 * words), np.uint8)
+        wide, panels, words = 32 * layout.wide, -(-n_rows // PANEL), self.wide_bits - self.code_bits
+        upper = np.zeros((panels * PANEL, layout.wide, 4 * words), np.uint8)
         if wide:
             upper[:n_rows] = _pack(codes[:, :wide] >> self.code_bits, words)
-        contents = self.contents(side) | {
-            "header": [MAGIC, n_rows, n_cols, self.wide, self.outliers, 0, 0, 0],
-            "extra": upper.reshape(panels, PANEL, self.wide, words, 4).transpose(0, 2, 3, 1, 4),
+        contents = self.contents(side, layout) | {
+            "header": [MAGIC, n_rows, n_cols, layout.wide, layout.outliers, 0, 0, 0],
+            "extra": upper.reshape(panels, PANEL, layout.wide, words, 4).transpose(0, 2, 3, 1, 4),
         }
         out = bytearray()
-        for name, (kind, shape) in self.sections(n_rows, n_cols).items():
+        for name, (kind, shape) in self.sections(n_rows, n_cols, layout).items():
             part = np.asarray(contents[name] if math.prod(shape) else np.empty(shape), kind)
             assert part.shape == shape, f"{part.shape} where {shape} is due"
             out += part.tobytes().ljust(_padded(part.nbytes), b"\0")
         return self.pack_codes(codes, d), np.frombuffer(bytes(out), np.uint8)
 
-    def contents(self, side: Side) -> dict[str, np.ndarray]:
+    def contents(self, side: Side, layout: Layout) -> dict[str, np.ndarray]:
         """Sections by name, but for header and extra."""
         return dict(vars(side))
 
@@ -191,11 +208,11 @@ class ColumnType(TensorType):
         require(shaped, f"its header is not that of a matrix of {n_rows} x {n_cols}")
         fits = wide * 32 <= n_cols and (self.code_bits < self.wide_bits or not wide) and outliers <= n_rows * n_cols
         require(fits, f"{wide} wide blocks and {outliers} outliers do not fit into the matrix")
-        kind = replace(self, wide=wide, outliers=outliers)
-        size = kind.side_bytes(n_rows, n_cols)
+        layout = Layout(wide, outliers)
+        size = self.side_bytes(n_rows, n_cols, layout)
         require(len(data) >= size, f"it has {len(data)} bytes where {size} are needed")
         found, at = {}, 0
-        for section, (dtype, shape) in kind.sections(n_rows, n_cols).items():
+        for section, (dtype, shape) in self.sections(n_rows, n_cols, layout).items():
             count = math.prod(shape) * np.dtype(dtype).itemsize
             found[section] = data[at : at + count].view(dtype).reshape(shape)
             at += _padded(count)
@@ -205,9 +222,9 @@ class ColumnType(TensorType):
             found["order"] = np.arange(n_cols)
         require(np.array_equal(np.sort(found["order"]), np.arange(n_cols)), "its column order is not a permutation")
         del found["header"]
-        return kind.checked(found, require)
+        return self.checked(found, layout, require)
 
-    def checked(self, found: Mapping[str, np.ndarray], require: Require) -> Side:
+    def checked(self, found: Mapping[str, np.ndarray], layout: Layout, require: Require) -> Side:
         """The side tensor from its sections, whose contents are checked here but for the order."""
         require(np.isfinite(found["scale"]).all(), "a scale is not finite")
         return Side(**found)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import splitquant
-from .columns import ColumnType, Require, Side
+from .columns import ColumnType, Layout, Require, Side
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class ScaledColumns(ColumnType):
         """The sq type of those that are."""
         return _of_bits(self.wide_bits)
 
-    def sections(self, n_rows: int, n_cols: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {name: self.section(name, n_rows, n_cols) for name in ("header", "order", "scale", "extra")}
+    def sections(self, n_rows: int, n_cols: int, layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {name: self.section(name, n_rows, n_cols, layout) for name in ("header", "order", "scale", "extra")}
 
-    def checked(self, found: Mapping[str, np.ndarray], require: Require) -> Side:
-        require(not self.outliers, f"it has {self.outliers} outliers, which this type cannot have")
-        return super().checked(found, require)
+    def checked(self, found: Mapping[str, np.ndarray], layout: Layout, require: Require) -> Side:
+        require(not layout.outliers, f"it has {layout.outliers} outliers, which this type cannot have")
+        return super().checked(found, layout, require)
 
     def decode_rows(self, data: np.ndarray, side: Side, first: int) -> np.ndarray:
         codes = self.codes_of(data, side, first)
@@ -61,14 +61,14 @@ class ScaledColumns(ColumnType):
         out[:, side.order] = stored
         return out
 
-    def nearest(self, rows: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(self, rows: np.ndarray, importance: np.ndarray | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         """Each block for itself, by the sq types' encoders.
 
         rows: float32 [n_rows, n_cols], divided by the columns' scales and in stored order. importance: float32
         [n_cols], of the squared errors of these. Returns codes uint8 [n_rows, n_cols], d uint8 [n_rows, n_cols / 32].
         """
         codes, d = [], []
-        for columns, kind in self._parts(32 * self.wide):
+        for columns, kind in self._parts(32 * layout.wide):
             if (part := np.ascontiguousarray(rows[:, columns])).size:
                 weights = None if importance is None else np.ascontiguousarray(importance[columns])
                 found = kind.unpack(kind.encode(part, weights).reshape(-1, kind.block_bytes))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""Which module codes a type's matrices, with a Hessian and without."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..types import TensorType
+from ..types.claq import Claq
+from ..types.columns import PLAIN, ColumnType, Layout
+from ..types.sqc import ScaledColumns
+from . import codebooks, columns, formats, free, solver
+from .solver import Solution
+
+_SOLVE: dict[type, Callable[..., Solution]] = {Claq: codebooks.solve, ScaledColumns: columns.solve}
+_BYTES: dict[type, Callable[[int, int], int]] = {Claq: codebooks.coding_bytes, ScaledColumns: columns.coding_bytes}
+_CODE: dict[type, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
+    Claq: free.with_codebooks,
+    ScaledColumns: free.in_blocks,
+}
+
+
+def coder(kind: TensorType, layout: Layout) -> Callable[[torch.Tensor, torch.Tensor], Solution] | None:
+    """What codes float32 [n_rows, n_cols] given its Hessian [n_cols, n_cols]; None for types without error feedback."""
+    if solve := _SOLVE.get(type(kind)):
+        return functools.partial(solve, kind=kind, layout=layout)
+    fmt = formats.for_type(kind)
+    return functools.partial(solver.solve, fmt=fmt) if fmt else None
+
+
+def coding_bytes(kind: TensorType | None, n_rows: int, n_cols: int) -> int:
+    """Bytes of memory that `coder`'s result takes for a matrix, beside the Hessian and the rows."""
+    return _BYTES.get(type(kind), solver.coding_bytes)(n_rows, n_cols)
+
+
+def code(
+    weight: torch.Tensor, kind: ColumnType, layout: Layout = PLAIN, importance: torch.Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [n_rows, row_bytes], uint8 [size]): rows and side tensor that stand for a matrix, found without a Hessian.
+
+    weight: float32, float16 or bfloat16 [n_rows, n_cols], finite. importance: float32 [n_cols], not negative.
+    """
+    return _CODE[type(kind)](weight, kind, layout, importance)
