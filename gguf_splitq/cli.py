@@ -52,6 +52,10 @@ INSPECT = """
 gguf-splitq inspect model-sq4.gguf
 gguf-splitq inspect model-sq4.gguf --json | jq .metadata
 """
+REPACK = """
+gguf-splitq repack model-sq4.gguf --container      # for every GGUF reader
+gguf-splitq repack model-sq4.gguf --native-ids     # type ids 100 and up
+"""
 VALIDATE = """
 gguf-splitq convert MODEL --type f16
 gguf-splitq validate M-sq4.gguf --baseline M-f16.gguf --text some.txt
@@ -151,6 +155,12 @@ def _inspect(**options) -> None:
     inspect(**options)
 
 
+def _repack(**options) -> None:
+    from .repack import repack
+
+    repack(**options)
+
+
 def _validate(**options) -> None:
     from .measure.validate import validate
 
@@ -212,6 +222,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output; without it one is refused")
 
+    p = command("repack", _repack, "Change the form of a file with our types; its data stay as they are.", REPACK)
+    p.add_argument("file", metavar="FILE", help="a GGUF file, or the first of its shards, which become one")
+    _add_form(p.add_mutually_exclusive_group(required=True))
+    p.add_argument("--outfile", metavar="OUT", help="file, folder or template (default: {name}-{type}.gguf)")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing output; without it one is refused")
+
     p = command("inspect", _inspect, "Show types, bits per weight and sizes of a GGUF file.", INSPECT)
     p.add_argument("file", metavar="FILE", help="a GGUF file, or the first of its shards")
     p.add_argument("--json", action="store_true", help="print JSON, with all metadata, for programs")
@@ -249,6 +265,14 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_parser("path", help="print the folder of the built programs")
     actions.add_parser("check", help="apply the patches to a clean tree, without fuzz")
     return parser
+
+
+def _add_form(p, **default) -> None:
+    """The two forms of a file with our types."""
+    form = "our types as rows of bytes that every GGUF reader takes"
+    p.add_argument("--container", action="store_true", help=form, **default)
+    form = "our types with their own ids, 100 and up, which only the patched llama.cpp knows"
+    p.add_argument("--native-ids", dest="container", action="store_false", help=form, **default)
 
 
 def _add_convert(p: argparse.ArgumentParser) -> None:
@@ -299,6 +323,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--dry-run", action="store_true", help="print the plan with sizes; write nothing but --save-plan")
     report = "write every tensor's error, over an earlier report (default: none)"
     g.add_argument("--report", metavar="JSON", help=report)
+    _add_form(g.add_mutually_exclusive_group(), default=False)
     check = "do not try whether llama.cpp loads the file (default: tried, where it is built)"
     g.add_argument("--no-check", dest="load", action="store_false", help=check)
 

@@ -127,7 +127,7 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
     solvers, peak, at_once = memory_needs(given, source, entries)
     kv = {key: value for key, value in head.kv.items() if not key.startswith("quantize.")}
     kv |= matrix.metadata() if matrix else {}
-    loads = given.load and loading.check_plan(source, entries, kv, given.scratch)
+    loads = given.load and loading.check_plan(source, entries, kv, given.scratch, given.container)
     if not given.plans_only:
         require_space(given, source, entries)
         what = "measuring" if given.dry_run else "writing"
@@ -209,6 +209,7 @@ def write(
         rows,
         progress.done,
         check,
+        given.container,
     )
 
 

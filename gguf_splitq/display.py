@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,6 +16,8 @@ from . import plan
 from .errors import printable
 from .files import gguf_file
 from .rewrite import Stats
+
+T = TypeVar("T", bound=Sized)
 
 
 def console(stderr: bool = False) -> Console:
@@ -124,6 +127,14 @@ class Progress:
             self.task = self.bar.add_task(what, total=total)
         self.bar.update(self.task, completed=done)
         self._plain(f"{what}: {done} of {total}")
+
+    def through(self, what: str, total: int, pieces: Iterable[T]) -> Iterator[T]:
+        """The pieces as they are, shown as done when the next one is asked for. total: bytes."""
+        self._plain(f"{what}: {gguf_file.mib(total)}")
+        task = self.bar.add_task(what, total=total)
+        for piece in pieces:
+            yield piece
+            self.bar.update(task, advance=len(piece))
 
     def start(self, entries: Sequence[plan.Entry]) -> None:
         self.total = len(entries)

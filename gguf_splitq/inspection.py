@@ -24,9 +24,9 @@ _KEYS = ("general.architecture", "general.name", "general.size_label", "general.
 def inspect(file: str | Path, json: bool = False) -> dict:
     """Print (a table, or JSON) and return what `file` holds; reads the header only.
 
-    Keys: file, size (bytes), tensors, weights, bpw, linear_bpw (see `linear_bpw`), metadata, types and kinds; the last
-    two are lists of rows with tensors, weights, bytes and bpw. A side tensor counts to its weight's type, with bytes
-    and without weights. Raises InputError and UnsupportedError.
+    Keys: file, size (bytes), container (whether our types are stored as bytes), tensors, weights, bpw, linear_bpw (see
+    `linear_bpw`), metadata, types and kinds; the last two are lists of rows with tensors, weights, bytes and bpw.
+    A side tensor counts to its weight's type, with bytes and without weights. Raises InputError and UnsupportedError.
     """
     options.Inspect(file).check()
     with gguf_file.read(file) as source:
@@ -39,6 +39,7 @@ def inspect(file: str | Path, json: bool = False) -> dict:
         result = {
             "file": str(file),
             "size": source.size,
+            "container": source.contained,
             "tensors": everything["tensors"],
             "weights": everything["weights"],
             "bpw": everything["bpw"],
@@ -91,6 +92,8 @@ def _show(result: dict) -> None:
         f"{result['bpw']:.3f} bpw, linear layers {result['linear_bpw']:.3f} bpw",
         soft_wrap=True,
     )
+    if result["container"]:
+        out.print("  a container: any GGUF reader takes it, and the patched llama.cpp runs it")
     for key, value in result["metadata"].items():
         shown = repr(value)  # which escapes what a terminal would obey
         out.print(f"  {key} = {shown if len(shown) <= MOST_SHOWN else shown[:MOST_SHOWN] + '...'}", soft_wrap=True)

@@ -28,6 +28,7 @@ from .plan import mix
 from .runtime import native
 from .types.stock import missing_library
 
+CONTAINED = False  # whether `convert` writes a container unless it is told which form
 MAX_THREADS = 4096
 MOST_TOKENS = 1 << 30  # of a chunk, or chunks of a text
 MAX_REPORT = 1 << 28  # bytes of a JSON file that is looked into
@@ -86,8 +87,9 @@ class Convert(Options):
     of cq2.x, sq2.x and so on more bits, "hessian" or "outlier".
     dry_run: print the plan, write nothing but save_plan. report: a JSON file for the per-tensor errors. max_ram: bytes,
     or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
-    template for the vision or audio part of the checkpoint; the template alone lies beside the output. overwrite:
-    replace an existing outfile and save_plan; a report replaces an earlier one anyway.
+    template for the vision or audio part of the checkpoint; the template alone lies beside the output. container: write
+    this project's types as rows of bytes that every GGUF reader takes (`files/container.py`), not with their own ids.
+    overwrite: replace an existing outfile and save_plan; a report replaces an earlier one anyway.
     """
 
     model: str | Path = _path("read", "the model")
@@ -110,6 +112,7 @@ class Convert(Options):
     report: str | Path | None = _path("written", "--report", None)
     load: bool = True
     mmproj: str | Path | None = _path("written", "--mmproj", None)
+    container: bool = CONTAINED
     threads: int | None = None
     max_ram: str | int | None = None
     overwrite: bool = False
@@ -264,6 +267,31 @@ class Dequantize(Options):
         _ = self.workers
         if types.get(self.type).name not in plan.FLOATS:
             raise UsageError(f"--type {self.type.lower()} is not a float type: choose f16, bf16 or f32")
+        check_files(self.writes, [], Path(self.file))
+        check_outputs(self.writes, self.overwrite)
+
+
+@dataclass(frozen=True)
+class Repack(Options):
+    """What `repack` is given. container: the form to write; otherwise types have their own ids."""
+
+    file: str | Path = _path("read", "the model")
+    container: bool = True
+    outfile: str | Path | None = _path("written", "--outfile", None)  # the template unless given
+    overwrite: bool = False
+
+    @functools.cached_property
+    def path(self) -> Path:
+        """The output."""
+        name = re.sub(r"-(container|native|\d{5}-of-\d{5})$", "", Path(self.file).stem)
+        return output.path(self.outfile or output.TEMPLATE, name, "container" if self.container else "native")
+
+    def paths(self, role: str) -> list[tuple[str, Path]]:
+        return [("--outfile", self.path)] if role == "written" else super().paths(role)
+
+    def check(self) -> None:
+        """Raise what is wrong with these options, the file's own content aside."""
+        self.check_paths()
         check_files(self.writes, [], Path(self.file))
         check_outputs(self.writes, self.overwrite)
 

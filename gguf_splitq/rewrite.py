@@ -10,13 +10,14 @@ all rows of a matrix: they are coded here a matrix at a time, before their chunk
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -100,12 +101,14 @@ def rewrite(
     solved: Mapping[str, Rows] | None = None,
     done: Callable[[plan.Entry, Stats], None] = lambda entry, stats: None,
     check: Callable[[Path], None] = lambda written: None,
+    contained: bool = False,
 ) -> tuple[list[plan.Entry], list[Stats]]:
     """Write `outfile` with every tensor in the type its entry names; returns the entries as they came out and errors.
 
     importance: tensor name -> float32 [experts * n_cols], missing names allowed. solved: tensor name -> uint8
     [n_rows, row_bytes], tensors encoded already, and [matrices, size], their side tensors. done: called after each
-    tensor. check: called with the written file before it gets its name; raises to have it dropped.
+    tensor. check: called with the written file before it gets its name; raises to have it dropped. contained: write
+    a container.
     A tensor with a weight beyond its type's reach is encoded again in a wider one (`plan.widen`).
     Raises InputError for NaN or Inf (naming the place) and EnvironmentFailed when the disk fails.
     """
@@ -126,12 +129,9 @@ def rewrite(
     pool = ThreadPoolExecutor(threads, "encode")
     try:
         window = window_size(entries, threads, max_ram)
-        tensors = [tensor for e in entries for tensor in e.stored]
-        expected = header_size(kv, entries) + sum(
-            gguf_file.padded(gguf_file.n_bytes(shape, type_id)) for _, shape, type_id in tensors
-        )
-        with gguf_file.atomic(outfile, expected, check) as out:
-            out.seek(header_size(kv, entries))
+        begin = len(header(kv, entries, contained))
+        with gguf_file.atomic(outfile, begin + data_size(entries), check) as out:
+            out.seek(begin)
             stream = _in_order(pool, source, jobs(), window)
             for entry in entries:
                 start = out.tell()
@@ -149,16 +149,25 @@ def rewrite(
                 measured.append(stats)
                 done(entry, stats)
             out.truncate()
+            head = header(kv, final, contained)
+            if len(head) < begin:
+                _move(out, begin, len(head))
             out.seek(0)
-            out.write(gguf_file.header(kv, [tensor for e in final for tensor in e.stored]))
+            out.write(head)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return final, measured
 
 
-def header_size(kv: Mapping[str, Value], entries: Sequence[plan.Entry]) -> int:
-    """Bytes before the tensor data; the types do not matter to it."""
-    return len(gguf_file.header(kv, [tensor for e in entries for tensor in e.stored]))
+def header(kv: Mapping[str, Value], entries: Sequence[plan.Entry], contained: bool) -> bytes:
+    """What is before the tensor data. A container's is the shorter the fewer of its tensors have our types."""
+    return gguf_file.header(kv, [tensor for e in entries for tensor in e.stored], contained)
+
+
+def data_size(entries: Sequence[plan.Entry]) -> int:
+    """Bytes of the tensor data."""
+    stored = [tensor for e in entries for tensor in e.stored]
+    return sum(gguf_file.padded(gguf_file.n_bytes(shape, type_id)) for _, shape, type_id in stored)
 
 
 def peak_ram(entries: Sequence[plan.Entry], threads: int, window: int) -> int:
@@ -308,6 +317,17 @@ def _code(
         packed.append(found[0])
         sides.append(found[1])
     return np.concatenate(packed), np.stack(sides)
+
+
+def _move(out: BinaryIO, start: int, to: int) -> None:
+    """Move all that an open file holds from `start` on down to `to`: tensors that were widened are not listed."""
+    end = out.seek(0, os.SEEK_END)
+    for at in range(start, end, gguf_file.PIECE):
+        out.seek(at)
+        data = out.read(gguf_file.PIECE)
+        out.seek(at - start + to)
+        out.write(data)
+    out.truncate(end - start + to)
 
 
 def _pad(out) -> None:

@@ -37,6 +37,7 @@ from gguf_splitq.files import gguf_file, imatrix
 from gguf_splitq.files.gguf_file import Value
 from gguf_splitq.measure import overlap, validate
 from gguf_splitq.plan import mix
+from gguf_splitq.repack import repack
 from gguf_splitq.types import columns
 
 SECONDS = float(os.environ.get("SPLITQ_FUZZ_SECONDS", 0))  # for each kind of file; 0: as many mutants as below
@@ -80,10 +81,17 @@ def quantized(folder):
     return write(folder / "quantized.gguf", kv, stored, rows)
 
 
-def write(path, kv, stored, rows):
+def write(path, kv, stored, rows, contained=False):
     data = [row.ljust(gguf_file.padded(len(row)), b"\0") for row in rows]
-    path.write_bytes(gguf_file.header(kv, stored) + b"".join(data))
+    path.write_bytes(gguf_file.header(kv, stored, contained) + b"".join(data))
     return path
+
+
+def contained(folder):
+    """The same as a container."""
+    with gguf_file.read(quantized(folder)) as file:
+        rows = [file.read_rows(t, 0, t.n_rows).tobytes() for t in file.tensors]
+        return write(folder / "container.gguf", file.kv, file.infos, rows, contained=True)
 
 
 def hessians(folder):
@@ -142,13 +150,14 @@ USES = {  # command -> (a sound file, what is done with it)
     "inspect json": (model, functools.partial(inspection.inspect, json=True)),
     "convert": (model, lambda path: convert(path, "sq4", path.with_name("out.gguf"), dry_run=True, threads=1)),
     "dequantize": (quantized, dequantize_to),
+    "repack": (contained, lambda path: repack(path, False, path.with_name("out.gguf"), overwrite=True)),
     "validate": (model, use_validate),
     "imatrix": (modern, use_imatrix),
     "imatrix, legacy": (legacy, use_imatrix),
     "hessians": (hessians, use_hessians),
     "plan": (saved_plan, use_plan),
 }
-WITH_METADATA = [name for name, (make, _) in USES.items() if make not in (legacy, saved_plan)]
+WITH_METADATA = [name for name, (make, _) in USES.items() if make not in (legacy, saved_plan, contained)]
 
 
 @pytest.fixture

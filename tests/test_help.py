@@ -59,7 +59,7 @@ def test_the_program_alone_shows_the_journeys(capsys):
     assert max(map(len, cli.JOURNEYS.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("text", ["JOURNEYS", "CONVERT", "DEQUANTIZE", "INSPECT", "VALIDATE", "RUNTIME"])
+@pytest.mark.parametrize("text", ["JOURNEYS", "CONVERT", "DEQUANTIZE", "REPACK", "INSPECT", "VALIDATE", "RUNTIME"])
 def test_the_examples_are_commands_that_exist(text):
     joined = getattr(cli, text).replace("\\\n", " ").splitlines()
     found = [line.split("#")[0].split("|")[0].split() for line in joined if line.strip().startswith("gguf-splitq ")]

@@ -117,10 +117,11 @@ def test_convert_replaces_no_input(refused, command, file, option, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("file", ["model.gguf", "many-00001-of-00002.gguf", "many-00002-of-00002.gguf"])
-def test_dequantize_replaces_no_input(refused, file, way):
+def test_dequantize_and_repack_replace_no_input(refused, file, way):
     path = alias(file, way)
     model = "model.gguf" if file == "model.gguf" else "many-00001-of-00002.gguf"
-    refused("dequantize", model, "--outfile", path, "--overwrite", words=[str(path), "its own input"])
+    for command in (("dequantize",), ("repack", "--container")):
+        refused(*command, model, "--outfile", path, "--overwrite", words=[str(path), "its own input"])
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -20,85 +20,28 @@ import secrets
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
 from .. import types
 from ..errors import EnvironmentFailed, InputError, UnsupportedError
+from . import container
+from .values import ARRAY, SCALARS, STRING, U32, Value, string, typed
 
 ALIGNMENT = 32  # of every file written here: llama-quantize's COPY breaks files with any other value
 MAX_HEADER = 1 << 28  # bytes; the largest vocabularies need about 2^24
 MAX_ENTRIES = 1 << 20  # tensors, or keys; the largest models have about 2^12
 MAX_NAME = 64  # GGML_MAX_NAME, the closing zero byte included
 MAX_DIMS = 4  # GGML_MAX_DIMS
-
-# GGUF value type ids -> struct format
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_U32, _STRING, _ARRAY = 4, 8, 9
-_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64")
-_INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
-_DUE: dict[Any, str] = {  # what a reader may ask for, in words
-    str: "a string", int: "a whole number", list[str]: "an array of strings", list[int]: "an array of whole numbers",
-}  # fmt: skip
+PIECE = 1 << 22  # bytes read at once of a tensor that is copied
 
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Value:
-    """A metadata value as stored: GGUF value type and little-endian bytes (an array's own type and count included)."""
-
-    type: int
-    raw: bytes
-
-    @classmethod
-    def of(cls, value: int | str | np.ndarray) -> Value:
-        """A u32 from an int, a string from a str, an array of u32 from a NumPy array."""
-        if isinstance(value, np.ndarray):
-            return cls(_ARRAY, struct.pack("<IQ", _U32, value.size) + value.astype("<u4").tobytes())
-        if isinstance(value, int):
-            return cls(_U32, struct.pack("<I", value))
-        return cls(_STRING, _string(value))
-
-    @property
-    def python(self) -> Any:
-        """The value as Python's own type: int, float, bool, str or a list of these."""
-        if self.type != _ARRAY:
-            return _unpack(self.type, self.raw, 0)[0]
-        item_type, count = self._items
-        if item_type != _STRING:
-            return list(struct.unpack_from(f"<{count}{_SCALARS[item_type]}", self.raw, 12))
-        items, at = [], 12
-        for _ in range(count):
-            item, at = _unpack(item_type, self.raw, at)
-            items.append(item)
-        return items
-
-    @property
-    def kind(self) -> str:
-        """The type in words, for messages."""
-        if self.type != _ARRAY:
-            return f"of type {_NAMES[self.type]}"
-        item_type, count = self._items
-        return f"an array of {count} of type {_NAMES[item_type]}"
-
-    def serves(self, kind: Any) -> bool:
-        """Whether `python` is a `kind`, one of `_DUE`; an empty array is a list of anything."""
-        allowed = (_STRING,) if kind in (str, list[str]) else _INTEGERS
-        if kind in (str, int):
-            return self.type in allowed
-        return self.type == _ARRAY and (self._items[1] == 0 or self._items[0] in allowed)
-
-    @property
-    def _items(self) -> tuple[int, int]:
-        """An array's value type and count."""
-        return struct.unpack_from("<IQ", self.raw)
 
 
 @dataclass(frozen=True)
@@ -139,6 +82,7 @@ class Gguf:
     files: list[Path]
     size: int  # bytes of all files
     growing: Callable[[], bool] = lambda: False  # whether more of the data may yet be written
+    contained: bool = False  # whether tensors of this project's types were stored as bytes
 
     def __post_init__(self):
         self._open = {}
@@ -156,14 +100,29 @@ class Gguf:
         """`typed` of this file's metadata."""
         return typed(self.path, self.kv, key, kind, default)
 
+    @property
+    def infos(self) -> list[container.Info]:
+        """(name, NumPy shape, type id) of the tensors."""
+        return [(t.name, t.shape, t.type_id) for t in self.tensors]
+
     def read_rows(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
         """Rows [first, first + count) of a tensor as stored: uint8 [count, row_bytes]. Threads may call this at once.
 
         Waits for what a growing file does not hold yet. Raises InputError when the file has become shorter since its
         header was read.
         """
-        data = np.empty((count, tensor.row_bytes), np.uint8)
-        view, offset = data.data.cast("B"), tensor.offset + first * tensor.row_bytes
+        size = tensor.row_bytes
+        return self._read(tensor, first * size, count * size).reshape(count, size)
+
+    def pieces(self, tensor: Tensor) -> Iterator[memoryview]:
+        """All bytes of a tensor in order, in pieces of bounded size whatever its rows are; raises as `read_rows`."""
+        for at in range(0, tensor.n_bytes, PIECE):
+            yield self._read(tensor, at, min(PIECE, tensor.n_bytes - at)).data
+
+    def _read(self, tensor: Tensor, at: int, size: int) -> np.ndarray:
+        """uint8 [size]: the bytes of a tensor from its byte `at` on."""
+        data = np.empty(size, np.uint8)
+        view, offset = data.data.cast("B"), tensor.offset + at
         try:
             while len(view):
                 growing = self.growing()  # asked first: what is written in between is read below
@@ -203,19 +162,6 @@ def type_name(type_id: int) -> str:
     return sizes()[type_id][0]
 
 
-def typed(path: Path, kv: Mapping[str, Value], key: str, kind: type[T], default: T) -> T:
-    """A metadata value as `kind` (str, int, list[str] or list[int]), `default` where there is none.
-
-    All that acts on a file's metadata asks here. Raises InputError when the value is of another kind.
-    """
-    if key not in kv:
-        return default
-    if not kv[key].serves(kind):
-        cause = f"metadata {key!r} is {kv[key].kind} where {_DUE[kind]} is due"
-        raise InputError(f"{path}: {cause}: the file is damaged, get or make it again")
-    return kv[key].python
-
-
 def require_file(path: str | Path) -> None:
     """InputError unless `path` is a file with a beginning and an end: reading a pipe would wait, a device never end."""
     try:
@@ -245,22 +191,48 @@ def read(path: str | Path, data: bool = True) -> Gguf:
         names.add(tensor.name)
     for number, (shard, (found, _)) in enumerate(zip(shards, parts, strict=True)):
         _check_split(shard, found, number, len(shards), len(tensors))
-    return Gguf(path, kv, tensors, shards, sum(p.stat().st_size for p in shards))
+    contained = any(key in kv for key in container.KEYS)
+    kv, infos = container.unpack(path, kv, [(t.name, t.shape, t.type_id) for t in tensors])
+    tensors = [replace(t, shape=shape, type_id=type_id) for t, (_, shape, type_id) in zip(tensors, infos, strict=True)]
+    size = sum(p.stat().st_size for p in shards)
+    return Gguf(path, kv, tensors, shards, size, contained=contained)
 
 
-def header(kv: Mapping[str, Value], tensors: list[tuple[str, tuple[int, ...], int]]) -> bytes:
+def header(kv: Mapping[str, Value], tensors: Sequence[container.Info], contained: bool = False) -> bytes:
     """Everything before the tensor data, padded; tensors are (name, NumPy shape, type id) in file order.
 
-    Its length does not depend on the type ids, so it can be written last over a gap left for it.
+    contained: as a container (`container.pack`). Otherwise the length does not depend on the type ids.
     """
+    if contained:
+        kv, tensors = container.pack(kv, tensors)
     out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(kv)))
     for key, value in kv.items():
-        out += _string(key) + struct.pack("<I", value.type) + value.raw
+        out += string(key) + struct.pack("<I", value.type) + value.raw
     offset = 0
     for name, shape, type_id in tensors:
-        out += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), type_id, offset)
+        out += string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), type_id, offset)
         offset += padded(n_bytes(shape, type_id))
     return bytes(out.ljust(padded(len(out)), b"\0"))
+
+
+def stream(file: Gguf, contained: bool) -> tuple[int, Iterator[bytes | memoryview]]:
+    """(bytes, pieces) of one file with all that `file` holds, as a container or with the types' own ids.
+
+    The data stay where they are, so one form becomes the other and back byte for byte. Shards become one file; an
+    alignment that is none of ours goes.
+    """
+    kv = dict(file.kv)
+    if typed(file.path, kv, "general.alignment", int, ALIGNMENT) != ALIGNMENT:
+        del kv["general.alignment"]
+    head = header(kv, file.infos, contained)
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield head
+        for tensor in file.tensors:
+            yield from file.pieces(tensor)
+            yield bytes(padded(tensor.n_bytes) - tensor.n_bytes)
+
+    return len(head) + sum(padded(t.n_bytes) for t in file.tensors), pieces()
 
 
 def n_bytes(shape: tuple[int, ...], type_id: int) -> int:
@@ -285,7 +257,7 @@ def atomic(path: Path, needed: int, check: Callable[[Path], None] = lambda temp:
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         require_space(path.parent, needed)
-        with open(temp, "xb", buffering=1 << 20) as file:
+        with open(temp, "x+b", buffering=1 << 20) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -418,7 +390,7 @@ class _Header:
                 raise self.fail(f"metadata key {key!r} is there twice or not printable")
             kv[key] = self.value(key)
         alignment = typed(self.path, kv, "general.alignment", int, ALIGNMENT)
-        if kv.get("general.alignment", Value.of(0)).type != _U32 or alignment.bit_count() != 1 or alignment > 1 << 20:
+        if kv.get("general.alignment", Value.of(0)).type != U32 or alignment.bit_count() != 1 or alignment > 1 << 20:
             raise self.fail("general.alignment is not a power of two in a u32")
         infos = [self.tensor_info() for _ in range(n_tensors)]
         return kv, self.place(infos, alignment, data)
@@ -426,23 +398,23 @@ class _Header:
     def value(self, key: str) -> Value:
         what = f"metadata {key!r}"
         kind = self.number("I", what)
-        if kind in _SCALARS:
-            return Value(kind, self.take(struct.calcsize(_SCALARS[kind]), what))
-        if kind == _STRING:
-            return Value(kind, _string(self.string(what)))
-        if kind != _ARRAY:
+        if kind in SCALARS:
+            return Value(kind, self.take(struct.calcsize(SCALARS[kind]), what))
+        if kind == STRING:
+            return Value(kind, string(self.string(what)))
+        if kind != ARRAY:
             raise self.fail(f"{what} has the unknown type {kind}")
         head = self.take(12, what)
         item, count = struct.unpack("<IQ", head)
-        if item in _SCALARS:
-            return Value(kind, head + self.take(count * struct.calcsize(_SCALARS[item]), what))
-        if item != _STRING:
+        if item in SCALARS:
+            return Value(kind, head + self.take(count * struct.calcsize(SCALARS[item]), what))
+        if item != STRING:
             raise self.fail(f"{what} is an array of the unknown type {item}")
         if count * 8 > self.left:
             raise self.fail(f"{what} claims {count} strings in {self.left} bytes")
         items = bytearray(head)  # not a list of objects, each of which takes ten times what an empty string does
         for _ in range(count):
-            items += _string(self.string(what))
+            items += string(self.string(what))
         return Value(kind, bytes(items))
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -485,17 +457,3 @@ class _Header:
             tensors.append(Tensor(name, shape, type_id, start + offset, size, self.path))
             expected += padded(size, alignment)
         return tensors
-
-
-def _string(text: str | bytes) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(data)) + data
-
-
-def _unpack(kind: int, raw: bytes, at: int) -> tuple[int | float | bool | str, int]:
-    """(value, position after it) of a scalar or string at `at`."""
-    if kind == _STRING:
-        (length,) = struct.unpack_from("<Q", raw, at)
-        end = at + 8 + length
-        return raw[at + 8 : end].decode(errors="replace"), end
-    return struct.unpack_from("<" + _SCALARS[kind], raw, at)[0], at + struct.calcsize(_SCALARS[kind])

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .. import plan
+from .. import plan, rewrite
 from ..errors import EnvironmentFailed, InputError
 from ..files import checkpoint, gguf_file
 from ..files.checkpoint import Source
@@ -27,7 +27,9 @@ PROBE = Path(__file__).with_name("load_gguf.py")
 TIMEOUT = 300  # seconds; the largest vocabularies take about one
 
 
-def check_plan(source: Source, entries: Sequence[plan.Entry], kv: Mapping[str, Value], scratch: Path) -> bool:
+def check_plan(
+    source: Source, entries: Sequence[plan.Entry], kv: Mapping[str, Value], scratch: Path, contained: bool = False
+) -> bool:
     """InputError when llama.cpp would refuse what these entries become, naming key and numbers where they are known.
 
     False when the finished file is not to be checked: a GGUF without a tokenizer is not what llama.cpp loads, and one
@@ -40,7 +42,7 @@ def check_plan(source: Source, entries: Sequence[plan.Entry], kv: Mapping[str, V
             raise _refusal(source, cause)
         return True
     with checkpoint.temporary_folder(scratch, source.name) as folder:
-        why = reason(_sparse(folder / "plan.gguf", entries, kv))
+        why = reason(_sparse(folder / "plan.gguf", entries, kv, contained))
     if why is None:
         return True
     if source.child is None and reason(source.path) is not None:
@@ -126,11 +128,10 @@ def _library() -> Path | None:
         return None
 
 
-def _sparse(path: Path, entries: Sequence[plan.Entry], kv: Mapping[str, Value]) -> Path:
+def _sparse(path: Path, entries: Sequence[plan.Entry], kv: Mapping[str, Value], contained: bool) -> Path:
     """The file that the plan makes, with a hole for its data."""
-    tensors = [tensor for e in entries for tensor in e.stored]
-    head = gguf_file.header(dict(kv), tensors)
-    size = len(head) + sum(gguf_file.padded(gguf_file.n_bytes(shape, type_id)) for _, shape, type_id in tensors)
+    head = rewrite.header(kv, entries, contained)
+    size = len(head) + rewrite.data_size(entries)
     try:
         with open(path, "wb") as file:
             file.write(head)
