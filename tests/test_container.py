@@ -2,7 +2,6 @@
 """The container: the same data behind a header that others take, read as what it stands for, and hostile keys."""
 
 import struct
-from dataclasses import replace
 
 import crafted
 import gguf
@@ -30,12 +29,12 @@ def encoded(kind, stack):
     if kind in types.CUSTOM:
         return [(name, shape, kind.gguf_id, kind.encode_numpy(crafted.weights(*shape).reshape(-1, 256)).tobytes())]
     is_cq = kind.name.startswith("cq")
-    kind = replace(kind, wide=int(kind.code_bits < 4), outliers=9 if is_cq else 0)
+    layout = columns.Layout(int(kind.code_bits < 4), 9 if is_cq else 0)
     pairs = []
     for _ in range(int(np.prod(stack))):
         d = None if is_cq else rng.integers(0, 64, (20, 8)).astype(np.uint8)
         codes = rng.integers(0, 4, (20, 256)).astype(np.uint8)
-        pairs.append(kind.pack(codes, random_side(kind, rng, 20, 256), d))
+        pairs.append(kind.pack(codes, random_side(kind, layout, rng, 20, 256), layout, d))
     rows, sides = (b"".join(part.tobytes() for part in parts) for parts in zip(*pairs, strict=True))
     side = (columns.side_name(name), (*stack, len(pairs[0][1])), columns.SIDE_TYPE, sides)
     return [(name, shape, kind.gguf_id, rows), side]
