@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
+from gguf_splitq.coding.kmeans import kmeans
 from gguf_splitq.types.splitquant import SCALES, codebooks
 
 BLOCKS = 10_000  # a sample: twice as many move no level by more than two
@@ -56,15 +57,6 @@ def fit_scales(blocks: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, floa
     return best, 10 * np.log10(least.sum() / (blocks.astype(np.float64) ** 2).sum())
 
 
-def k_means(x: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """The two boundaries of one-dimensional k-means with k = 3."""
-    centres = np.array([-60.0, 0.0, 60.0])
-    for _ in range(50):
-        cluster = np.searchsorted((centres[:-1] + centres[1:]) / 2, x)
-        centres = np.bincount(cluster, x * weight, 3) / np.bincount(cluster, weight, 3)
-    return (centres[0] + centres[1]) / 2, (centres[1] + centres[2]) / 2
-
-
 def linear_range(x: np.ndarray, weight: np.ndarray, count: int) -> np.ndarray:
     """`count` equally spaced levels with the least weighted squared error, by alternating least squares."""
     if count == 1:
@@ -88,7 +80,8 @@ def derive(blocks: np.ndarray, counts: tuple[int, int, int], plain: bool) -> tup
         weight = np.repeat(scales**2, 32)
         ends = np.cumsum(counts)
         if plain or turn == 0:
-            low, high = k_means(x, weight)
+            centres = kmeans(x, weight, 3, np.array([-60.0, 0.0, 60.0]), 50)
+            low, high = (centres[1:] + centres[:-1]) / 2
         else:
             low, high = ((levels[end - 1] + levels[end]) / 2 for end in ends[:2])
         ranges = [x <= low, (x > low) & (x < high), x >= high]

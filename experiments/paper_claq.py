@@ -46,7 +46,7 @@ def grid(values: np.ndarray, weights: np.ndarray, k: int, centres=None, rounds: 
 
 
 def code(source: Gguf, kind: ColumnType, hessians: Gguf | None, outfile: Path, threads: int, **method) -> Path:
-    """A GGUF whose linear layers are coded in a cq type with Hessians, by `codebooks.solve`, or by `free.with_codebooks`.
+    """A GGUF whose linear layers are in a cq type: by `codebooks.solve`, or `free.with_codebooks` without Hessians.
 
     hessians: as `convert --hessians` writes them. method: more arguments of those two.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gguf_splitq.coding.kmeans import kmeans
 from gguf_splitq.files import gguf_file
 from gguf_splitq.measure.validate import Baseline
 
@@ -34,18 +35,9 @@ def linear_tight(w: np.ndarray, bits: int) -> np.ndarray:
 
 
 def boundaries(w: np.ndarray) -> np.ndarray:
-    """Midpoints between the centres of one-dimensional k-means (k = 3) on all weights: Lloyd's steps on sorted data."""
-    values = np.sort(w, axis=None).astype(np.float64)
-    sums = np.concatenate([[0], np.cumsum(values)])
-    cuts = np.array([len(values) // 6, len(values) * 5 // 6])
-    while True:
-        edges = np.array([0, *cuts, len(values)])
-        centres = np.diff(sums[edges]) / np.diff(edges)
-        middles = (centres[1:] + centres[:-1]) / 2
-        new = np.searchsorted(values, middles)
-        if (new == cuts).all():
-            return middles
-        cuts = new
+    """Midpoints between the centres of one-dimensional k-means (k = 3) on all weights."""
+    centres = kmeans(w.ravel(), np.ones(w.size), 3, rounds=1000)
+    return (centres[1:] + centres[:-1]) / 2
 
 
 def split(w: np.ndarray, bits: int, quantizer=linear) -> np.ndarray:

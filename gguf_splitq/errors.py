@@ -48,3 +48,9 @@ class EnvironmentFailed(SplitqError):
     """The machine lacks something: a compiler, a built runtime, a network, disk space, memory."""
 
     exit_code = 6
+
+
+def one_line(error: Exception | str) -> str:
+    """A library's message as part of a sentence: on one line, cut when long; the error's name when it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

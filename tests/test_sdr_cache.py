@@ -82,12 +82,12 @@ def complete(runtime_programs, model: Path, *options) -> str:
 def test_state_saved_and_restored(demo_f16, runtime_programs, tmp_path):
     """A prompt evaluated in one process is continued in another as it would have been in one."""
     prompt, state = TEXT.read_text()[:2000], tmp_path / "state"
-    whole = complete(runtime_programs, demo_f16, "-p", prompt, "-n", 32)
+    whole = complete(runtime_programs, demo_f16, "-p", prompt, "-n", 64)
     complete(runtime_programs, demo_f16, "-p", prompt, "-n", 1, "--prompt-cache", state)
-    again = complete(runtime_programs, demo_f16, "-p", prompt, "-n", 32, "--prompt-cache", state, "--prompt-cache-ro")
+    again = complete(runtime_programs, demo_f16, "-p", prompt, "-n", 64, "--prompt-cache", state, "--prompt-cache-ro")
     assert state.stat().st_size > 10_000
-    same = min(len(whole), len(again))  # on a busy machine the program ends before its last words are printed
-    assert same > 8 and again[:same] == whole[:same]
+    same = min(len(whole), len(again))  # the program may end before its last few letters are printed
+    assert same > 100 and again[:same] == whole[:same]
 
 
 def test_context_shift(demo_f16, runtime_programs):

@@ -29,7 +29,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError
+from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError, one_line
 from ..files import checkpoint
 from ..files.gguf_file import disk_error
 from . import text
@@ -104,7 +104,7 @@ class Model:
             raise
         except Exception as error:  # a tokenizer's library raises whatever it likes
             raise UnsupportedError(
-                f"{self.path}: transformers cannot load a tokenizer from it ({_line(error)}): use --calib self"
+                f"{self.path}: transformers cannot load a tokenizer from it ({one_line(error)}): use --calib self"
             ) from error
         first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         size = self.module.get_input_embeddings().num_embeddings
@@ -146,8 +146,8 @@ class Model:
                     document = tokenizer.apply_chat_template(document, tokenize=False)
                 except Exception as error:  # whatever a template raises
                     raise InputError(
-                        f"{path}: line {line:,}: the model's chat template does not take this chat ({_line(error)}): "
-                        "correct or remove the line"
+                        f"{path}: line {line:,}: the model's chat template does not take this chat "
+                        f"({one_line(error)}): correct or remove the line"
                     ) from error
             parts.append(document)
         return "\n".join(parts)
@@ -358,7 +358,7 @@ class Model:
         except Exception as error:
             if "can't allocate memory" in str(error):  # PyTorch's word for it on the CPU
                 raise
-            what = f"transformers cannot load it ({_line(error)})"
+            what = f"transformers cannot load it ({one_line(error)})"
             raise UnsupportedError(f"{self.path}: {what}: {self.advice}") from error
 
     # How the layers are called
@@ -475,8 +475,3 @@ def _thinned(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     return "".join(text[at : at + piece] for at in np.linspace(0, len(text) - piece, limit // piece, dtype=int))
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

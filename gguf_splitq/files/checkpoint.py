@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError, UsageError
+from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedError, UsageError, one_line
 from ..runtime import fetching
 from . import gguf_file
 from .gguf_file import Gguf
@@ -155,7 +155,7 @@ def resolve(model: str, revision: str | None = None) -> tuple[Path, str]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UsageError(f"{model}: not a path here nor a model on the Hub: check name and --revision") from error
     except (HfHubHTTPError, OSError) as error:
-        raise EnvironmentFailed(f"{model}: the download failed ({_line(error)}): check the network") from error
+        raise EnvironmentFailed(f"{model}: the download failed ({one_line(error)}): check the network") from error
 
 
 def stem(model: str | Path) -> str:
@@ -415,13 +415,13 @@ class _Child:
                     f"{self.outfile.parent.parent}: the disk filled up while the intermediate file of "
                     f"{gguf_file.mib(self.total)} was being written: make room or choose another --outfile"
                 )
-            cause = f"llama.cpp's converter cannot convert this checkpoint: {_short(report['message'])}"
+            cause = f"llama.cpp's converter cannot convert this checkpoint: {one_line(report['message'])}"
             step = _STEPS[report["kind"]]
             return _KINDS[report["kind"]](f"{self.folder}: {cause}: {step}")
         self.log.seek(0)
         last = self.log.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         return EnvironmentFailed(
-            f"{self.folder}: the converter process ended with code {self.process.wait()} ({_short(last[0])}): "
+            f"{self.folder}: the converter process ended with code {self.process.wait()} ({one_line(last[0])}): "
             "check memory and the installation"
         )
 
@@ -432,7 +432,7 @@ def _json(path: Path, why: str) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: the file is missing{why and f' and {why}'}: check the folder") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({_line(error)}): get the file again") from error
+        raise InputError(f"{path}: not valid JSON ({one_line(error)}): get the file again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object: get the file again")
     return content
@@ -459,7 +459,7 @@ def _safetensors(path: Path) -> dict[str, tuple[str, int]]:
         with open(path, "rb") as file:
             if file.read(16) == b"version https://":
                 raise InputError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull`") from error
-        raise InputError(f"{path}: not a sound safetensors file ({_line(error)}): get it again") from error
+        raise InputError(f"{path}: not a sound safetensors file ({one_line(error)}): get it again") from error
     for name, (_, count) in found.items():
         if count == 0:
             cause = f"tensor {name!r} has no weights, as when each process saved its share"
@@ -472,11 +472,3 @@ def _product(shape: list[int]) -> int:
     for n in shape:
         total *= n
     return total
-
-
-def _line(error: Exception) -> str:
-    return _short(" ".join(str(error).split()) or type(error).__name__)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 300 else text[:297] + "..."
