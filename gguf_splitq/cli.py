@@ -14,6 +14,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 from . import __version__
 from .errors import SplitqError, printable
@@ -133,35 +134,35 @@ def _out_of_memory(error: RuntimeError) -> str | None:
     return None
 
 
-def _terminate(number: int, frame) -> None:
+def _terminate(number: int, frame: object) -> None:
     raise _Terminated(number)
 
 
-def _convert(**options) -> None:
+def _convert(**options: Any) -> None:
     from .convert import convert
 
     convert(**options)
 
 
-def _dequantize(**options) -> None:
+def _dequantize(**options: Any) -> None:
     from .dequantize import dequantize
 
     dequantize(**options)
 
 
-def _inspect(**options) -> None:
+def _inspect(**options: Any) -> None:
     from .inspection import inspect
 
     inspect(**options)
 
 
-def _repack(**options) -> None:
+def _repack(**options: Any) -> None:
     from .repack import repack
 
     repack(**options)
 
 
-def _validate(**options) -> None:
+def _validate(**options: Any) -> None:
     from .measure.validate import validate
 
     validate(**options)
@@ -267,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_form(p, **default) -> None:
+def _add_form(p: Any, **default: Any) -> None:
     """The two forms of a file with our types."""
     form = "our types as rows of bytes that every GGUF reader takes"
     p.add_argument("--container", action="store_true", help=form, **default)

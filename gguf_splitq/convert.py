@@ -53,6 +53,7 @@ class Job:
 
     @property
     def architecture(self) -> str:
+        """As `general.architecture` says it."""
         return self.source.header.get("general.architecture", str, "")
 
     def data(self, progress: display.Progress) -> Gguf:
@@ -66,7 +67,7 @@ class Job:
         return output.metadata(self.kv, target, deciding(given), given.label)
 
 
-def convert(model: str | Path, type: str | None = None, outfile: str | Path = output.TEMPLATE, **more) -> Path:
+def convert(model: str | Path, type: str | None = None, outfile: str | Path = output.TEMPLATE, **more: Any) -> Path:
     """Convert a checkpoint to a GGUF file of `type` and return the file's path. more: see `options.Convert`.
 
     The output appears whole or not at all. Its bytes do not depend on the number of threads, but for `tune`; with

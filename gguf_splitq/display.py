@@ -32,6 +32,7 @@ def say(line: str) -> None:
 
 
 def show_plan(path: Path, entries: Sequence[plan.Entry]) -> None:
+    """Print the plan, and where the file would go."""
     console().print(f"{printable(str(path))}\n{plan.text(entries)}", end="", soft_wrap=True)
 
 
@@ -98,7 +99,7 @@ def _show_calibration(out: Console, done: dict) -> None:
 class Progress:
     """A context: `read` while the checkpoint is being read, `start`, then `done` after each tensor."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.console = console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
@@ -110,7 +111,7 @@ class Progress:
             self.bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.console.is_terminal:
             self.bar.stop()
 
@@ -137,10 +138,12 @@ class Progress:
             self.bar.update(task, advance=len(piece))
 
     def start(self, entries: Sequence[plan.Entry]) -> None:
+        """The tensors that will be written, for the bar."""
         self.total = len(entries)
         self.task = self.bar.add_task("encoding", total=sum(e.tensor.n_weights for e in entries))
 
     def done(self, entry: plan.Entry, stats: Stats) -> None:
+        """A tensor is written."""
         assert self.task is not None  # `start` was called
         self.finished += 1
         self.bar.update(self.task, advance=entry.tensor.n_weights)

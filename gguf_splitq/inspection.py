@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json as json_module
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -72,7 +73,7 @@ def _linear_bpw(source: gguf_file.Gguf) -> float:
     return _row([t for t in source.tensors if plan.is_linear(t, architecture) or t.name in owners], owners)["bpw"]
 
 
-def _groups(tensors: Iterable[Tensor], sides: Collection[str], key) -> list[dict]:
+def _groups(tensors: Iterable[Tensor], sides: Collection[str], key: Callable[[Tensor], Any]) -> list[dict]:
     groups: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(tuple(key(tensor).items()), []).append(tensor)

@@ -477,7 +477,11 @@ def parse_size(size: str | int | None) -> int | None:
 
 
 def check_choice(
-    type: str | None, bpw: float | None, plan_file: str | Path | None, save_plan: str | Path | None, calib
+    type: str | None,
+    bpw: float | None,
+    plan_file: str | Path | None,
+    save_plan: str | Path | None,
+    calib: str | Path | None,
 ) -> None:
     """UsageError unless exactly one of type, budget and plan is given, and with a budget a text to measure on."""
     if sum(given is not None for given in (type, bpw, plan_file)) != 1:

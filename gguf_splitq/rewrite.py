@@ -51,6 +51,7 @@ class Stats:
     seconds: float = 0.0
 
     def add(self, other: Stats) -> None:
+        """Take in what was measured of other rows of the tensor."""
         self.weights += other.weights
         self.signal += other.signal
         self.error += other.error
@@ -59,6 +60,7 @@ class Stats:
 
     @property
     def rmse(self) -> float:
+        """Root mean square of the errors."""
         return math.sqrt(self.error / self.weights)
 
     @property
@@ -330,7 +332,7 @@ def _move(out: BinaryIO, start: int, to: int) -> None:
     out.truncate(end - start + to)
 
 
-def _pad(out) -> None:
+def _pad(out: BinaryIO) -> None:
     out.write(b"\0" * (gguf_file.padded(out.tell()) - out.tell()))
 
 
@@ -342,15 +344,15 @@ def _measure(target: types.TensorType, data: np.ndarray, rows: np.ndarray) -> tu
     return native.errors(lib, target.gguf_id, data, rows)
 
 
-def _write(out, entry: plan.Entry, stream: Iterator[Chunk]) -> tuple[Stats, float]:
+def _write(out: BinaryIO, entry: plan.Entry, stream: Iterator[Chunk]) -> tuple[Stats, float]:
     """Take a tensor's chunks from the stream and write them; (statistics, the largest weight beyond reach or 0)."""
     total, too_large = Stats(), 0.0
     for _ in _ranges(entry.tensor):
         chunk = next(stream)
         total.add(chunk.stats)
         too_large = max(too_large, chunk.too_large)
-        if not too_large:
-            out.write(chunk.data)
+        if chunk.data is not None and not too_large:
+            out.write(chunk.data.data)
     return total, too_large
 
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What a failure says, and docs/errors.md."""
 
+import importlib
+import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from pathlib import Path
 import crafted
 import pytest
 
+import gguf_splitq
 from gguf_splitq import errors
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -55,3 +59,26 @@ def test_a_path_that_is_no_text_is_shown_escaped(tmp_path, command):
         and b"\\udcff\\x1b[2J" in done.stdout + done.stderr
         and b"\x1b" not in done.stdout + done.stderr
     )
+
+
+def test_what_is_public_says_what_it_is():
+    """Or overrides something that does."""
+    silent = []
+    for module in pkgutil.walk_packages(gguf_splitq.__path__, "gguf_splitq."):
+        if module.name == "gguf_splitq.__main__":
+            continue
+        loaded = importlib.import_module(module.name)
+        own = [o for o in vars(loaded).values() if getattr(o, "__module__", None) == module.name]
+        classes = [o for o in own if inspect.isclass(o)]
+        functions = [o for o in own if inspect.isfunction(o)] + [
+            getattr(c, name)
+            for c in classes
+            for name, member in vars(c).items()
+            if inspect.isfunction(member) or isinstance(member, property)
+        ]
+        for item in (*classes, *functions):
+            name = item.fget.__qualname__ if isinstance(item, property) else item.__qualname__
+            public = not any(part.startswith("_") for part in name.split("."))
+            if public and "<lambda>" not in name and not inspect.getdoc(item):
+                silent.append(f"{module.name}: {name}")
+    assert silent == []

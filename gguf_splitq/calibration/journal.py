@@ -31,9 +31,13 @@ from ..rewrite import Rows
 class Array(Rows, Protocol):
     """An array of a part, read from disk when it is sliced."""
 
-    def get_shape(self) -> list[int]: ...
+    def get_shape(self) -> list[int]:
+        """As NumPy has it."""
+        ...
 
-    def get_dtype(self) -> str: ...
+    def get_dtype(self) -> str:
+        """As safetensors names it, "F32" for one."""
+        ...
 
 
 Part = tuple[dict[str, Array], Any]  # arrays by name, and the metadata, whatever JSON holds
@@ -87,7 +91,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove the folder when all went well, or when nothing in it is worth keeping."""
         if kind is None or not any(self.folder.glob("*.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -384,7 +384,7 @@ class Model:
         """The hidden states entering layer 0, and for each layer the other arguments it is called with."""
         states, arguments = [], []
 
-        def catch(*args, **kwargs):
+        def catch(*args: Any, **kwargs: Any) -> Any:
             args = (kwargs.pop("hidden_states"),) if "hidden_states" in kwargs else args
             states.append(args[0])
             kept = {name: value for name, value in kwargs.items() if "past_key" not in name and name != "use_cache"}
@@ -416,6 +416,7 @@ class OnDisk:
         return map(self.__getitem__, range(len(self)))
 
     def append(self, tensor: torch.Tensor) -> None:
+        """Write one more."""
         self.size, self.dtype = self.size or tensor.nbytes, tensor.dtype
         self.shapes.append(tensor.shape)
         self[len(self) - 1] = tensor

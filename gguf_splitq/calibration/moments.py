@@ -52,7 +52,7 @@ class Layer:
     held: Sequence[Taken] = ()
     keys: dict[int, list[int]] = field(init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.keys = defaultdict(list)
         for row, key in enumerate(_row_keys(self.weight)):
             self.keys[key].append(row)

@@ -14,6 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,9 @@ class _Trained(TorchFunctionMode):
         super().__init__()
         self.pieces = pieces  # by the matrix's address: its pieces and the number in it of each of their rows
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.nn.functional.linear and (found := self.pieces.get(args[1].data_ptr())):
             order = torch.cat([rows for _, rows in found]).argsort()
             weight = torch.cat([piece.weight() for piece, _ in found])[order]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -28,7 +29,9 @@ class Watch(TorchFunctionMode):
             for expert, weight in [(None, p)] if p.dim() == 2 else enumerate(p):
                 self.starts[weight.data_ptr()] = name, expert, weight.shape
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear and args[0].numel():
             found = self.starts.get(args[1].data_ptr())

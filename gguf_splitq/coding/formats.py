@@ -30,18 +30,23 @@ class BlockFormat:
         self.wide, self.wide_levels = 0, self.levels
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        """Parameters that the type's own encoder finds for float32 [n_rows, n_cols]. importance: float32 [n_cols]."""
         return self._params(self.type.encode(weight.cpu().numpy(), importance.cpu().numpy())).to(weight.device)
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
+        """float32 [n_rows, n_blocks]: what a level is multiplied by."""
         raise NotImplementedError
 
     def offset(self, params: torch.Tensor) -> torch.Tensor:
+        """float32 [n_rows, n_blocks]: what is then added."""
         return torch.zeros_like(self.scale(params))
 
     def nearest(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """Parameters of about this scale and offset. params: what they are now, for what blocks share."""
         raise NotImplementedError
 
     def stretch(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """Parameters whose super-blocks' factors are multiplied by these, float32 [n_rows, n_super_blocks]."""
         raise NotImplementedError("only blocks that share a factor can be stretched")
 
     def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:

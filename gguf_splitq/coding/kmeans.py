@@ -12,7 +12,9 @@ BINS = 64
 _BACKWARDS = np.triu(np.full((BINS + 1, BINS + 1), np.inf), 1)
 
 
-def kmeans(values: np.ndarray, weights: np.ndarray, k: int, centres: np.ndarray | None = None, rounds: int = 8):
+def kmeans(
+    values: np.ndarray, weights: np.ndarray, k: int, centres: np.ndarray | None = None, rounds: int = 8
+) -> np.ndarray:
     """float64 [k]: rising centres of clusters of float [n] values, n >= 1, near the least weighted squared error.
 
     weights: float [n], not negative. centres: where to start instead of searching. rounds: of Lloyd's algorithm.

@@ -362,7 +362,7 @@ class _Child:
     def __enter__(self) -> _Child:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
         self.output.close()

@@ -57,18 +57,22 @@ class Tensor:
 
     @property
     def n_cols(self) -> int:
+        """Weights of a row."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def n_rows(self) -> int:
+        """Rows, those of all experts together."""
         return self.n_weights // self.n_cols
 
     @property
     def n_weights(self) -> int:
+        """All its weights."""
         return math.prod(self.shape)
 
     @property
     def row_bytes(self) -> int:
+        """Stored bytes of a row."""
         return self.n_bytes // self.n_rows
 
 
@@ -84,7 +88,7 @@ class Gguf:
     growing: Callable[[], bool] = lambda: False  # whether more of the data may yet be written
     contained: bool = False  # whether tensors of this project's types were stored as bytes
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._open = {}
         try:
             for path in self.files:
@@ -138,13 +142,14 @@ class Gguf:
         return data
 
     def close(self) -> None:
+        """Give the open files back."""
         for file in self._open.values():
             file.close()
 
     def __enter__(self) -> Gguf:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -159,6 +164,7 @@ def sizes() -> dict[int, tuple[str, int, int]]:
 
 
 def type_name(type_id: int) -> str:
+    """ggml\'s name of a type id, its number where nobody here knows it."""
     return sizes()[type_id][0]
 
 
@@ -242,6 +248,7 @@ def n_bytes(shape: tuple[int, ...], type_id: int) -> int:
 
 
 def padded(size: int, alignment: int = ALIGNMENT) -> int:
+    """`size` up to the next multiple of the alignment."""
     return -(-size // alignment) * alignment
 
 
@@ -290,6 +297,7 @@ def disk_error(error: OSError, path: Path, needed: int) -> EnvironmentFailed:
 
 
 def mib(size: float) -> str:
+    """Bytes for people."""
     return f"{size / 2**20:,.1f} MiB"
 
 

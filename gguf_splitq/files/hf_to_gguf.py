@@ -23,6 +23,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 WEIGHTS_AT_ONCE = 1 << 20  # per rounded piece
 LAYERS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")
@@ -45,7 +46,7 @@ def main(known: dict, tree: str, folder: str, outfile: str, outtype: str, name: 
     write_in_pieces(gguf, conversion.LazyTorchTensor, torch)
     never_run_foreign_code()
 
-    def write_tensors(writer, progress: bool = False) -> None:
+    def write_tensors(writer: Any, progress: bool = False) -> None:
         writer.write_ti_data_to_file()
         out = writer.fout[0]
         writer.write_padding(out, out.tell())
@@ -77,7 +78,7 @@ def main(known: dict, tree: str, folder: str, outfile: str, outtype: str, name: 
         model.write()
 
 
-def tensor_names(gguf, folder: Path) -> set[str]:
+def tensor_names(gguf: Any, folder: Path) -> set[str]:
     """The tensors of the checkpoint's own files."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -85,11 +86,11 @@ def tensor_names(gguf, folder: Path) -> set[str]:
     return {name for part in folder.glob("model*.safetensors") for name in gguf.utility.SafetensorsLocal(part).tensors}
 
 
-def record_dropped(model_class) -> list[str]:
+def record_dropped(model_class: Any) -> list[str]:
     """A list that the names of the tensors which the class does not take are put into."""
     plain, dropped = model_class.filter_tensors, []
 
-    def filter_tensors(item):
+    def filter_tensors(item: Any) -> Any:
         result = plain(item)
         if result is None:
             dropped.append(item[0])
@@ -99,7 +100,7 @@ def record_dropped(model_class) -> list[str]:
     return dropped
 
 
-def declare_no_lost_mtp(model_class, config: dict, names: set[str]) -> dict:
+def declare_no_lost_mtp(model_class: Any, config: dict, names: set[str]) -> dict:
     """Options with which the class asks for no layers of multi-token prediction where the checkpoint has none."""
     text = text_part(config)
     layers = number_of(text, LAYERS)[1] or 0
@@ -120,33 +121,35 @@ def text_part(config: dict) -> dict:
     return config["text_config"] if isinstance(config.get("text_config"), dict) else config
 
 
-def number_of(config: dict, keys) -> tuple[str, int | None]:
+def number_of(config: dict, keys: Any) -> tuple[str, int | None]:
     """The first of the keys that is there, and its value."""
     return next(((key, config[key]) for key in keys if isinstance(config.get(key), int)), (keys[0], None))
 
 
-def n_layers(names) -> int:
+def n_layers(names: Any) -> int:
     """Layers of the language model that have tensors."""
     own = [name for name in names if not re.search(ASIDE, name)]
     return 1 + max((int(m[1]) for n in own if (m := re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", n))), default=-1)
 
 
-def read_instead_of_mapping(gguf) -> None:
+def read_instead_of_mapping(gguf: Any) -> None:
+    """Read a tensor's bytes into memory that is given back."""
     import numpy as np
 
-    def read(self):
+    def read(self: Any) -> Any:
         where = self.data_range
         return np.fromfile(where.filename, np.uint8, count=where.size, offset=where.offset)
 
     gguf.utility.LocalTensor.mmap_bytes = read
 
 
-def take_what_the_index_names(gguf, folder: Path) -> None:
+def take_what_the_index_names(gguf: Any, folder: Path) -> None:
+    """A tensor that two shards hold is taken from the one that the index names."""
     index, local = folder / "model.safetensors.index.json", gguf.utility.SafetensorsLocal
     where = json.loads(index.read_bytes())["weight_map"] if index.exists() else {}
     enter = local.__init__
 
-    def __init__(self, filename):
+    def __init__(self: Any, filename: Any) -> None:
         enter(self, filename)
         mine = Path(filename)
         self.tensors = {n: t for n, t in self.tensors.items() if n not in where or folder / where[n] == mine}
@@ -154,7 +157,7 @@ def take_what_the_index_names(gguf, folder: Path) -> None:
     local.__init__ = __init__
 
 
-def write_in_pieces(gguf, lazy, torch) -> None:
+def write_in_pieces(gguf: Any, lazy: Any, torch: Any) -> None:
     """Make each lazy tensor that goes to the file a `Pieces`, and let lazy tensors remember what they were made of.
 
     `origin` is a list of lazy tensors which, one after another and widened to float32, are the tensor: the narrow
@@ -165,25 +168,25 @@ def write_in_pieces(gguf, lazy, torch) -> None:
     to, numpy = (lambda self: lazy.__getattr__(self, "to")), lazy.numpy
     stored = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
-    def remember_widening(self, *args, **kwargs):
+    def remember_widening(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = to(self)(*args, **kwargs)
         if args == (torch.float32,) and not kwargs and self.dtype in stored:
             result.origin = [self]
         return result
 
-    def remember_stack(cls, func, types, args=(), kwargs=None):
+    def remember_stack(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = torch_function(func, types, args, kwargs)
         first_dimension = [*args[1:], *(kwargs or {}).items()] in ([], [0], [("dim", 0)])
         if func in (torch.stack, torch.cat) and first_dimension and all(type(part) is cls for part in args[0]):
             result.origin = list(args[0])
         return result
 
-    def remember_torch(self):
+    def remember_torch(self: Any) -> Any:
         result = numpy(self)
         result.torch = self
         return result
 
-    def quantize_later(data, qtype):
+    def quantize_later(data: Any, qtype: Any) -> Any:
         result = quantize(data, qtype)
         known = isinstance(data, gguf.LazyNumpyTensor) and "torch" in data.__dict__
         return Pieces(data.torch, qtype, result) if known else result
@@ -191,11 +194,11 @@ def write_in_pieces(gguf, lazy, torch) -> None:
     class Pieces:
         """What gguf's writer needs of a tensor; evaluated and rounded while it is written."""
 
-        def __init__(self, source, qtype, like):
+        def __init__(self, source: Any, qtype: Any, like: Any) -> None:
             self.source, self.qtype = source, qtype
             self.shape, self.dtype, self.nbytes = like.shape, like.dtype, like.nbytes
 
-        def tofile(self, out):
+        def tofile(self, out: Any) -> None:
             start = out.tell()
             for part in evaluated(origins(self.source)):
                 rows = part.reshape(-1, part.shape[-1] if part.dim() else 1)
@@ -209,21 +212,21 @@ def write_in_pieces(gguf, lazy, torch) -> None:
                 del part, rows, piece
             assert out.tell() - start == self.nbytes
 
-    def origins(tensor):
+    def origins(tensor: Any) -> Any:
         parts = tensor.__dict__.get("origin")
         return [tensor] if parts is None else [leaf for part in parts for leaf in origins(part)]
 
-    def evaluated(roots):
+    def evaluated(roots: Any) -> Any:
         """The values of lazy tensors, one at a time; a value is dropped when the last one that needs it is done."""
         uses: dict[int, int] = {}
         kept: dict = {}
 
-        def count(node):
+        def count(node: Any) -> None:
             uses[id(node)] = uses.get(id(node), 0) + 1
             if uses[id(node)] == 1 and node._data is None:
                 lazy._recurse_apply(node._args, count)
 
-        def evaluate(node):
+        def evaluate(node: Any) -> Any:
             uses[id(node)] -= 1
             value = kept.pop(id(node), node._data)
             if value is None:
@@ -242,18 +245,19 @@ def write_in_pieces(gguf, lazy, torch) -> None:
 
 
 def never_run_foreign_code() -> None:
+    """Refuse checkpoints that bring Python code; nobody is asked."""
     import transformers
 
     for auto in (transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoProcessor):
         plain = auto.from_pretrained
 
-        def from_pretrained(*args, plain=plain, **kwargs):
+        def from_pretrained(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
             return plain(*args, **{**kwargs, "trust_remote_code": False})
 
         auto.from_pretrained = from_pretrained
 
 
-def explain(error: BaseException, names=frozenset(), config=None, model=None) -> dict:
+def explain(error: BaseException, names: Any = frozenset(), config: Any = None, model: Any = None) -> dict:
     """The kind and one line of an upstream failure, with what the checkpoint itself says about the cause."""
     text = " ".join(str(error).split())
     if not text:  # an assertion without words
@@ -282,7 +286,7 @@ def explain(error: BaseException, names=frozenset(), config=None, model=None) ->
     return {"kind": "input", "message": f"{type(error).__name__}: {text}"}
 
 
-def quantization(config: dict, names) -> str | None:
+def quantization(config: dict, names: Any) -> str | None:
     """What the weights are quantized with, as the configuration or their names tell."""
     for part in (config, text_part(config)):
         if isinstance(part.get("quantization_config"), dict):
@@ -290,7 +294,7 @@ def quantization(config: dict, names) -> str | None:
     return "an unknown method" if any(name.endswith(PACKED) for name in names) else None
 
 
-def contradiction(config: dict, names, model) -> str | None:
+def contradiction(config: dict, names: Any, model: Any) -> str | None:
     """A number of the configuration that the tensors or the tokenizer do not bear out."""
     text = text_part(config)
     key, layers = number_of(text, LAYERS)

@@ -57,7 +57,7 @@ def load(folder: Path, file: str) -> str | None:
     reasons = []
 
     @ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
-    def log(level, text, _):
+    def log(level: int, text: bytes, _: object) -> None:
         if level == LOG_ERROR:
             reasons.append(text.decode(errors="replace").strip())
 

@@ -15,7 +15,9 @@ import signal
 import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
 from rich.table import Table
 
@@ -62,7 +64,14 @@ class Baseline:
     EnvironmentFailed (no runtime, too little disk, a program that dies).
     """
 
-    def __init__(self, file, text, ctx: int = 512, chunks: int | None = None, threads: int | None = None):
+    def __init__(
+        self,
+        file: str | Path,
+        text: str | Path,
+        ctx: int = 512,
+        chunks: int | None = None,
+        threads: int | None = None,
+    ):
         self.file, self.text, self.ctx, self.chunks, self.threads = Path(file), Path(text), ctx, chunks, threads
         if ctx < MIN_CTX:
             raise UsageError(f"--ctx {ctx}: too short to measure on: give {MIN_CTX} or more")
@@ -74,7 +83,7 @@ class Baseline:
         gguf_file.require_file(self.text)
         self.decoded = texts.read(self.text)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="gguf-splitq-")
         try:
             self._measure()
@@ -83,10 +92,10 @@ class Baseline:
             raise
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
-    def _measure(self):
+    def _measure(self) -> None:
         self._logits = Path(self._folder.name) / "base.logits"
         self._check_space()
         options = ["-f", self._plain()] + ([] if self.chunks is None else ["--chunks", self.chunks])
@@ -111,7 +120,7 @@ class Baseline:
         path.write_text("\n".join(map(texts.plain, self.decoded.values())), encoding="utf-8")
         return path
 
-    def _check_space(self):
+    def _check_space(self) -> None:
         chunks = min(self.chunks or math.inf, max(self.text.stat().st_size // (BYTES_PER_TOKEN * self.ctx), 1))
         needed = chunks * self.ctx * self.vocabulary
         free = shutil.disk_usage(self._folder.name).free
@@ -122,7 +131,9 @@ class Baseline:
             )
         display.say(f"measuring {self.file}: about {mib(needed)} go to {self._folder.name}, {mib(free)} are free")
 
-    def compare(self, file, program: Path | None = None, options=(), environment: dict | None = None) -> dict:
+    def compare(
+        self, file: str | Path, program: Path | None = None, options: Sequence = (), environment: dict | None = None
+    ) -> dict:
         """Measures `file` against the baseline, by another llama-perplexity than the patched one when given.
 
         options: more of its command-line options. environment: variables added to this process's.
@@ -150,7 +161,9 @@ class Baseline:
             "size": size,
         }
 
-    def _run(self, file: Path, *options, program: Path | None = None, environment: dict | None = None) -> str:
+    def _run(
+        self, file: str | Path, *options: object, program: Path | None = None, environment: dict | None = None
+    ) -> str:
         """Runs llama-perplexity on `file`; returns all it printed."""
         command = ["-m", file, "-c", self.ctx, "--kl-divergence-base", self._logits, *options]
         command += [] if self.threads is None else ["-t", self.threads]
@@ -160,7 +173,7 @@ class Baseline:
         return check(done.returncode, f"{done.stdout}\n{done.stderr}", file, self.text)
 
 
-def check(returncode: int, output: str, file, text) -> str:
+def check(returncode: int, output: str, file: str | Path, text: str | Path) -> str:
     """Returns `output` of a llama-perplexity run on `file` and `text`, or raises what went wrong in it."""
     if short := re.search(r"tokenizes to only (\d+) tokens", output):
         raise InputError(f"{text}: only {short[1]} tokens, not two contexts: give more text or a smaller --ctx")
@@ -178,7 +191,7 @@ def check(returncode: int, output: str, file, text) -> str:
     return output
 
 
-def validate(file: str | Path, baseline: str | Path, text: str | Path, **more) -> dict:
+def validate(file: str | Path, baseline: str | Path, text: str | Path, **more: Any) -> dict:
     """Measures `file` against `baseline` on `text`, prints a table, and returns the dict of `Baseline.compare`.
 
     more: see `options.Validate`. UsageError refuses text that `file` was calibrated on, unless forced. Raises
@@ -203,7 +216,7 @@ def validate(file: str | Path, baseline: str | Path, text: str | Path, **more) -
     return result
 
 
-def check_overlap(file, text) -> None:
+def check_overlap(file: str | Path, text: str | Path) -> None:
     """UsageError when `file` was made with a calibration text, or an importance matrix of one, that `text` overlaps.
 
     What it was made with is in its metadata: the text's fingerprint, or the path of the matrix's text, which is read

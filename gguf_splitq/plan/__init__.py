@@ -71,18 +71,22 @@ class Entry:
 
     @property
     def name(self) -> str:
+        """The tensor's."""
         return self.tensor.name
 
     @property
     def source_name(self) -> str:
+        """Its type in the input."""
         return type_name(self.tensor.type_id)
 
     @property
     def target_id(self) -> int:
+        """The `ggml_type` of what is written."""
         return self.tensor.type_id if self.target is None else self.target.gguf_id
 
     @property
     def target_name(self) -> str:
+        """The type of what is written."""
         return type_name(self.target_id)
 
     @property
@@ -98,10 +102,12 @@ class Entry:
 
     @property
     def copied(self) -> bool:
+        """Whether the bytes are taken over."""
         return self.target_id == self.tensor.type_id
 
     @property
     def quantized(self) -> bool:
+        """Whether it becomes, or stays, a type of ours or of ggml that is no float."""
         return self.target is not None and self.target.name not in FLOATS
 
     @property
@@ -116,10 +122,12 @@ class Entry:
 
     @property
     def n_bytes(self) -> int:
+        """Of all that is written for it."""
         return sum(n_bytes(shape, type_id) for _, shape, type_id in self.stored)
 
     @property
     def bpw(self) -> float:
+        """Stored bits per weight, the side tensor included."""
         return 8 * self.n_bytes / self.tensor.n_weights
 
 

