@@ -102,13 +102,16 @@ def claq(result: dict) -> Table:
 def plain(result: dict) -> Table:
     """The rows as they are, of the columns that are known."""
     formats = {
+        "command": ("command", "{}"),
         "method": ("method", "{}"),
         "file": ("file", "{}"),
         "type": ("type", "{}"),
         "weights": ("bits per weight", "{:.2f}"),
         "bpw": ("bits per weight", "{:.2f}"),
         "cache": ("bits in the cache", "{:.2f}"),
-        "MB": ("MB", "{:.2f}"),
+        "minutes": ("minutes of processor time", "{:.1f}"),
+        "peak": ("memory, MB", "{:.0f}"),
+        "MB": ("MB", "{:.4g}"),
         "ppl": ("perplexity", "{:.3f}"),
         "ppl_ratio": ("perplexity / F16", "{:.4f}"),
         "mean_kld": ("KLD", ""),

@@ -23,19 +23,20 @@ from .errors import SplitqError, printable
 JOURNEYS = """\
 Better low-bit GGUF files for llama.cpp, in three ways.
 
-1. A better q4_k for any llama.cpp, Ollama or LM Studio
+Once, about ten minutes on two cores: llama.cpp with our patches
 gguf-splitq runtime build
+
+1. A better q4_k for any llama.cpp, Ollama or LM Studio
 gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type q4_k --calib self
 
-2. Our best small file, run in the llama.cpp that `runtime build` makes
-gguf-splitq runtime build
+2. Our best small file, run and chat
 gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4 --calib self
 "$(gguf-splitq runtime path)/llama-server" -m SmolLM2-135M-Instruct-sq4.gguf
 
 3. Without data, in seconds
-gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4
+gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4 --outfile quick.gguf
 
-The model may be a Hugging Face folder, a Hub id, or a GGUF in F32, F16 or BF16.
+In place of the Hub id, a folder or an F16 GGUF will do.
 `gguf-splitq --help` lists commands, `gguf-splitq convert --help` its options."""
 
 # Examples in --help.
