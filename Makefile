@@ -16,7 +16,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check -qq install
 NAME := $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test runtime perplexity bench quality embeddings tables slices paper-splitquant \
+.PHONY: help demo test runtime perplexity bench quality embeddings journeys tables slices paper-splitquant \
 	paper-claq paper-qrazor lint types docs fuzz patches-check cross-tools clean
 
 help: ## this list
@@ -44,6 +44,9 @@ bench: runtime ## speed of conversion and of decoding, beside stock llama.cpp ty
 
 quality: runtime $(VENV)/plot.stamp ## KL divergence over stored bits of every type and way to make it, beside stock types
 	@$(PY) -m experiments.quality $(ARGS)
+
+journeys: runtime ## README's three ways, run as they stand there: time, memory, KL divergence
+	@$(PY) -m experiments.journeys $(ARGS)
 
 embeddings: runtime ## how far the vectors of a quantized embedding model turn, beside stock types
 	@$(PY) -m experiments.embeddings $(ARGS)
