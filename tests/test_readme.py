@@ -29,7 +29,9 @@ def commands() -> list[str]:
 
 def lessened(line: str) -> str:
     """The same command with less work, on a model that is here."""
-    line = line.replace(HUB_ID, f"./{HUB_ID.split('/')[1]}").replace("--calib self", "--calib self --calib-tokens 2048")
+    line = line.replace(HUB_ID, f"./{HUB_ID.split('/')[1]}").replace(
+        "--calib self", "--calib self --calib-tokens 2048 --hessians h.gguf"
+    )
     return line.replace("--chunks 20", "--chunks 1").replace(" -st", " -st -n 4")
 
 
@@ -60,7 +62,7 @@ def test_the_three_ways(place):
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     made = {path.name for path in folder.glob("*.gguf")}
     model = HUB_ID.split("/")[1]
-    assert made == {f"{model}-q4_k.gguf", f"{model}-sq4.gguf", f"{model}-f16.gguf", "quick.gguf"}
+    assert made == {f"{model}-q4_k.gguf", f"{model}-sq4.gguf", f"{model}-f16.gguf", "quick.gguf", "h.gguf"}
 
 
 def serve(line: str, folder: Path, env: dict[str, str]) -> None:
