@@ -14,6 +14,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -63,6 +64,19 @@ gguf-splitq convert MODEL --type f16
 gguf-splitq validate M-sq4.gguf --baseline M-f16.gguf --text some.txt
 gguf-splitq validate M-sq4.gguf --baseline M-f16.gguf --text some.txt \\
     --chunks 20 --max-kld 0.02 --report numbers.json
+"""
+SERVE = """
+gguf-splitq serve MODEL-sq4.gguf              # open http://127.0.0.1:8080
+gguf-splitq serve MODEL-sq4.gguf --port 9000 --ctx-size 32768
+gguf-splitq serve MODEL-sq4.gguf --help       # llama-server's options
+"""
+RUN = """
+gguf-splitq run MODEL-sq4.gguf
+gguf-splitq run MODEL-sq4.gguf -p "Why is the sky blue?" --single-turn
+"""
+OLLAMA = """
+gguf-splitq ollama serve               # in place of `ollama serve`
+gguf-splitq ollama install --system    # for its systemd service, as root
 """
 RUNTIME = """
 gguf-splitq runtime build
@@ -182,14 +196,36 @@ def _types() -> None:
     display.console().print(table)
 
 
-def _runtime(action: str, tests: bool = False) -> None:
-    from .runtime import building, fetching
+def _serve(file: str, options: list[str]) -> None:
+    from .serving import programs
+
+    programs.serve(file, options)
+
+
+def _run(file: str, options: list[str]) -> None:
+    from .serving import programs
+
+    programs.run(file, options)
+
+
+def _ollama(action: str, **options) -> None:
+    from .serving import service, shadow
+
+    ways: dict[str, Callable[..., None]] = {"serve": shadow.serve, "stop": shadow.stop, "remove": shadow.remove}
+    ways |= {"install": service.install, "uninstall": service.uninstall}
+    ways[action](**options)
+
+
+def _runtime(action: str, tests: bool = False, **options) -> None:
+    from .runtime import building, fetching, installing
 
     if action == "check":
         for name in fetching.patches_check():
             print(f"{name} applies")
-    else:
-        print({"fetch": fetching.fetch, "build": lambda: building.build(tests), "path": building.path}[action]())
+        return
+    ways: dict[str, Callable[..., Path]] = {"fetch": fetching.fetch, "path": building.path}
+    ways |= {"build": lambda: building.build(tests), "install": installing.install, "archive": installing.archive}
+    print(ways[action](**options))
 
 
 def _format(prog: str) -> argparse.HelpFormatter:
@@ -257,6 +293,17 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--report", metavar="JSON", help="write the numbers, over an earlier report (default: none)")
     g.add_argument("--threads", type=int, metavar="N", help="threads (default: llama.cpp's choice)")
 
+    text = "Serve a GGUF file: a page to chat on and OpenAI's API."
+    p = command("serve", _serve, text, SERVE)
+    p.add_argument("file", metavar="FILE", help="a GGUF file, or the first of its shards")
+    p.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options of llama-server, after FILE")
+
+    p = command("run", _run, "Chat with a GGUF file in the terminal.", RUN)
+    p.add_argument("file", metavar="FILE", help="a GGUF file, or the first of its shards")
+    p.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options of llama-cli, after FILE")
+
+    _add_ollama(command("ollama", _ollama, "Run the files in an installed Ollama.", OLLAMA))
+
     command("types", _types, "List the tensor types with their bits per weight.")
 
     p = command("runtime", _runtime, "The patched llama.cpp that runs the files.", RUNTIME)
@@ -265,6 +312,12 @@ def _parser() -> argparse.ArgumentParser:
     p = actions.add_parser("build", help="fetch and build it: about ten minutes on two cores, once")
     p.add_argument("--tests", action="store_true", help="build llama.cpp's tests as well; only developers need them")
     actions.add_parser("path", help="print the folder of the built programs")
+    p = actions.add_parser("install", help="copy the build to a folder that needs nothing else of this program")
+    p.add_argument("prefix", metavar="PREFIX", help="folder for llama.cpp alone; the programs come to PREFIX/bin")
+    p.add_argument("--overwrite", action="store_true", help="replace an earlier copy; without it one is refused")
+    p = actions.add_parser("archive", help="build for all processors of this kind and pack it, for other machines")
+    p.add_argument("file", nargs="?", metavar="FILE", help="file or folder (default: named by platform, here)")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing file; without it one is refused")
     actions.add_parser("check", help="apply the patches to a clean tree, without fuzz")
     return parser
 
@@ -275,6 +328,17 @@ def _add_form(p: Any, **default: Any) -> None:
     p.add_argument("--container", action="store_true", help=form, **default)
     form = "our types with their own ids, 100 and up, which only the patched llama.cpp knows"
     p.add_argument("--native-ids", dest="container", action="store_false", help=form, **default)
+
+
+def _add_ollama(p: argparse.ArgumentParser) -> None:
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("serve", help="run the installed Ollama with our llama.cpp for models of our types")
+    actions.add_parser("stop", help="end the servers that `serve` started")
+    actions.add_parser("remove", help="end them and delete what `serve` made; the installed Ollama is as it was")
+    for name, text in (("install", "make Ollama's systemd service do the same"), ("uninstall", "undo `install`")):
+        p = actions.add_parser(name, help=text)
+        p.add_argument("--system", action="store_true", required=True, help="the service of the machine; needs root")
+        p.add_argument("--root", metavar="DIR", default="/", help="of an image, not running (default: %(default)s)")
 
 
 def _add_convert(p: argparse.ArgumentParser) -> None:

@@ -60,7 +60,7 @@ def test_the_program_alone_shows_the_journeys(capsys):
     assert max(map(len, words)) <= 80  # commands may be longer: a terminal wraps them, and they are copied whole
 
 
-@pytest.mark.parametrize("text", ["JOURNEYS", "CONVERT", "DEQUANTIZE", "REPACK", "INSPECT", "VALIDATE", "RUNTIME"])
+@pytest.mark.parametrize("text", "JOURNEYS CONVERT DEQUANTIZE REPACK INSPECT VALIDATE SERVE RUN OLLAMA RUNTIME".split())
 def test_the_examples_are_commands_that_exist(text):
     joined = getattr(cli, text).replace("\\\n", " ").splitlines()
     found = [line.split("#")[0].split("|")[0].split() for line in joined if line.strip().startswith("gguf-splitq ")]

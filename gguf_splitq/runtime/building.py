@@ -9,14 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import EnvironmentFailed
 from ..resources import cores
 from . import cache, fetching, patching
 
-PROGRAMS = ["llama-perplexity", "llama-quantize", "llama-bench", "llama-imatrix", "llama-completion", "llama-server"]
+PROGRAMS = ["llama-perplexity", "llama-quantize", "llama-bench", "llama-imatrix", "llama-completion"]
+PROGRAMS += ["llama-cli", "llama-server"]
 SELF_TEST = "test-splitq"  # patches/files/tests/test-splitq.cpp
 TESTS = ["test-quantize-fns", "test-quantize-perf", "test-backend-ops", "test-gguf"]
 CMAKE_OPTIONS = {
@@ -28,7 +29,13 @@ CMAKE_OPTIONS = {
     "LLAMA_USE_PREBUILT_UI": "OFF",  # would be downloaded
     "FETCHCONTENT_FULLY_DISCONNECTED": "ON",
     "GGML_NATIVE": "ON",
+    # Programs find the libraries beside themselves, wherever that is.
+    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+    "CMAKE_INSTALL_RPATH": "@loader_path" if sys.platform == "darwin" else "$ORIGIN",
 }
+# For other machines: the CPU back end once for each generation of processors, chosen at run time, and no OpenMP, whose
+# library many lack.
+PORTABLE = {"GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON", "GGML_OPENMP": "OFF"}
 CMAKE_OLDEST = (3, 18)
 SELF_TEST_LIMIT = 300  # seconds; it takes one
 NO_AMX = ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
@@ -77,6 +84,21 @@ def build_unpatched(*targets: str) -> Path:
             flags = _without_amx(compilers["CC"])
             _record(_compile(home / "llama.cpp", list(targets), cmake, ninja, compilers, flags), targets)
     return stamp.parent / "bin"
+
+
+def build_portable() -> Path:
+    """The folder of programs for every processor of this kind, built first where needed; for archives.
+
+    Raises EnvironmentFailed when they cannot be built.
+    """
+    cmake, ninja, compilers = _tools()
+    source = fetching.fetch()
+    folder = cache.home() / "build-portable"
+    with cache.exclusive(f"{cache.home().name}.lock"):
+        if not (folder / "built").exists():
+            _compile(source, PROGRAMS, cmake, ninja, compilers, name=folder.name, more=PORTABLE)
+            _record(folder, PROGRAMS)
+    return folder / "bin"
 
 
 def path() -> Path:
@@ -144,15 +166,17 @@ def _compiler(variable: str, *names: str) -> str:
 
 
 def _compile(
-    source: Path, targets: list[str], cmake: str, ninja: str, compilers: dict[str, str], flags: Sequence[str] = ()
-) -> Path:
+    source: Path, targets: list[str], cmake: str, ninja: str, compilers: dict[str, str], flags: Sequence[str] = (),
+    name: str | None = None, more: Mapping[str, str] | None = None,
+) -> Path:  # fmt: skip
     """Configure and build `targets`; returns the build's folder. `flags` stay in force in that folder.
 
+    name: of the folder, this processor's own by default. more: options of CMake beside CMAKE_OPTIONS.
     Call with the build's lock held.
     """
     cache.need_disk()
-    folder = source.parent / _build_folder().name  # beside the source, should patches/ have changed meanwhile
-    options = CMAKE_OPTIONS | {"CMAKE_MAKE_PROGRAM": ninja, "LLAMA_BUILD_COMMIT": cache.pin9()}
+    folder = source.parent / (name or _build_folder().name)  # beside the source, should patches/ have changed meanwhile
+    options = CMAKE_OPTIONS | {"CMAKE_MAKE_PROGRAM": ninja, "LLAMA_BUILD_COMMIT": cache.pin9()} | dict(more or {})
     if flags:
         for name, variable in (("CMAKE_C_FLAGS", "CFLAGS"), ("CMAKE_CXX_FLAGS", "CXXFLAGS")):
             options[name] = " ".join([os.environ.get(variable, ""), *flags]).strip()

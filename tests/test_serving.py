@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: MIT
+"""`serve`, `run` and the server that Ollama starts: the built programs on the demo's sq4 file."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import crafted
+import pytest
+
+from gguf_splitq.convert import convert
+from gguf_splitq.errors import InputError, UsageError
+from gguf_splitq.runtime import building
+from gguf_splitq.serving import programs
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+# As Ollama 0.30 to 0.34 starts the runner, first to see what it is, then for a model.
+PROBE = "--port {port} --host 127.0.0.1 --no-webui --offline --verbose"
+MODEL = (
+    "--model {model} --port {port} --host 127.0.0.1 --no-webui --offline -c 512 -np 1 --log-verbosity 4 "
+    "--no-log-prefix --no-log-timestamps --load-mode none --flash-attn auto -b 512 -ub 512 --context-shift --keep 4"
+)
+
+
+@pytest.fixture(scope="module")
+def model(runtime_programs, tmp_path_factory):
+    return convert(crafted.DEMO, "sq4", tmp_path_factory.mktemp("model") / "demo-sq4.gguf")
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(command, log, ready, port=None):
+    """A process whose output went to `log`, from the time that it has the line `ready` or, with a port, is healthy."""
+    with open(log, "w") as out, subprocess.Popen(list(map(str, command)), stdout=out, stderr=out) as process:
+        try:
+            while not re.search(ready, log.read_text(errors="replace")) or (port and not healthy(port)):
+                assert process.poll() is None, log.read_text(errors="replace")
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.terminate()
+
+
+def healthy(port):
+    try:
+        return ask(port, "/health") == {"status": "ok"}
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+def ask(port, path, body=None):
+    data = body and json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def gguf_splitq(*words):
+    return [sys.executable, "-m", "gguf_splitq", *map(str, words)]
+
+
+def test_serve_answers_as_openai_does_and_sends_its_page(model, port, tmp_path):
+    with running(gguf_splitq("serve", model, "--port", port), tmp_path / "log", "", port):
+        messages = [{"role": "user", "content": "Once upon a time"}]
+        answer = ask(port, "/v1/chat/completions", {"messages": messages, "max_tokens": 8})
+        assert answer["choices"][0]["message"]["content"]
+        assert answer["usage"]["completion_tokens"] == 8
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
+            assert page.read() == (programs.PAGE / "index.html").read_bytes()
+        made_for = json.loads((crafted.DEMO / "config.json").read_text())["max_position_embeddings"]
+        assert ask(port, "/props")["default_generation_settings"]["n_ctx"] == made_for
+
+
+class Browser:
+    """A Chromium without windows, spoken to in the DevTools protocol: JSON that ends with NUL, through two pipes."""
+
+    def __init__(self, profile):
+        (reads, self.out), (self.into, writes) = os.pipe(), os.pipe()
+        options = ["--headless", "--no-sandbox", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+
+        def descriptors():  # 3 and 4 by convention
+            os.dup2(os.dup(writes), 4)
+            os.dup2(reads, 3)
+
+        with open(profile / "said", "w") as said:
+            self.process = subprocess.Popen(
+                [CHROMIUM, *options], preexec_fn=descriptors, close_fds=False, stdout=said, stderr=said
+            )
+        os.close(reads), os.close(writes)
+        self.count, self.rest = 0, b""
+
+    def call(self, method, session=None, **params):
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                assert (part := os.read(self.into, 1 << 16)), "Chromium ended"
+                self.rest += part
+            answer, _, self.rest = self.rest.partition(b"\0")
+            if (answer := json.loads(answer)).get("id") == self.count:
+                return answer["result"]
+
+    def page(self, address):
+        """A function that evaluates JavaScript in the page at `address`."""
+        target = self.call("Target.createTarget", url=address)["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        return lambda code: self.call("Runtime.evaluate", session, expression=code)["result"].get("value")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_page_chats_in_a_browser(model, port, tmp_path):
+    with running(gguf_splitq("serve", model, "--port", port, "-n", "8"), tmp_path / "log", "", port):
+        browser = Browser(tmp_path)
+        try:
+            page = browser.page(f"http://127.0.0.1:{port}/")
+            until(lambda: page("document.getElementById('model')?.textContent") == "demo-sq4.gguf")
+            for number, text in enumerate(["Once upon a time", "<b>and then</b>"], 1):
+                page(f"document.getElementById('text').value = '{text}'; document.getElementById('send').click()")
+                until(lambda n=number: page("document.querySelectorAll('[data-done]').length") == n)
+            said = json.loads(page("JSON.stringify([...document.querySelectorAll('#chat p')].map(p => p.textContent))"))
+            assert said[0::2] == ["Once upon a time", "<b>and then</b>"] and all(len(a) > 1 for a in said[1::2])
+            assert page("document.querySelectorAll('.error, #chat b').length") == 0
+        finally:
+            browser.process.kill()
+            browser.process.wait()
+
+
+def until(true, limit=60):
+    """Wait until something is true; it is an error when that takes minutes."""
+    end = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_run_is_a_chat_in_the_terminal(model):
+    command = gguf_splitq("run", model, "-p", "Once upon a time", "-n", "8", "--single-turn")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"> Once upon a time\s+\S+", done.stdout)
+
+
+@pytest.mark.parametrize(
+    "options, environ, chosen",
+    [
+        ([], {}, ["--ctx-size", "8192"]),
+        (["--threads", "2"], {}, ["--ctx-size", "8192", "--threads", "2"]),
+        (["-c", "0"], {}, ["-c", "0"]),
+        (["--ctx-size", "9"], {}, ["--ctx-size", "9"]),
+        ([], {"LLAMA_ARG_CTX_SIZE": "9"}, []),
+    ],
+)
+def test_defaults_give_way(tmp_path, options, environ, chosen):
+    file = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors())
+    assert programs.command(str(file), options, environ) == ["--model", str(file), *chosen]
+
+
+def test_what_cannot_be_served(tmp_path):
+    with pytest.raises(InputError, match="absent.gguf: cannot be read .*check the path"):
+        programs.serve(str(tmp_path / "absent.gguf"), [])
+    with pytest.raises(InputError, match="not a regular file"):
+        programs.run(str(tmp_path), [])
+    (tmp_path / "text.gguf").write_text("Once upon a time there was no GGUF file.\n")
+    with pytest.raises(InputError, match="text.gguf"):
+        programs.serve(str(tmp_path / "text.gguf"), [])
+    with pytest.raises(UsageError, match="-m among the options of llama.cpp: the model is a.gguf"):
+        programs.serve("a.gguf", ["-m", "b.gguf"])
+
+
+def test_the_server_does_what_ollama_asks_of_a_runner(runtime_programs, port, tmp_path):
+    server = runtime_programs / "llama-server"
+    with running([server, *PROBE.format(port=port).split()], tmp_path / "log", r"system_info:.*\n"):
+        pass
+    done = subprocess.run([server, "--list-devices"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Available devices:" in done.stdout
+
+
+def test_the_server_runs_a_model_as_ollama_asks_for_it(model, runtime_programs, port, tmp_path):
+    words = MODEL.format(model=model, port=port).split()
+    with running([runtime_programs / "llama-server", *words], tmp_path / "log", "", port):
+        tokens = ask(port, "/tokenize", {"content": "Once upon a time"})["tokens"]
+        assert ask(port, "/detokenize", {"tokens": tokens})["content"].strip() == "Once upon a time"
+        prompt = ask(port, "/apply-template", {"messages": [{"role": "user", "content": "Once"}]})["prompt"]
+        assert "Once" in prompt
+        said = ask(port, "/completion", {"prompt": prompt, "n_predict": 4, "temperature": 0})
+        assert said["tokens_predicted"] == 4 and said["content"]
+        chat = ask(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 4})
+        assert chat["choices"][0]["message"]["role"] == "assistant"
+    log = (tmp_path / "log").read_text()
+    found = dict(re.findall(r"[a-z_]\w*: +(\S+) +(?:model|KV|compute|output) buffer size *= *([\d.]+) *MiB", log))
+    assert float(found["CPU"]) > 0
+    assert {"model", "KV", "compute", "output"} <= set(re.findall(r"(\w+) buffer size", log))
+    if sys.platform != "darwin":  # a build without a GPU does not say `offloaded N/M layers`, so Ollama counts none
+        assert "offloaded" not in log
+
+
+@pytest.mark.parametrize(
+    "more", ["--no-jinja --chat-template chatml", "--cache-type-k q8_0 --cache-type-v q8_0 -t 2 -ngl 0"]
+)
+def test_the_server_takes_what_ollama_may_add(model, runtime_programs, port, tmp_path, more):
+    words = f"{MODEL} {more}".format(model=model, port=port).split()
+    with running([runtime_programs / "llama-server", *words], tmp_path / "log", "", port):
+        chat = ask(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": "Once"}], "max_tokens": 2})
+        assert chat["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_the_server_embeds_as_ollama_asks(model, runtime_programs, port, tmp_path):
+    """Embedding models say in their metadata what --pooling says here."""
+    words = f"{MODEL} --embedding --pooling mean".format(model=model, port=port).split()
+    with running([runtime_programs / "llama-server", *words], tmp_path / "log", "", port):
+        answer = ask(port, "/v1/embeddings", {"input": ["Once upon a time"]})
+        assert len(answer["data"][0]["embedding"]) == 256
+
+
+def test_a_build_can_be_moved(model, tmp_path):
+    """Installed, moved, and without any variable or folder of ours: the programs run and find their libraries."""
+    where = subprocess.run(
+        gguf_splitq("runtime", "install", tmp_path / "first"), capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert Path(where) == tmp_path / "first" / "bin"
+    moved = (tmp_path / "first").rename(tmp_path / "moved")
+    assert {"LICENSE", "LICENSE-llama.cpp"} <= {path.name for path in moved.iterdir()}
+    home = str(building.path().parents[1])
+    assert not [path for path in (moved / "bin").iterdir() if home in str(path.resolve())]
+    for program in building.PROGRAMS:
+        listed = subprocess.run(["ldd", moved / "bin" / program], capture_output=True, text=True)
+        if sys.platform == "linux":
+            assert home not in listed.stdout and str(moved / "bin" / "libllama.so.0") in listed.stdout
+    words = ["-m", model, "-p", "Once upon a time", "-n", "8", "--temp", "0", "-no-cnv"]
+    ours, theirs = (
+        subprocess.run([folder / "llama-completion", *words], env={}, stdin=subprocess.DEVNULL, capture_output=True)
+        for folder in (building.path(), moved / "bin")
+    )
+    assert theirs.returncode == 0 and theirs.stdout == ours.stdout != b""

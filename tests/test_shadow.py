@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: MIT
+"""Ollama in a shadow: a program that looks for its runner as Ollama does, beside its own executable, links resolved."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gguf_splitq import cli
+from gguf_splitq.errors import EnvironmentFailed, UsageError
+from gguf_splitq.runtime import building
+from gguf_splitq.serving import service, shadow
+
+KEY = b"GGUF...gguf_splitq.container.version..."
+# `ollama serve ARGUMENTS` runs its llama-server with them, its libraries first; `serve` alone waits to be ended.
+OLLAMA = r"""
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+#endif
+int main(int argc, char ** argv) {
+    char own[PATH_MAX] = "/proc/self/exe", exe[PATH_MAX], folder[2*PATH_MAX], path[3*PATH_MAX];
+#ifdef __APPLE__
+    uint32_t size = sizeof(own);
+    _NSGetExecutablePath(own, &size);
+#endif
+    if (!realpath(own, exe)) { return 9; }
+    *strrchr(exe, '/') = 0;
+    snprintf(folder, sizeof(folder), "%s/../lib/ollama", exe);
+    snprintf(path, sizeof(path), "%s/llama-server", folder);
+    if (argc < 2 || strcmp(argv[1], "serve")) { return 8; }
+    setenv("LD_LIBRARY_PATH", folder, 1);
+    setenv("DYLD_LIBRARY_PATH", folder, 1);
+    setenv("GGML_BACKEND_PATH", "/nowhere/libggml-cuda.so", 1);
+    if (argc == 2) { for (;;) { pause(); } }
+    argv[1] = path;
+    execv(path, argv + 1);
+    return 7;
+}
+"""
+THEIRS = '#!/bin/sh\necho "theirs $0 $LD_LIBRARY_PATH $GGML_BACKEND_PATH $@"\n'
+
+
+@pytest.fixture(scope="session")
+def executable(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stand-in")
+    (folder / "ollama.c").write_text(OLLAMA)
+    compiler = building._tools()[2]["CC"].split()
+    subprocess.run([*compiler, folder / "ollama.c", "-o", folder / "ollama"], check=True)
+    return folder / "ollama"
+
+
+@pytest.fixture
+def installed(executable, tmp_path, monkeypatch):
+    """An installation as Ollama's own on Linux, in PATH through a link, with libraries that no program can load."""
+    lib = tmp_path / "it's local" / "lib" / "ollama"
+    lib.mkdir(parents=True)
+    (lib.parents[1] / "bin").mkdir()
+    shutil.copy(executable, lib.parents[1] / "bin" / "ollama")
+    script(lib / "llama-server", THEIRS)
+    for name in ("libllama.so.0", "libggml-base.so.0", "libllama.0.dylib"):
+        (lib / name).write_text("not a library")
+    (lib / "cuda_v13").mkdir()
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "ollama").symlink_to(lib.parents[1] / "bin" / "ollama")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'path'}:/usr/bin:/bin")
+    return lib.parents[1]
+
+
+@pytest.fixture
+def models(tmp_path):
+    """(one with the keys of a container in its first MiB, one without)."""
+    (tmp_path / "ours.gguf").write_bytes(b"\0\xff" * 1000 + KEY + b"\0" * 2000)
+    (tmp_path / "theirs.gguf").write_bytes(b"\0\xff" * (1 << 20) + KEY)
+    return tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+
+
+@pytest.fixture
+def made(installed, runtime_programs, tmp_path):
+    shadow.make(shadow.find(), runtime_programs, tmp_path / "shadow")
+    return tmp_path / "shadow"
+
+
+def script(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def content(folder):
+    """All that is in a folder: name -> bytes, or where a link leads."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+def serve(made, *words):
+    command = [str(word) for word in (made / "bin" / "ollama", "serve", *words)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_each_model_gets_the_server_that_knows_it(made, installed, models):
+    ours, theirs = models
+    done = serve(made, "--model", ours, "--version")
+    assert building.cache.pin9() in done.stdout + done.stderr and done.returncode == 0
+    lib = installed / "lib" / "ollama"
+    said = serve(made, "--model", theirs, "--port", "1").stdout
+    assert said.startswith(f"theirs {lib}/llama-server {lib}:")
+    assert said.endswith(f" /nowhere/libggml-cuda.so --model {theirs} --port 1\n")
+    for words in (["--list-devices"], ["--port", "1"], ["--port", "--model"], ["--model", "/absent"]):
+        assert serve(made, *words).stdout.startswith("theirs ")
+
+
+def test_libraries_of_the_installation_would_break_our_server(made, models, runtime_programs):
+    """What the dispatcher is for: as Ollama starts a runner, its own libraries come first."""
+    lib = str(made / "lib" / "ollama")
+    env = {"LD_LIBRARY_PATH": lib, "DYLD_LIBRARY_PATH": lib}
+    assert subprocess.run([runtime_programs / "llama-server", "--version"], env=env, capture_output=True).returncode
+    done = subprocess.run([made / "lib" / "ollama" / "llama-server", "-m", models[0], "--version"], env=env)
+    assert done.returncode == 0
+
+
+def test_the_process_that_ollama_ends_is_the_server(made, models, installed):
+    server = script(installed / "lib" / "ollama" / "llama-server", "#!/bin/sh\necho $$\n")
+    with subprocess.Popen([made / "lib/ollama/llama-server", "--model", models[1]], stdout=subprocess.PIPE) as process:
+        assert int(process.communicate()[0]) == process.pid
+    assert server.exists()
+
+
+def test_the_installation_is_not_touched_and_an_upgrade_is_followed(installed, made, runtime_programs, models):
+    before = content(installed)
+    assert {path.name for path in (made / "lib" / "ollama").iterdir()} == {
+        path.name for path in (installed / "lib" / "ollama").iterdir()
+    }
+    (installed / "bin" / "ollama").write_bytes((installed / "bin" / "ollama").read_bytes() + b"newer")
+    (installed / "lib" / "ollama" / "libnew.so").touch()
+    (installed / "lib" / "ollama" / "libllama.so.0").unlink()
+    shadow.make(shadow.find(), runtime_programs, made)
+    assert (made / "bin" / "ollama").read_bytes().endswith(b"newer")
+    names = {path.name for path in (made / "lib" / "ollama").iterdir()}
+    assert "libnew.so" in names and "libllama.so.0" not in names
+    assert serve(made, "--model", models[1]).stdout.startswith("theirs ")
+    assert {path.name for path in made.parent.iterdir() if path.name.startswith("shadow")} == {"shadow"}
+    changed = {name for name, data in content(installed).items() if before.get(name) != data}
+    assert changed == {"bin/ollama", "lib/ollama/libnew.so"}  # by this test alone
+
+
+def gguf_splitq(*words):
+    return [sys.executable, "-m", "gguf_splitq", "ollama", *words]
+
+
+def test_serve_stop_and_remove(installed, runtime_programs, tmp_path, monkeypatch):
+    cache = building.cache.home()
+    monkeypatch.setenv("GGUF_SPLITQ_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / cache.name).symlink_to(cache)
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
+    before = content(installed)
+    with subprocess.Popen(gguf_splitq("serve"), stderr=subprocess.PIPE, text=True) as server:
+        said = server.stderr.readline()
+        assert said.startswith(str(installed / "bin" / "ollama")) and "on the CPU, all others as before" in said
+        while not shadow._runs(tmp_path / "cache" / "ollama" / f"{started(tmp_path)}.{server.pid}"):
+            assert server.poll() is None
+        assert server.poll() is None
+        assert cli.main(["ollama", "stop"]) == 0
+        assert server.wait() == -signal.SIGTERM
+    assert cli.main(["ollama", "stop"]) == 0
+    assert (tmp_path / "cache" / "ollama" / started(tmp_path) / "bin" / "ollama").exists()
+    assert cli.main(["ollama", "remove"]) == 0
+    assert not (tmp_path / "cache" / "ollama").exists()
+    assert content(installed) == before
+
+
+def started(tmp_path):
+    return next(path.name for path in (tmp_path / "cache" / "ollama").iterdir() if path.is_dir())
+
+
+def test_a_process_that_has_the_number_of_an_ended_server_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("GGUF_SPLITQ_CACHE", str(tmp_path))
+    (tmp_path / "ollama").mkdir()
+    (tmp_path / "ollama" / f"abc.{os.getpid()}").touch()
+    shadow.stop()
+    assert not list((tmp_path / "ollama").iterdir())
+
+
+def test_a_server_that_runs_already_is_named(installed, runtime_programs, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("OLLAMA_HOST", f"http://127.0.0.1:{other.getsockname()[1]}")
+        assert cli.main(["ollama", "serve"]) == 6
+    assert re.search(r"A server is running at 127.0.0.1:\d+; end it", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "host, where",
+    [
+        ("", ("127.0.0.1", 11434)),
+        ("0.0.0.0", ("127.0.0.1", 11434)),
+        ("box:80", ("box", 80)),
+        (":1234", ("127.0.0.1", 1234)),
+        ("https://box/", ("box", 443)),
+        ("http://box:1/x", ("box", 1)),
+        ('"[::1]:5"', ("::1", 5)),
+        ("box:port", ("127.0.0.1", 11434)),
+    ],
+)
+def test_the_address_of_ollama(host, where):
+    assert shadow.address({"OLLAMA_HOST": host}) == where
+
+
+def test_no_ollama_and_an_old_one(tmp_path, monkeypatch, installed):
+    (installed / "lib" / "ollama" / "llama-server").unlink()
+    with pytest.raises(EnvironmentFailed, match="there is no lib/ollama/llama-server beside it.*since 0.30: upgrade"):
+        shadow.find()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(shadow, "PLACES", ())
+    with pytest.raises(EnvironmentFailed, match="Ollama is not installed; get it"):
+        shadow.find()
+
+
+@pytest.fixture
+def system(executable, tmp_path, monkeypatch, runtime_programs):
+    """A system in a folder with Ollama and its service, taken for the running one; its systemctl notes its calls."""
+    top = tmp_path / "system"
+    for folder in ("usr/local/bin", "usr/local/lib/ollama", "etc/systemd/system"):
+        (top / folder).mkdir(parents=True)
+    shutil.copy(executable, top / "usr/local/bin/ollama")
+    script(top / "usr/local/lib/ollama/llama-server", THEIRS)
+    (top / "etc/systemd/system/ollama.service").write_text("[Service]\nExecStart=/usr/local/bin/ollama serve\n")
+    (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin/systemctl", f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n[ ! -e {tmp_path}/fails ]\n')
+    (tmp_path / "bin/ollama").symlink_to(top / "usr/local/bin/ollama")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(service, "LIVE", top)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return top
+
+
+def test_the_service_is_set_up_and_left_as_it_was(system, tmp_path, models):
+    before = content(system)
+    service.install(system)
+    drop_in = (system / service.DROP_IN).read_text()
+    pre, clear, start = re.findall(r"^Exec.*$", drop_in, re.MULTILINE)
+    assert clear == "ExecStart="
+    words = re.findall(r'"([^"]*)"|(\S+)', pre.replace("ExecStartPre=+", ""))
+    subprocess.run([a or b for a, b in words], check=True)  # as systemd does, before each start
+    program = re.fullmatch(r'ExecStart="(.*)" serve', start)[1]
+    ours = subprocess.run([program, "serve", "--model", models[0], "--version"], capture_output=True, text=True)
+    assert ours.returncode == 0 and building.cache.pin9() in ours.stdout + ours.stderr
+    said = subprocess.run([program, "serve", "--model", models[1]], capture_output=True, text=True).stdout
+    assert said.startswith("theirs ")
+    assert (tmp_path / "calls").read_text() == "daemon-reload\ntry-restart ollama.service\n"
+    with pytest.raises(UsageError, match="already installed"):
+        service.install(system)
+    service.uninstall(system)
+    assert content(system) == before
+    assert (tmp_path / "calls").read_text() == "daemon-reload\ntry-restart ollama.service\n" * 2
+    with pytest.raises(UsageError, match="not installed"):
+        service.uninstall(system)
+
+
+def test_a_folder_of_drop_ins_stays(system):
+    (system / service.DROP_IN).parent.mkdir()
+    before = content(system)
+    service.install(system)
+    service.uninstall(system)
+    assert content(system) == before
+
+
+def test_a_service_that_cannot_be_set_up_is_left_as_it_was(system, tmp_path):
+    before = content(system)
+    (tmp_path / "fails").touch()
+    with pytest.raises(EnvironmentFailed, match="systemctl daemon-reload"):
+        service.install(system)
+    assert content(system) == before
+    (system / "etc/systemd/system/ollama.service").unlink()
+    with pytest.raises(EnvironmentFailed, match="there is no ollama.service of systemd: use `gguf"):
+        service.install(system)
+
+
+def test_an_image_is_set_up_without_systemctl(system, tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "LIVE", Path("/"))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    service.install(system)
+    assert '"/usr/local/bin/ollama" "/usr/local/lib/ollama"' in (system / service.DROP_IN).read_text()
+    assert not (tmp_path / "calls").exists()
+
+
+def test_only_root_sets_up_the_service(monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert cli.main(["ollama", "install", "--system"]) == 6
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert re.search(r"only root may write it: run `sudo GGUF_SPLITQ_CACHE=.* ollama install --system`", said)
