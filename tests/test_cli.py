@@ -56,13 +56,17 @@ def test_validate_gets_its_options(monkeypatch):
 
 
 def test_runtime_actions(monkeypatch, capsys):
-    from gguf_splitq.runtime import building, fetching
+    from gguf_splitq.runtime import building, fetching, installing
 
     monkeypatch.setattr(fetching, "fetch", lambda: Path("/tree"))
     monkeypatch.setattr(building, "build", lambda tests=False: Path(f"/bin-{tests}"))
     monkeypatch.setattr(building, "path", lambda: Path("/bin"))
     monkeypatch.setattr(fetching, "patches_check", lambda: ["one.patch"])
-    for args, line in (("fetch", "/tree"), ("build --tests", "/bin-True"), ("path", "/bin"), ("check", "one.patch")):
+    monkeypatch.setattr(installing, "install", lambda prefix, overwrite: Path(f"/{prefix}-{overwrite}"))
+    monkeypatch.setattr(installing, "archive", lambda file, overwrite: Path(f"/{file}-{overwrite}"))
+    lines = {"fetch": "/tree", "build --tests": "/bin-True", "path": "/bin", "check": "one.patch"}
+    lines |= {"install here": "/here-False", "archive": "/None-False", "archive a.tar.gz --overwrite": "/a.tar.gz-True"}
+    for args, line in lines.items():
         assert cli.main(["runtime", *args.split()]) == 0
         assert capsys.readouterr().out.startswith(line)
 

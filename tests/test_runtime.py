@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gguf_splitq.errors import EnvironmentFailed
-from gguf_splitq.runtime import building, cache, fetching, patching
+from gguf_splitq.errors import EnvironmentFailed, UsageError
+from gguf_splitq.runtime import building, cache, fetching, installing, patching
 
 PATCH = """Why: a test.
 
@@ -426,6 +426,68 @@ def test_the_unpatched_build_has_no_amx_that_nothing_tests(tools, monkeypatch):
     monkeypatch.setattr(building, "_without_amx", lambda cc: building.NO_AMX)
     building.build_unpatched("llama-perplexity")
     assert "-DCMAKE_C_FLAGS=-mno-amx-tile" in calls(tools)[0]
+
+
+@pytest.fixture
+def built(source, tools):
+    """The stand-in built, of a source with licences."""
+    (source / "licenses").mkdir()
+    for name in ("LICENSE", "licenses/LICENSE-part"):
+        (source / name).write_text(f"{name} of upstream\n")
+    write_pin(tools.parent / "patches", tree=patching.content_hash(source))
+    return building.build()
+
+
+def test_an_installed_build_has_all_that_runs_and_replaces_only_its_like(tmp_path, built):
+    (built / "libggml-base.so").rename(built / "libggml-base.so.1")
+    (built / "libggml-base.so").symlink_to("libggml-base.so.1")
+    (built / "test-backend-ops").touch()
+    target = tmp_path / "to" / "here"
+    assert installing.install(target) == target / "bin"
+    assert {path.name for path in (target / "bin").iterdir()} == {
+        *building.PROGRAMS, "libggml-base.so", "libggml-base.so.1"
+    }  # fmt: skip
+    assert os.readlink(target / "bin" / "libggml-base.so") == "libggml-base.so.1"
+    assert (target / "LICENSE-llama.cpp").read_text() == "LICENSE of upstream\n"
+    assert (target / "LICENSE-part").exists() and "MIT License" in (target / "LICENSE").read_text()
+    with pytest.raises(UsageError, match="here: there is already a llama.cpp: pass --overwrite"):
+        installing.install(target)
+    (target / "bin" / "old").touch()
+    installing.install(target, overwrite=True)
+    assert not (target / "bin" / "old").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").touch()
+    with pytest.raises(UsageError, match="other: there is something else in this folder"):
+        installing.install(tmp_path / "other", overwrite=True)
+    with pytest.raises(UsageError, match="precious: not a folder"):
+        installing.install(tmp_path / "other" / "precious")
+    with pytest.raises(EnvironmentFailed, match="cannot be written"):
+        installing.install(tmp_path / "other" / "precious" / "below")
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["here"]
+
+
+def test_an_archive_is_built_for_all_processors_and_comes_out_the_same(tmp_path, built, tools, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = installing.archive()
+    assert first.name == f"{installing.name()}.tar.gz" and cache.pin9() in first.name
+    configure = calls(tools)[-2]
+    for option in ("GGML_NATIVE=OFF", "GGML_BACKEND_DL=ON", "GGML_CPU_ALL_VARIANTS=ON", "CMAKE_BUILD_TYPE=Release"):
+        assert f"-D{option}" in configure.split()
+    assert "build-portable" in configure and building.path() == built
+    count = len(calls(tools))
+    for path in (cache.home() / "build-portable").rglob("*"):
+        os.utime(path, (1, 1))
+    assert installing.archive("again").read_bytes() == first.read_bytes()
+    assert len(calls(tools)) == count
+    with tarfile.open(first) as tar:
+        names = {entry.name: entry for entry in tar}
+    assert names["build/bin/llama-server"].mode & 0o111 == 0 == names["build/LICENSE"].mtime  # touched, not linked here
+    assert {f"build/bin/{name}" for name in building.PROGRAMS} < set(names)
+    assert not {entry.uid for entry in names.values()} - {0}
+    with pytest.raises(UsageError, match="there is already a file: pass --overwrite"):
+        installing.archive()
+    assert installing.archive(overwrite=True) == first
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_both_branches_for_compilers_define_the_same_macros():

@@ -19,7 +19,7 @@ import pytest
 
 from gguf_splitq.convert import convert
 from gguf_splitq.errors import InputError, UsageError
-from gguf_splitq.runtime import building
+from gguf_splitq.runtime import building, cache, patching
 from gguf_splitq.serving import programs
 
 ROOT = Path(__file__).parents[1]
@@ -229,7 +229,45 @@ def test_the_server_embeds_as_ollama_asks(model, runtime_programs, port, tmp_pat
         assert len(answer["data"][0]["embedding"]) == 256
 
 
-def test_a_build_can_be_moved(model, tmp_path):
+@pytest.fixture(scope="module")
+def llama_cpp_python():
+    """The folder of llama-cpp-python of the pinned llama.cpp without its own libraries, from the package index."""
+    folder = cache.folder() / "llama-cpp-python"
+    if not folder.exists():
+        with cache.exclusive("llama-cpp-python.lock"), cache.scratch() as scratch:
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", scratch / "new"]
+            env = os.environ | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
+            done = subprocess.run([*pip, patching.pin()["sdist"], "diskcache"], env=env, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no llama-cpp-python: {done.stderr.strip().splitlines()[-1]}")
+            (scratch / "new").rename(folder)
+    return folder
+
+
+def test_llama_cpp_python_generates_what_our_programs_do(model, runtime_programs, llama_cpp_python, port, tmp_path):
+    code = (
+        "import itertools, json, sys, llama_cpp\n"
+        "llama = llama_cpp.Llama(sys.argv[1], n_ctx=256, verbose=False)\n"
+        "tokens = llama.generate(llama.tokenize(b'Once upon a time'), temp=0, repeat_penalty=1)\n"
+        "print(json.dumps(list(itertools.islice(tokens, 16))))\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(llama_cpp_python), "LLAMA_CPP_LIB_PATH": str(runtime_programs)}
+    done = subprocess.run([sys.executable, "-c", code, model], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = ["-m", model, "--port", port, "-fa", "off", "-c", "256"]
+    with running([runtime_programs / "llama-server", *words], tmp_path / "log", "", port):
+        assert generated(port) == json.loads(done.stdout)
+
+
+def generated(port):
+    """The 16 tokens that a server finds most likely behind four words."""
+    body = {"prompt": "Once upon a time", "n_predict": 16, "temperature": 0, "return_tokens": True}
+    tokens = ask(port, "/completion", body)["tokens"]
+    assert len(tokens) == 16
+    return tokens
+
+
+def test_a_build_can_be_moved(model, port, tmp_path):
     """Installed, moved, and without any variable or folder of ours: the programs run and find their libraries."""
     where = subprocess.run(
         gguf_splitq("runtime", "install", tmp_path / "first"), capture_output=True, text=True, check=True
@@ -243,9 +281,9 @@ def test_a_build_can_be_moved(model, tmp_path):
         listed = subprocess.run(["ldd", moved / "bin" / program], capture_output=True, text=True)
         if sys.platform == "linux":
             assert home not in listed.stdout and str(moved / "bin" / "libllama.so.0") in listed.stdout
-    words = ["-m", model, "-p", "Once upon a time", "-n", "8", "--temp", "0", "-no-cnv"]
-    ours, theirs = (
-        subprocess.run([folder / "llama-completion", *words], env={}, stdin=subprocess.DEVNULL, capture_output=True)
-        for folder in (building.path(), moved / "bin")
-    )
-    assert theirs.returncode == 0 and theirs.stdout == ours.stdout != b""
+    said = []
+    for folder in (building.path(), moved / "bin"):
+        nothing_set = ["env", "-i", folder / "llama-server", "-m", model, "--port", port]
+        with running(nothing_set, tmp_path / "log", "", port):
+            said.append(generated(port))
+    assert said[0] == said[1]
