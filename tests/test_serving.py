@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`serve`, `run` and the server that Ollama starts: the built programs on the demo's sq4 file."""
 
+import fcntl
 import json
 import os
 import re
@@ -95,8 +96,8 @@ class Browser:
         options = ["--headless", "--no-sandbox", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
 
         def descriptors():  # 3 and 4 by convention
-            os.dup2(os.dup(writes), 4)
-            os.dup2(reads, 3)
+            for number, copy in enumerate([fcntl.fcntl(pipe, fcntl.F_DUPFD, 10) for pipe in (reads, writes)], 3):
+                os.dup2(copy, number)
 
         with open(profile / "said", "w") as said:
             self.process = subprocess.Popen(
@@ -287,3 +288,66 @@ def test_a_build_can_be_moved(model, port, tmp_path):
         with running(nothing_set, tmp_path / "log", "", port):
             said.append(generated(port))
     assert said[0] == said[1]
+
+
+def commands(title):
+    """The lines of the first code block under a heading of docs/run.md."""
+    section = (ROOT / "docs" / "run.md").read_text().split(f"# {title}\n")[1]
+    return re.search(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[1]
+
+
+@pytest.fixture
+def desk(model, demo_f16, tmp_path):
+    """A folder as the docs assume it: both files, `gguf-splitq` in PATH, a home."""
+    desk = tmp_path / "desk"
+    (desk / "path").mkdir(parents=True)
+    (desk / "model-sq4.gguf").symlink_to(model)
+    (desk / "model-f16.gguf").symlink_to(demo_f16)
+    program = desk / "path" / "gguf-splitq"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m gguf_splitq "$@"\n')
+    program.chmod(0o755)
+    return desk
+
+
+def do(desk, lines, **env):
+    env = {"PATH": f"{desk}/path:/usr/bin:/bin", "HOME": str(desk), "GGUF_SPLITQ_CACHE": str(cache.folder())} | env
+    done = subprocess.run(
+        ["/bin/sh", "-ec", lines],
+        cwd=desk,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{lines}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_docs_ways_to_run_a_file(desk, port, llama_cpp_python):
+    chat, page = commands("A chat, a page, an API").splitlines()
+    assert "Exiting" in do(desk, chat.split("#")[0])
+    serve = f"cd {desk} && PATH={desk}/path:$PATH && exec {page.split('#')[0]} --port {port}"
+    with running(["sh", "-c", serve], desk / "log", "", port):
+        assert ask(port, "/v1/models")["data"]
+    assert "It was a dark" in do(desk, commands("llama.cpp's programs"))
+    install, run = commands("Python").splitlines()
+    assert patching.pin()["sdist"] in install and "-DLLAMA_BUILD=OFF" in install
+    (desk / "your_program.py").write_text("import llama_cpp; print(llama_cpp.llama_supports_mmap())\n")
+    (desk / "path" / "python").symlink_to(sys.executable)
+    assert do(desk, run, PYTHONPATH=str(llama_cpp_python)).strip() == "True"
+
+
+def test_the_docs_way_without_python(desk, model):
+    """A build that was copied, an F16 file, and a system without Python: the file is the converter's."""
+    do(desk, commands("Another machine").splitlines()[0])
+    (desk / "bin").symlink_to(desk / "llama.cpp" / "bin")
+    (desk / "model-sq4.gguf").unlink()
+    (desk / "none").mkdir()
+    lines = "".join(f"command -v {python} && exit 1;" for python in ("python", "python3", "gguf-splitq"))
+    said = do(desk, f"{lines} {commands('llama-quantize, without Python')}", PATH=str(desk / "none"))
+    assert "Exiting" in said
+    theirs, ours = (crafted.read_gguf(file)[1] for file in (desk / "model-sq4.gguf", model))
+    assert {name: (kind, data.tobytes()) for name, (kind, data) in theirs.items()} == {
+        name: (kind, data.tobytes()) for name, (kind, data) in ours.items()
+    }

@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from gguf_splitq import cli
+from gguf_splitq.convert import convert
 from gguf_splitq.errors import EnvironmentFailed, UsageError
 from gguf_splitq.runtime import building
 from gguf_splitq.serving import service, shadow
@@ -302,3 +304,34 @@ def test_only_root_sets_up_the_service(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.search(r"only root may write it: run `sudo GGUF_SPLITQ_CACHE=.* ollama install --system`", said)
+
+
+@pytest.mark.skipif("GGUF_SPLITQ_OLLAMA" not in os.environ, reason="GGUF_SPLITQ_OLLAMA names no Ollama")
+def test_a_real_ollama_runs_both(runtime_programs, demo_f16, tmp_path, monkeypatch):
+    """Created, shown and run in one server: a container of ours in our llama.cpp, a q8_0 file in Ollama's own."""
+    monkeypatch.setattr(shadow, "PLACES", ())
+    monkeypatch.setenv("PATH", f"{Path(os.environ['GGUF_SPLITQ_OLLAMA']).parent}:{os.environ['PATH']}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{probe.getsockname()[1]}")
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GGUF_SPLITQ_CACHE", str(building.cache.folder()))
+    log = tmp_path / "log"
+    with open(log, "w") as out, subprocess.Popen(gguf_splitq("serve"), stdout=out, stderr=out) as server:
+        try:
+            while subprocess.run(["ollama", "list"], capture_output=True).returncode:
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.1)
+            for kind in ("sq4", "q8_0"):
+                file = convert(demo_f16, kind, tmp_path / f"{kind}.gguf", container=True)
+                (tmp_path / "Modelfile").write_text(f"FROM {file}\nPARAMETER num_predict 8\nPARAMETER temperature 0\n")
+                create = ["ollama", "create", kind, "-f", tmp_path / "Modelfile"]
+                subprocess.run(create, check=True, capture_output=True)
+                subprocess.run(["ollama", "show", kind], check=True, capture_output=True)
+                said = subprocess.run(["ollama", "run", kind, "Once upon a time"], capture_output=True, text=True)
+                assert said.returncode == 0 and said.stdout.strip(), log.read_text()
+        finally:
+            server.terminate()
+    # llama.cpp says what it loads: our types have a name in our llama.cpp alone
+    assert re.search(r"file type *= SQ4", log.read_text()) and re.search(r"file type *= Q8_0", log.read_text())
