@@ -19,6 +19,7 @@ from gguf_splitq.errors import EnvironmentFailed, UsageError
 from gguf_splitq.runtime import building
 from gguf_splitq.serving import service, shadow
 
+ROOT = Path(__file__).parents[1]
 KEY = b"GGUF...gguf_splitq.container.version..."
 # `ollama serve ARGUMENTS` runs its llama-server with them, its libraries first; `serve` alone waits to be ended.
 OLLAMA = r"""
@@ -230,6 +231,17 @@ def test_no_ollama_and_an_old_one(tmp_path, monkeypatch, installed):
         shadow.find()
 
 
+def test_homebrew_has_it_in_libexec(installed, tmp_path, monkeypatch):
+    cellar = tmp_path / "Cellar" / "ollama" / "1"
+    (cellar / "libexec" / "lib").mkdir(parents=True)
+    (cellar / "bin").mkdir()
+    shutil.copy(installed / "bin" / "ollama", cellar / "libexec" / "ollama")
+    shutil.copytree(installed / "lib" / "ollama", cellar / "libexec" / "lib" / "ollama")
+    script(cellar / "bin" / "ollama", f'#!/bin/sh\nexec {cellar}/libexec/ollama "$@"\n')
+    monkeypatch.setenv("PATH", str(cellar / "bin"))
+    assert shadow.find() == (cellar / "libexec" / "ollama", cellar / "libexec" / "lib" / "ollama")
+
+
 @pytest.fixture
 def system(executable, tmp_path, monkeypatch, runtime_programs):
     """A system in a folder with Ollama and its service, taken for the running one; its systemctl notes its calls."""
@@ -304,6 +316,28 @@ def test_only_root_sets_up_the_service(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.search(r"only root may write it: run `sudo GGUF_SPLITQ_CACHE=.* ollama install --system`", said)
+
+
+def test_the_container_image_is_a_shadow(executable, runtime_programs, models, tmp_path):
+    """The last stage of the Dockerfile, in a folder in place of an image."""
+    lines = (ROOT / "examples" / "ollama" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    last = lines[lines.index("FROM ollama/ollama") :]
+    image = tmp_path / "image"
+    for folder in ("usr/bin", "usr/lib/ollama", "opt/gguf-splitq/llama.cpp"):
+        (image / folder).mkdir(parents=True)
+    shutil.copy(executable, image / "usr/bin/ollama")
+    script(image / "usr/lib/ollama/llama-server", THEIRS)
+    _, archive, scripts = (line.split() for line in lines if line.startswith("COPY"))
+    assert archive[2:] == ["/llama.cpp/build", "/opt/gguf-splitq/llama.cpp"]
+    (image / "opt/gguf-splitq/llama.cpp/bin").symlink_to(runtime_programs)
+    shutil.copytree(ROOT / scripts[1], f"{image}{scripts[2]}", dirs_exist_ok=True)
+    command = next(line for line in last if line.startswith("RUN ")).split()[1:]
+    subprocess.run([command[0], *(f"{image}{path}" for path in command[1:])], check=True)
+    entry = re.search(r'^ENTRYPOINT \["(.*)"\]$', "\n".join(last), re.MULTILINE)[1]
+    for model, said in zip(models, (building.cache.pin9(), "theirs "), strict=True):
+        words = [f"{image}{entry}", "serve", "--model", model, "--version"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert said in done.stdout + done.stderr
 
 
 @pytest.mark.skipif("GGUF_SPLITQ_OLLAMA" not in os.environ, reason="GGUF_SPLITQ_OLLAMA names no Ollama")

@@ -51,6 +51,8 @@ def find(root: Path | None = None) -> Ollama:
         where = f" in {root}" if root else ""
         raise EnvironmentFailed(f"Ollama is not installed{where}; get it from ollama.com, or add its folder to PATH.")
     executable = Path(found).resolve()
+    if (wrapped := executable.parents[1] / "libexec" / "ollama").exists():  # Homebrew's bin/ollama is a script
+        executable = wrapped
     beside = [executable.parents[1] / "lib" / "ollama", executable.parent / "lib" / "ollama"]
     if sys.platform == "darwin":  # Ollama's own order
         beside = [*reversed(beside), executable.parent]
