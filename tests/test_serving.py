@@ -176,7 +176,7 @@ def test_defaults_give_way(tmp_path, options, environ, chosen):
 def test_what_cannot_be_served(tmp_path):
     with pytest.raises(InputError, match="absent.gguf: cannot be read .*check the path"):
         programs.serve(str(tmp_path / "absent.gguf"), [])
-    with pytest.raises(InputError, match="not a regular file"):
+    with pytest.raises(UsageError, match="a folder, not a GGUF file: make one with `gguf-splitq convert"):
         programs.run(str(tmp_path), [])
     (tmp_path / "text.gguf").write_text("Once upon a time there was no GGUF file.\n")
     with pytest.raises(InputError, match="text.gguf"):

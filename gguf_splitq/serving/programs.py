@@ -38,10 +38,12 @@ def command(
     """The arguments of a program of llama.cpp: `file`, and defaults that neither options nor environment set.
 
     A default's names are the options that set it, the first of which is given, and llama.cpp's variable.
-    Raises UsageError when the options name a model of their own, InputError and UnsupportedError for what is no GGUF.
+    Raises UsageError for a folder and when the options name a model, InputError and UnsupportedError for no sound GGUF.
     """
     if own := next((option for option in options if re.fullmatch(r"-m|--model", option)), None):
         raise UsageError(f"{own} among the options of llama.cpp: the model is {file}: leave one of them out")
+    if os.path.isdir(file):
+        raise UsageError(f"{file}: a folder, not a GGUF file: make one with `gguf-splitq convert {file} --type sq4`")
     with gguf_file.read(file) as source:
         architecture = source.get("general.architecture", str, "")
         trained = source.get(f"{architecture}.context_length", int, CONTEXT)
