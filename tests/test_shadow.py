@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Ollama in a shadow: a program that looks for its runner as Ollama does, beside its own executable, links resolved."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -9,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -343,29 +347,56 @@ def test_the_container_image_is_a_shadow(executable, runtime_programs, models, t
 @pytest.mark.skipif("GGUF_SPLITQ_OLLAMA" not in os.environ, reason="GGUF_SPLITQ_OLLAMA names no Ollama")
 def test_a_real_ollama_runs_both(runtime_programs, demo_f16, tmp_path, monkeypatch):
     """Created, shown and run in one server: a container of ours in our llama.cpp, a q8_0 file in Ollama's own."""
+    executable = Path(os.environ["GGUF_SPLITQ_OLLAMA"])
     monkeypatch.setattr(shadow, "PLACES", ())
-    monkeypatch.setenv("PATH", f"{Path(os.environ['GGUF_SPLITQ_OLLAMA']).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{executable.parent}:{os.environ['PATH']}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{probe.getsockname()[1]}")
-    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "models"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("GGUF_SPLITQ_CACHE", str(building.cache.folder()))
+        host = f"127.0.0.1:{probe.getsockname()[1]}"
+    places = {"OLLAMA_HOST": host, "OLLAMA_MODELS": str(tmp_path / "models"), "HOME": str(tmp_path)}
+    places |= {"GGUF_SPLITQ_CACHE": str(building.cache.folder())}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+
+    def ask(path, body=None, method=None):
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://{host}{path}", data, method=method)
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.loads(answer.read() or b"{}")
+
+    def answers():
+        try:
+            return ask("/api/version")
+        except urllib.error.URLError:
+            return None
+
+    theirs = shadow.find().libraries
     log = tmp_path / "log"
     with open(log, "w") as out, subprocess.Popen(gguf_splitq("serve"), stdout=out, stderr=out) as server:
         try:
-            while subprocess.run(["ollama", "list"], capture_output=True).returncode:
+            while not answers():
                 assert server.poll() is None, log.read_text()
                 time.sleep(0.1)
-            for kind in ("sq4", "q8_0"):
-                file = convert(demo_f16, kind, tmp_path / f"{kind}.gguf", container=True)
-                (tmp_path / "Modelfile").write_text(f"FROM {file}\nPARAMETER num_predict 8\nPARAMETER temperature 0\n")
-                create = ["ollama", "create", kind, "-f", tmp_path / "Modelfile"]
-                subprocess.run(create, check=True, capture_output=True)
-                subprocess.run(["ollama", "show", kind], check=True, capture_output=True)
-                said = subprocess.run(["ollama", "run", kind, "Once upon a time"], capture_output=True, text=True)
-                assert said.returncode == 0 and said.stdout.strip(), log.read_text()
+            for kind, folder in (("sq4", runtime_programs), ("q8_0", theirs)):
+                data = convert(demo_f16, kind, tmp_path / f"{kind}.gguf", container=True).read_bytes()
+                digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+                ask(f"/api/blobs/{digest}", data, "POST")
+                body = {"model": kind, "files": {"model.gguf": digest}, "stream": False}
+                assert ask("/api/create", body) == {"status": "success"}
+                assert ask("/api/show", {"model": kind})["details"]["family"] == "llama"
+                few = {"num_predict": 8, "temperature": 0}
+                body = {"model": kind, "prompt": "Once upon a time", "stream": False, "options": few}
+                said = ask("/api/generate", body)
+                assert said["eval_count"] == 8 and said["response"].strip(), log.read_text()
+                body = {
+                    "model": kind,
+                    "messages": [{"role": "user", "content": "Hello"}],
+                    "stream": False,
+                    "options": few,
+                }
+                assert ask("/api/chat", body)["message"]["content"]
+                running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+                blob = digest.replace(":", "-")
+                assert re.search(rf"^{re.escape(str(folder))}/llama-server .*{blob}", running, re.MULTILINE), running
         finally:
             server.terminate()
-    # llama.cpp says what it loads: our types have a name in our llama.cpp alone
-    assert re.search(r"file type *= SQ4", log.read_text()) and re.search(r"file type *= Q8_0", log.read_text())
