@@ -208,7 +208,7 @@ def _run(file: str, options: list[str]) -> None:
     programs.run(file, options)
 
 
-def _ollama(action: str, **options) -> None:
+def _ollama(action: str, **options: Any) -> None:
     from .serving import service, shadow
 
     ways: dict[str, Callable[..., None]] = {"serve": shadow.serve, "stop": shadow.stop, "remove": shadow.remove}
@@ -216,7 +216,7 @@ def _ollama(action: str, **options) -> None:
     ways[action](**options)
 
 
-def _runtime(action: str, tests: bool = False, **options) -> None:
+def _runtime(action: str, tests: bool = False, **options: Any) -> None:
     from .runtime import building, fetching, installing
 
     if action == "check":
