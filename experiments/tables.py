@@ -123,7 +123,7 @@ def plain(result: dict) -> Table:
     rows = result["rows"]
     known = {key: value for key, value in formats.items() if any(row.get(key) is not None for row in rows)}
     if "weights" in known:
-        del known["bpw"]
+        known.pop("bpw", None)
 
     def cell(row: dict, key: str, form: str) -> str:
         value = row.get(key)
