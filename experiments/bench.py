@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make bench`: speed of conversion and of running beside llama.cpp's own types, on random models.
 
 Running: the files take turns in llama-bench, and the median of the rounds counts; embeddings and output are Q8_0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the measuring scripts share: llama.cpp's programs, options, tables."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make demo`: a checkpoint becomes F16 and low-bit GGUF files, measured side by side."""
 
 from pathlib import Path

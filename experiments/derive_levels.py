@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the levels of sq4, sq3 and sq2 come from; prints the levels in patches/files/ggml/src/ggml-splitq-levels.h.
 
     python -m experiments.derive_levels [MODEL]        MODEL: a checkpoint folder, examples/demo by default

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make embeddings`: how far the vectors of a quantized embedding model turn: cosine to F16, through llama-server.
 
 all-MiniLM-L6-v2 in full precision; its rows of 384 are no multiple of 256, so llama.cpp's K types fall back to larger

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Llama checkpoints with random weights and the demo's tokenizer: for speed and for row lengths, not for quality."""
 
 import json

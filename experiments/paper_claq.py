@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make paper-claq`: CLAQ's claims: k-means by column beats linear grids, more bits for some columns and weights pay.
 
 All rows are files of the cq types that llama.cpp runs. Those named "grid" have 2^b even levels from a column's least to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make paper-qrazor`: what 4-bit weights, activations and KV caches cost as QRazor has them, and as sdr4 has them.
 
 "QRazor" rows are the published weights (an 8-bit base with one scale per output row, a 4-bit code and a shift of 3 bits

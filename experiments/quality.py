@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make quality`: KL divergence over stored bits of every type, beside llama.cpp's own: no data, imatrix, feedback.
 
 Only the linear layers differ: embeddings and output are F16 everywhere. "imatrix" files of stock types are made by
@@ -272,7 +273,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "", "svg.fonttype": "none", "grid.color": "#808080"} | grey):
         figure, axes = pyplot.subplots(figsize=(9, 6.5))
         for label, (data, ours, marker, color) in series.items():
-            points = [row for row in rows if row["data"] == data and (row["type"] in OURS) == ours and row["bpw"] < 7]
+            points = [row for row in rows if row["data"] == data and (row["type"] in OURS) == ours and row["bpw"] < 6]
             x, y = [row["bpw"] for row in points], [row["mean_kld"] for row in points]
             if points:
                 axes.scatter(x, y, label=label, marker=marker, color=color)

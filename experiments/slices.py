@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make slices`: what error feedback costs on larger models, from one decoder layer of their shapes.
 
 Random weights, random tokens: the time depends on neither. Calibration (the layer forward, then forward and backward,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`make tables`: the tables of figures in README.md and docs/, and a picture, from what docs/results/*.json keep.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, with a line on where its figures come from.
