@@ -331,6 +331,21 @@ class Validate(Options):
 
 
 @dataclass(frozen=True)
+class OllamaCreate(Options):
+    """What `ollama create` is given. host: of the server, instead of OLLAMA_HOST."""
+
+    name: str
+    file: str | Path = _path("read", "the model")
+    modelfile: str | Path | None = _path("read", "--modelfile", None)
+    overwrite: bool = False
+    host: str | None = None
+
+    def check(self) -> None:
+        """Raise what is wrong with these options; what a name may be, the server says."""
+        self.check_paths()
+
+
+@dataclass(frozen=True)
 class Inspect(Options):
     """What `inspect` is given, its form aside."""
 
