@@ -291,6 +291,8 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--max-ppl-ratio", type=float, metavar="X", help=ratio)
     g = p.add_argument_group("output and speed")
     g.add_argument("--report", metavar="JSON", help="write the numbers, over an earlier report (default: none)")
+    card = "put the numbers into a model card that `convert --card` wrote (default: none)"
+    g.add_argument("--card", metavar="FILE", help=card)
     g.add_argument("--threads", type=int, metavar="N", help="threads (default: llama.cpp's choice)")
 
     text = "Serve a GGUF file: a page to chat on and OpenAI's API."
@@ -390,6 +392,8 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     report = "write every tensor's error, over an earlier report (default: none)"
     g.add_argument("--report", metavar="JSON", help=report)
     _add_form(g.add_mutually_exclusive_group(), default=False)
+    card = "also write a model card for a hub (default: no; without FILE: %(const)s beside the output)"
+    g.add_argument("--card", nargs="?", const="README.md", metavar="FILE", help=card)
     check = "do not try whether llama.cpp loads the file (default: tried, where it is built)"
     g.add_argument("--no-check", dest="load", action="store_false", help=check)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import __version__, display, options, output, plan, rewrite, types
+from . import __version__, card, display, options, output, plan, rewrite, types
 from .calibration import text
 from .errors import UsageError
 from .files import checkpoint, gguf_file
@@ -97,6 +97,8 @@ def convert(model: str | Path, type: str | None = None, outfile: str | Path = ou
             if source.mmproj and given.mmproj_path:
                 checkpoint.keep_mmproj(source.mmproj, given.mmproj_path)
         report(job, entries, stats, solved)
+        if given.card_path:
+            card.write(given.card_path, given.path, given.hub_id)
     return given.path
 
 

@@ -31,6 +31,14 @@ def say(line: str) -> None:
     console(stderr=True).print(printable(line), soft_wrap=True)
 
 
+def parameters(count: int) -> str:
+    """A number of parameters as Ollama writes it: 4.23M, 7.6B."""
+    for unit, size, digits in (("B", 10**9, 1), ("M", 10**6, 2), ("K", 10**3, 0)):
+        if count >= size:
+            return f"{count // size if count % size == 0 else format(count / size, f'.{digits}f')}{unit}"
+    return str(count)
+
+
 def show_plan(path: Path, entries: Sequence[plan.Entry]) -> None:
     """Print the plan, and where the file would go."""
     console().print(f"{printable(str(path))}\n{plan.text(entries)}", end="", soft_wrap=True)

@@ -31,29 +31,34 @@ def inspect(file: str | Path, json: bool = False) -> dict:
     """
     options.Inspect(file).check()
     with gguf_file.read(file) as source:
-        owners = columns.owners(source.tensors)
-        everything = _row(source.tensors, owners)
-
-        def type_of(tensor: Tensor) -> str:
-            return gguf_file.type_name(owners.get(tensor.name, tensor).type_id)
-
-        result = {
-            "file": str(file),
-            "size": source.size,
-            "container": source.contained,
-            "tensors": everything["tensors"],
-            "weights": everything["weights"],
-            "bpw": everything["bpw"],
-            "linear_bpw": _linear_bpw(source),
-            "metadata": {k: v.python for k, v in source.kv.items() if k.startswith(_KEYS) and k != _TOO_LONG},
-            "types": _groups(source.tensors, owners, lambda t: {"type": type_of(t)}),
-            "kinds": _groups(source.tensors, owners, lambda t: {"kind": kind(t.name), "type": type_of(t)}),
-        }
+        result = describe(source)
     if json:
         print(json_module.dumps(result, indent=1))
     else:
         _show(result)
     return result
+
+
+def describe(source: gguf_file.Gguf) -> dict:
+    """What `inspect` prints of a file."""
+    owners = columns.owners(source.tensors)
+    everything = _row(source.tensors, owners)
+
+    def type_of(tensor: Tensor) -> str:
+        return gguf_file.type_name(owners.get(tensor.name, tensor).type_id)
+
+    return {
+        "file": str(source.path),
+        "size": source.size,
+        "container": source.contained,
+        "tensors": everything["tensors"],
+        "weights": everything["weights"],
+        "bpw": everything["bpw"],
+        "linear_bpw": _linear_bpw(source),
+        "metadata": {k: v.python for k, v in source.kv.items() if k.startswith(_KEYS) and k != _TOO_LONG},
+        "types": _groups(source.tensors, owners, lambda t: {"type": type_of(t)}),
+        "kinds": _groups(source.tensors, owners, lambda t: {"kind": kind(t.name), "type": type_of(t)}),
+    }
 
 
 def linear_bpw(file: str | Path) -> float:

@@ -32,6 +32,8 @@ CONTAINED = False  # whether `convert` writes a container unless it is told whic
 MAX_THREADS = 4096
 MOST_TOKENS = 1 << 30  # of a chunk, or chunks of a text
 MAX_REPORT = 1 << 28  # bytes of a JSON file that is looked into
+CHANGED = "the --card"  # what messages call a file that must be there, and stays but for a part
+MAX_CARD = 1 << 20  # bytes of a model card
 _SUFFIX = ".00000000.tmp"  # the longest of the names that are used beside an output's own
 
 
@@ -89,7 +91,8 @@ class Convert(Options):
     or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
     template for the vision or audio part of the checkpoint; the template alone lies beside the output. container: write
     this project's types as rows of bytes that every GGUF reader takes (`files/container.py`), not with their own ids.
-    overwrite: replace an existing outfile and save_plan; a report replaces an earlier one anyway.
+    card: a model card for a hub; README.md alone lies beside the output. overwrite: replace an existing outfile,
+    save_plan and card; a report replaces an earlier one anyway.
     """
 
     model: str | Path = _path("read", "the model")
@@ -113,6 +116,7 @@ class Convert(Options):
     load: bool = True
     mmproj: str | Path | None = _path("written", "--mmproj", None)
     container: bool = CONTAINED
+    card: str | Path | None = _path("written", "--card", None)
     threads: int | None = None
     max_ram: str | int | None = None
     overwrite: bool = False
@@ -176,6 +180,19 @@ class Convert(Options):
         return output.path(template / output.MMPROJ if template.is_dir() else template, checkpoint.stem(self.model), "")
 
     @functools.cached_property
+    def card_path(self) -> Path | None:
+        """The model card."""
+        if self.card is None:
+            return None
+        return self.path.with_name(output.CARD) if str(self.card) == output.CARD else Path(self.card)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The model as a hub names it, if it was given so."""
+        known = re.fullmatch(r"[\w.-]+/[\w.-]+", str(self.model), re.ASCII) and not Path(self.model).exists()
+        return str(self.model) if known else None
+
+    @functools.cached_property
     def precision(self) -> str:
         """What calibration computes in here: "f32" or "bf16"."""
         from .calibration import solve
@@ -198,6 +215,8 @@ class Convert(Options):
             found["--outfile"] = self.path
             if self.mmproj_path is not None:
                 found["--mmproj"] = self.mmproj_path
+            if self.card_path is not None:
+                found["--card"] = self.card_path
             if self.hessians is not None and not Path(self.hessians).exists():
                 found["--hessians"] = Path(self.hessians)
         else:
@@ -300,8 +319,8 @@ class Repack(Options):
 class Validate(Options):
     """What `validate` is given.
 
-    report: a JSON file for the same dict that is returned. force: measure even on text that `file` was calibrated on.
-    max_kld: nats.
+    report: a JSON file for the same dict that is returned. card: a model card that `convert` wrote, to put the numbers
+    into. force: measure even on text that `file` was calibrated on. max_kld: nats.
     """
 
     file: str | Path = _path("read", "the model")
@@ -313,6 +332,7 @@ class Validate(Options):
     max_kld: float | None = None
     max_ppl_ratio: float | None = None
     report: str | Path | None = _path("written", "--report", None)
+    card: str | Path | None = _path("written", CHANGED, None)
     force: bool = False
 
     def check(self) -> None:
@@ -408,6 +428,10 @@ def check_outputs(written: Iterable[tuple[str, Path]], overwrite: bool) -> None:
         if path.is_dir() or path.exists() and not path.is_file() and option != "--report":
             what = "folder" if path.is_dir() else "device"
             raise UsageError(f"{path}: there is already a {what}: choose another name for {option}")
+        if option == CHANGED:
+            if not is_earlier(option, path):
+                raise UsageError(f"{path}: this is no card that `convert --card` wrote: make one")
+            continue
         if path.is_file() and option == "--report" and path.stat().st_size and not is_earlier(option, path):
             raise UsageError(f"{path}: there is already a file that is no earlier report: choose another --report")
         if path.is_file() and option == "--hessians":  # it was not there a moment ago
@@ -426,9 +450,10 @@ def check_outputs(written: Iterable[tuple[str, Path]], overwrite: bool) -> None:
 
 
 def places(written: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """The same with the files that appear in the end: JSON is written through links, and a device is no file."""
+    """The same with the files that appear in the end: texts are written through links, and a device is no file."""
     files = [(option, path) for option, path in written if path.is_file() or not path.exists()]
-    return [(o, Path(os.path.realpath(p)) if o in ("--report", "--save-plan") else p) for o, p in files]
+    texts = ("--report", "--save-plan", "--card", CHANGED)
+    return [(o, Path(os.path.realpath(p)) if o in texts else p) for o, p in files]
 
 
 def same(one: Path, other: Path) -> bool:
@@ -458,9 +483,11 @@ def model_files(model: Path) -> list[Path]:
 
 
 def is_earlier(option: str, path: Path) -> bool:
-    """Whether the file is what this option writes: a report, a plan, a GGUF file."""
+    """Whether the file is what this option writes: a report, a plan, a card, a GGUF file."""
     try:
         with open(path, "rb") as file:
+            if option in ("--card", CHANGED):
+                return output.NUMBERS.encode() in file.read(MAX_CARD)
             start = file.read(4)
             if option not in ("--report", "--save-plan"):
                 return start == b"GGUF"

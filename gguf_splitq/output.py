@@ -19,6 +19,8 @@ from .runtime import patching
 from .types import TensorType
 
 TEMPLATE = "{name}-{type}.gguf"
+CARD = "README.md"
+NUMBERS = "<!-- numbers of gguf-splitq validate -->"  # in a card, where they begin
 MMPROJ = "mmproj-{name}.gguf"
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
 
@@ -52,7 +54,12 @@ def metadata(kv: Mapping[str, Value], target: TensorType, options: dict, label: 
 
 def write_json(path: str | Path, content: object) -> None:
     """A JSON file that appears whole or not at all, behind a link too; EnvironmentFailed when it cannot be written."""
-    path, data = Path(path), json.dumps(content, indent=1) + "\n"
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: str | Path, data: str) -> None:
+    """A text that appears whole or not at all, behind a link too; EnvironmentFailed when it cannot be written."""
+    path = Path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe or a device takes what it is given
             path.write_text(data)

@@ -51,7 +51,7 @@ def test_validate_gets_its_options(monkeypatch):
     args = "validate a.gguf --baseline b.gguf --text t.txt --ctx 256 --chunks 2 --max-kld 0.1 --max-ppl-ratio 1.5"
     assert cli.main(args.split()) == 0
     assert given == dict(file="a.gguf", baseline="b.gguf", text="t.txt", ctx=256, chunks=2, threads=None) | dict(
-        max_kld=0.1, max_ppl_ratio=1.5, report=None, force=False
+        max_kld=0.1, max_ppl_ratio=1.5, report=None, card=None, force=False
     )
 
 

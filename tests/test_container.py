@@ -161,8 +161,7 @@ def test_a_tensor_that_is_widened_is_not_listed(tmp_path, monkeypatch):
     assert repack(made[0], True, tmp_path / "packed.gguf").read_bytes() == made[1].read_bytes()
 
 
-def test_what_llama_quantize_copies_is_read(tmp_path):
-    """Our llama-quantize writes the types' own ids and keeps the keys."""
+def test_a_listed_tensor_may_have_its_own_type(tmp_path):
     tensors = encoded(types.get("sq4"), ()) + encoded(types.get("sq3"), ())
     infos = [tensor[:3] for tensor in tensors]
     kv, packed = container.pack(KV, infos)

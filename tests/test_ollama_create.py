@@ -14,6 +14,7 @@ import crafted
 import ollama
 import pytest
 
+from gguf_splitq import display
 from gguf_splitq.convert import convert
 from gguf_splitq.errors import EnvironmentFailed, InputError, UnsupportedError, UsageError
 from gguf_splitq.files import gguf_file
@@ -132,7 +133,7 @@ def test_a_file_becomes_a_model(server, model, tmp_path):
     with gguf_file.read(model) as file:
         weights = sum(t.n_weights for t in file.tensors if not t.name.endswith(".columns"))
     made = server.models["mine"]
-    assert made["info"] == {"parameter_size": creating.human(weights), "quantization_level": "SQ4"}
+    assert made["info"] == {"parameter_size": display.parameters(weights), "quantization_level": "SQ4"}
     assert made["files"] == {"model.gguf": digest} and made.keys() == {"model", "files", "info", "stream"}
 
 
@@ -360,7 +361,7 @@ def test_what_is_no_address(text):
     [(0, "0"), (4230, "4K"), (4_226_304, "4.23M"), (7_000_000, "7M"), (7_615_616_512, "7.6B"), (2 * 10**9, "2B")],
 )  # fmt: skip
 def test_parameters_are_written_as_ollama_writes_them(count, words):
-    assert creating.human(count) == words
+    assert display.parameters(count) == words
 
 
 @pytest.mark.skipif(REAL is None, reason="GGUF_SPLITQ_OLLAMA names no server")

@@ -50,7 +50,7 @@ def pack(kv: Mapping[str, Value], infos: Sequence[Info]) -> tuple[dict[str, Valu
 def unpack(path: Path, kv: Mapping[str, Value], infos: Sequence[Info]) -> tuple[dict[str, Value], list[Info]]:
     """What `pack` was given, from what it gave; a file without the keys stays as it is. infos: of all its shards.
 
-    A tensor may have its own type already: llama-quantize's COPY in the patched llama.cpp writes that, with the keys.
+    A tensor may have its own type already, where a program wrote the types that it knew and kept the keys.
     Raises InputError by the tensor's name, UnsupportedError for rules of another version.
     """
     if not any(key in kv for key in KEYS):

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from rich.table import Table
 
-from .. import display, output
+from .. import card, display, output
 from ..calibration import text as texts
 from ..errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
 from ..files import gguf_file
@@ -209,6 +209,8 @@ def validate(file: str | Path, baseline: str | Path, text: str | Path, **more: A
         print_table([result])
         if given.report is not None:
             output.write_json(given.report, result)
+        if given.card is not None:
+            card.add(Path(given.card), result)
     limits = {"mean_kld": ("mean KL divergence", given.max_kld), "ppl_ratio": ("perplexity ratio", given.max_ppl_ratio)}
     for key, (what, limit) in limits.items():
         if limit is not None and result[key] > limit:

@@ -74,15 +74,7 @@ def info(source: gguf_file.Gguf) -> dict[str, str]:
     largest = max((t for t in source.tensors if t.name in {name for name, *_ in ours}), key=lambda t: t.n_weights)
     label = source.get("gguf_splitq.type", str, "") or gguf_file.type_name(largest.type_id)
     weights = sum(t.n_weights for t in source.tensors if t.name not in sides)
-    return {"parameter_size": human(weights), "quantization_level": label.upper()}
-
-
-def human(count: int) -> str:
-    """A number of parameters as Ollama writes it: 4.23M, 7.6B."""
-    for unit, size, digits in (("B", 10**9, 1), ("M", 10**6, 2), ("K", 10**3, 0)):
-        if count >= size:
-            return f"{count // size if count % size == 0 else format(count / size, f'.{digits}f')}{unit}"
-    return str(count)
+    return {"parameter_size": display.parameters(weights), "quantization_level": label.upper()}
 
 
 def address(text: str) -> tuple[str, str, int, str]:
