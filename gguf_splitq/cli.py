@@ -76,6 +76,7 @@ gguf-splitq run MODEL-sq4.gguf -p "Why is the sky blue?" --single-turn
 """
 OLLAMA = """
 gguf-splitq ollama serve               # in place of `ollama serve`
+gguf-splitq ollama create NAME MODEL-sq4.gguf    # then: ollama run NAME
 gguf-splitq ollama install --system    # for its systemd service, as root
 """
 RUNTIME = """
@@ -209,10 +210,10 @@ def _run(file: str, options: list[str]) -> None:
 
 
 def _ollama(action: str, **options: Any) -> None:
-    from .serving import service, shadow
+    from .serving import creating, service, shadow
 
-    ways: dict[str, Callable[..., None]] = {"serve": shadow.serve, "stop": shadow.stop, "remove": shadow.remove}
-    ways |= {"install": service.install, "uninstall": service.uninstall}
+    ways: dict[str, Callable[..., object]] = {"serve": shadow.serve, "stop": shadow.stop, "remove": shadow.remove}
+    ways |= {"create": creating.create, "install": service.install, "uninstall": service.uninstall}
     ways[action](**options)
 
 
@@ -335,6 +336,15 @@ def _add_form(p: Any, **default: Any) -> None:
 def _add_ollama(p: argparse.ArgumentParser) -> None:
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("serve", help="run the installed Ollama with our llama.cpp for models of our types")
+    create = actions.add_parser("create", help="make a file a model of a running Ollama, near or far")
+    create.add_argument("name", metavar="NAME", help="the model's name there")
+    create.add_argument("file", metavar="FILE", help="a GGUF file, or the first of its shards")
+    modelfile = "template, system prompt, parameters (default: the file's own); its FROM is not looked at"
+    create.add_argument("--modelfile", metavar="M", help=modelfile)
+    taken = "replace a model of that name, which is gone then; without it one is refused"
+    create.add_argument("--overwrite", action="store_true", help=taken)
+    host = "address of the server (default: OLLAMA_HOST, else http://127.0.0.1:11434)"
+    create.add_argument("--host", metavar="URL", help=host)
     actions.add_parser("stop", help="end the servers that `serve` started")
     actions.add_parser("remove", help="end them and delete what `serve` made; the installed Ollama is as it was")
     for name, text in (("install", "make Ollama's systemd service do the same"), ("uninstall", "undo `install`")):

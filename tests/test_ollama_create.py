@@ -4,25 +4,29 @@
 import hashlib
 import json
 import os
+import socket
+import subprocess
+import sys
 import threading
-import urllib.error
-import urllib.request
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import crafted
 import ollama
 import pytest
 
-from gguf_splitq import display
+from gguf_splitq import cli, display
 from gguf_splitq.convert import convert
 from gguf_splitq.errors import EnvironmentFailed, InputError, UnsupportedError, UsageError
 from gguf_splitq.files import gguf_file
 from gguf_splitq.repack import repack
+from gguf_splitq.runtime import cache
 from gguf_splitq.serving import creating, modelfile
 from gguf_splitq.serving.creating import create
 
-REAL = os.environ.get("GGUF_SPLITQ_OLLAMA")  # address of a server that may be written to, run by `ollama serve` of ours
+REAL = os.environ.get("GGUF_SPLITQ_OLLAMA")  # an installed Ollama's executable
 
 
 class Ollama(ThreadingHTTPServer):
@@ -135,6 +139,16 @@ def test_a_file_becomes_a_model(server, model, tmp_path):
     made = server.models["mine"]
     assert made["info"] == {"parameter_size": display.parameters(weights), "quantization_level": "SQ4"}
     assert made["files"] == {"model.gguf": digest} and made.keys() == {"model", "files", "info", "stream"}
+
+
+def test_the_command(server, model, capsys):
+    assert cli.main(["ollama", "create", "mine", str(model)]) == 0
+    assert cli.main(["ollama", "create", "mine", str(model)]) == 2
+    assert cli.main(["ollama", "create", "mine", str(model), "--overwrite", "--host", server.url]) == 0
+    assert cli.main(["ollama", "create", "mine", "none.gguf"]) == 3
+    assert cli.main(["ollama", "create", "mine", str(model), "--modelfile", "none"]) == 3
+    assert cli.main(["ollama", "create", "mine", str(model), "--host", "127.0.0.1:1"]) == 6
+    assert capsys.readouterr().err.count("gguf-splitq: ") == 4
 
 
 def test_data_that_are_there_are_not_sent_again(server, model, tmp_path):
@@ -364,28 +378,43 @@ def test_parameters_are_written_as_ollama_writes_them(count, words):
     assert display.parameters(count) == words
 
 
-@pytest.mark.skipif(REAL is None, reason="GGUF_SPLITQ_OLLAMA names no server")
-def test_a_real_ollama_makes_shows_runs_and_deletes_a_model(demo_f16, tmp_path):
-    base = creating.Server(REAL).url
+@pytest.mark.skipif(REAL is None, reason="GGUF_SPLITQ_OLLAMA names no Ollama")
+def test_a_real_ollama_makes_shows_runs_and_deletes_a_model(runtime_programs, demo_f16, tmp_path, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{probe.getsockname()[1]}"
+    places = {"OLLAMA_HOST": host, "OLLAMA_MODELS": tmp_path / "models", "HOME": tmp_path}
+    places |= {"GGUF_SPLITQ_CACHE": cache.folder(), "PATH": f"{Path(REAL).parent}:{os.environ['PATH']}"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, str(value))
 
     def ask(method, path, **body):
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(base + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.loads(answer.read() or b"{}")
+        status, answer = creating.Server(host).ask(method, path, body, wait=300)
+        return answer | {"http": status}
 
-    (tmp_path / "Modelfile").write_text('TEMPLATE "{{ .Prompt }}"\nPARAMETER num_ctx 512\n')
-    name = "gguf-splitq-test"
-    file = convert(demo_f16, "sq4", tmp_path / "demo-sq4.gguf")
-    create(name, file, tmp_path / "Modelfile", overwrite=True, host=REAL)
-    try:
-        details = ask("POST", "/api/show", model=name)["details"]
-        assert details["quantization_level"] == "SQ4" and details["parameter_size"].endswith("M")
-        said = ask(
-            "POST", "/api/generate", model=name, prompt="It was a dark", stream=False, options={"num_predict": 8}
-        )
-        assert said["response"].strip()
-    finally:
-        ask("DELETE", "/api/delete", model=name)
-    with pytest.raises(urllib.error.HTTPError):
-        ask("POST", "/api/show", model=name)
+    def answers():
+        try:
+            return ask("GET", "/api/version")
+        except EnvironmentFailed:
+            return None
+
+    name, command = "gguf-splitq-test", [sys.executable, "-m", "gguf_splitq", "ollama", "serve"]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            while not answers():
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+            (tmp_path / "Modelfile").write_text('TEMPLATE "{{ .Prompt }}"\nPARAMETER num_ctx 512\n')
+            file = convert(demo_f16, "sq4", tmp_path / "demo-sq4.gguf")
+            create(name, file, tmp_path / "Modelfile")
+            with pytest.raises(UsageError, match="has a model of this name"):
+                create(name, file)
+            shown = ask("POST", "/api/show", model=name)
+            assert shown["details"]["quantization_level"] == "SQ4" and shown["details"]["parameter_size"] == "4.20M"
+            assert shown["template"] == "{{ .Prompt }}" and "num_ctx" in shown["parameters"]
+            said = ask("POST", "/api/generate", model=name, prompt="It was", stream=False, options={"num_predict": 8})
+            assert said["response"].strip(), (tmp_path / "log").read_text()
+            assert ask("DELETE", "/api/delete", model=name)["http"] == 200
+            assert ask("POST", "/api/show", model=name)["http"] == 404
+        finally:
+            server.terminate()

@@ -135,7 +135,7 @@ def test_validate_replaces_no_input(refused, file, way):
 
 
 NEW = ("new.json", Path("link") / "new.json", "./hf/../new.json", "dangling.json")
-OUTPUTS = ("--outfile", "--report", "--save-plan", "--hessians", "--mmproj")
+OUTPUTS = ("--outfile", "--report", "--save-plan", "--hessians", "--mmproj", "--card")
 
 
 @pytest.mark.parametrize("name", NEW, ids=str)
