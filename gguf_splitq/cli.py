@@ -401,7 +401,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--dry-run", action="store_true", help="print the plan with sizes; write nothing but --save-plan")
     report = "write every tensor's error, over an earlier report (default: none)"
     g.add_argument("--report", metavar="JSON", help=report)
-    _add_form(g.add_mutually_exclusive_group(), default=False)
+    _add_form(g.add_mutually_exclusive_group(), default=argparse.SUPPRESS)  # options.py has it
     card = "also write a model card for a hub (default: no; without FILE: %(const)s beside the output)"
     g.add_argument("--card", nargs="?", const="README.md", metavar="FILE", help=card)
     check = "do not try whether llama.cpp loads the file (default: tried, where it is built)"

@@ -54,13 +54,23 @@ def write_gguf(path, tensors, type="F16", alignment=None):
 
 
 def read_gguf(path):
-    """(key -> value, tensor name -> (type name, NumPy data)) by upstream's reader, independent of ours."""
+    """(key -> value, tensor name -> (type name, NumPy data)) by upstream's reader, independent of ours.
+
+    A container is read as what it stands for: its keys are left out, its tensors have their types and bytes.
+    """
     from gguf_splitq import types
 
     types.register_with_gguf()
     reader = gguf.GGUFReader(path)
-    tensors = {t.name: (t.tensor_type.name, np.array(t.data)) for t in reader.tensors}
-    return {key: field.contents() for key, field in reader.fields.items()}, tensors
+    keys = {key: field.contents() for key, field in reader.fields.items()}
+    version, names, ids = (keys.pop(f"gguf_splitq.container.{key}", []) for key in ("version", "tensors", "types"))
+    listed = dict(zip(names, ids, strict=True))
+    keys["GGUF.kv_count"] -= 3 if version else 0
+    tensors = {}
+    for t in reader.tensors:
+        kind, data = gguf.GGMLQuantizationType(listed.get(t.name, t.tensor_type)).name, np.array(t.data)
+        tensors[t.name] = (kind, data.view(np.uint8) if t.name in listed else data)
+    return keys, tensors
 
 
 def hf_folder(folder, kind="llama", dtype="bfloat16", shard="100KB", **options):
