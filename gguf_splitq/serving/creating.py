@@ -180,6 +180,7 @@ class Server:
             ) from error
 
     def refusal(self, what: str, status: int, answer: dict[str, Any]) -> EnvironmentFailed:
+        """The one sentence for what the server says no to."""
         said = words(answer) or f"status {status}"
         return EnvironmentFailed(f"{self.url}: Ollama refuses {what} ({said}): see its log")
 
