@@ -395,8 +395,8 @@ def test_a_real_ollama_runs_both(runtime_programs, demo_f16, tmp_path, monkeypat
                     "options": few,
                 }
                 assert ask("/api/chat", body)["message"]["content"]
-                running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-                blob = digest.replace(":", "-")
-                assert re.search(rf"^{re.escape(str(folder))}/llama-server .*{blob}", running, re.MULTILINE), running
+                running = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
+                runner = rf"^{re.escape(str(folder))}/llama-server --model {re.escape(str(tmp_path))}/models/blobs/"
+                assert re.search(runner, running, re.MULTILINE), running
         finally:
             server.terminate()
