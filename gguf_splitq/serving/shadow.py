@@ -15,13 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.parse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from ..errors import EnvironmentFailed
 from ..runtime import building, cache
+from . import creating
 
 SCRIPTS = Path(__file__).with_name("ollama")
 PLACES = (  # where an Ollama may be that is not in PATH
@@ -70,7 +69,7 @@ def serve() -> NoReturn:
     Raises EnvironmentFailed without Ollama or without a build of llama.cpp, and where a server is there already.
     """
     ollama, runtime = find(), building.path()
-    host, port = address(os.environ)
+    _, host, port, _ = creating.address(os.environ.get("OLLAMA_HOST", ""))
     with socket.socket() as probe:
         probe.settimeout(1)
         if probe.connect_ex((host, port)) == 0:
@@ -118,19 +117,6 @@ def remove() -> None:
     """End the servers that `serve` started and delete their shadows; the installed Ollama is as it always was."""
     stop()
     shutil.rmtree(_home(), ignore_errors=True)
-
-
-def address(environ: Mapping[str, str]) -> tuple[str, int]:
-    """Where Ollama listens by its variable OLLAMA_HOST: host, host:port or a URL."""
-    given = environ.get("OLLAMA_HOST", "").strip().strip("\"'")
-    scheme, _, rest = given.rpartition("://")
-    ports = {"http": 80, "https": 443}
-    try:
-        parts = urllib.parse.urlsplit(f"//{rest}")
-        host, port = parts.hostname, parts.port or ports.get(scheme, 11434)
-    except ValueError:
-        host, port = None, 11434
-    return {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, host or ""), port
 
 
 def _home() -> Path:
