@@ -290,6 +290,25 @@ def test_a_build_can_be_moved(model, port, tmp_path):
     assert said[0] == said[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="nm of binutils")
+def test_an_archive_may_choose_its_cpu_back_end_at_run_time(runtime_programs):
+    """In an archive that is a module of its own, so nothing may be linked with it but libggml, by the one function."""
+
+    def symbols(path, which):
+        command = ["nm", "-D", which, path]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        return {
+            line.split()[-1] for line in lines if re.search(r" [TDBRU] \w*(ggml|splitq|sdr|columns|quantize)", line)
+        }
+
+    back_end = symbols(runtime_programs / "libggml-cpu.so", "--defined-only")
+    assert "ggml_backend_cpu_reg" in back_end
+    files = [*runtime_programs.glob("lib*.so"), *(runtime_programs / name for name in building.PROGRAMS)]
+    others = [path for path in files if "ggml-cpu" not in path.name]
+    shared = {path.name: symbols(path, "--undefined-only") & back_end for path in others}
+    assert {name: found for name, found in shared.items() if found} == {"libggml.so": {"ggml_backend_cpu_reg"}}
+
+
 def commands(title):
     """The lines of the first code block under a heading of docs/run.md."""
     section = (ROOT / "docs" / "run.md").read_text().split(f"# {title}\n")[1]
