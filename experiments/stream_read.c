@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Memory read bandwidth, in GB/s: the best of several passes in which THREADS threads read a buffer each, once through.
 //   stream_read THREADS LARGE     LARGE 1: in pages of 2 MB where the system gives them
 #define _GNU_SOURCE

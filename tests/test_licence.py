@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = "gguf_splitq", "convert", "tests"
-SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py")) if p.stat().st_size]
+FOLDERS = "gguf_splitq", "convert", "experiments", "tests"
+PATTERNS = "gguf_splitq/**/*.py", "convert/*.py", "experiments/*.py", "experiments/*.c", "tests/*.py"
+SOURCES = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern)) if path.stat().st_size]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
