@@ -22,7 +22,8 @@ from gguf_splitq.files import imatrix
 # Runs the command line in a child with one thing arranged beforehand.
 CHILD = """
 import os, resource, signal, sys
-from gguf_splitq import checkpoint, cli, rewrite
+from gguf_splitq import cli, rewrite
+from gguf_splitq.files import checkpoint
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with these ignored
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def at_tensor(name, number):
