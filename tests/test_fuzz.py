@@ -375,8 +375,8 @@ def test_side_tensors_in_the_c_loader_under_sanitizers(patched_tree, tmp_path):
         assert done.returncode == 0, f"seed {seed}: " + "\n".join(reports)
         answers |= {answer: int(count) for count, _, answer in (s.partition(" ") for s in done.stdout.splitlines())}
         seed += 1
-    source = (ggml / "src" / "ggml-claq.c").read_text()
-    check = source[source.index("claq_check(") : source.index("claq_decode_row(")]
+    source = (ggml / "src" / "ggml-columns.c").read_text()
+    check = source[source.index("ggml_splitq_check_columns(") : source.index("columns_decode_row(")]
     for reason in {part.partition('"')[0] for part in check.split('return "')[1:]}:
         assert answers.pop(reason) > 0  # each was met
     assert answers.keys() == {"accepted"} and answers["accepted"] > 1000

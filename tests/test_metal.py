@@ -2,7 +2,10 @@
 """The Metal kernels, run on the CPU by tests/c/metal.cpp: no Metal device has run them."""
 
 import re
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +14,13 @@ from gguf_splitq import types
 
 TYPES = {4: types.get("sq4"), 3: types.get("sq3"), 2: types.get("sq2")}
 IDS = ["sq4", "sq3", "sq2"]
+CMAKE = shutil.which("cmake") or str(Path(sys.executable).parent / "cmake")
 
 
 @pytest.fixture(scope="module")
 def metal(patched_tree, tmp_path_factory):
     """tests/c/metal.cpp as a program. C++ gets the kernels without Metal's attributes, and mul_mm.metal without what it
-    includes and without the instantiations for upstream's types."""
+    includes and without upstream's instantiations."""
     needs = "#include <barrier>\n_Float16 half;"
     if subprocess.run(["g++", "-std=gnu++20", "-fsyntax-only", "-xc++", "-"], input=needs, text=True).returncode:
         pytest.skip("this g++ lacks std::barrier or _Float16; g++ 12 has both")
@@ -24,11 +28,12 @@ def metal(patched_tree, tmp_path_factory):
     source = patched_tree / "ggml" / "src" / "ggml-metal"
     for name in ("splitq.h", "mul_mm.metal"):
         lines = (source / "kernels" / name).read_text().splitlines()
-        ours = [line for line in lines if "host_name" not in line or "splitq" in line]
+        ours = [line for line in lines if name == "splitq.h" or "host_name" not in line]
         text = "\n".join(line for line in ours if not re.match('#include "(common|dequantize).h"', line))
         (folder / name).write_text(re.sub(r"\[\[.*?]]", "", text))
     code = __file__.replace("test_metal.py", "c/metal.cpp")
-    flags = ["-std=gnu++20", "-O1", "-DGGML_METAL_SPLITQ", f"-I{folder}", f"-I{source}", f"-I{source.parent}"]
+    includes = [f"-I{path}" for path in (folder, source, source.parent, source.parents[1] / "include")]
+    flags = ["-std=gnu++20", "-O1", "-DGGML_METAL_SPLITQ", *includes]
     subprocess.run(["g++", *flags, code, "-o", folder / "metal", "-pthread"], check=True)
     return folder / "metal"
 
@@ -68,10 +73,40 @@ def test_products(metal, bits, kernel, tolerance, sizes):
 
 
 def test_kernels_have_the_names_that_the_host_asks_for(patched_tree):
-    folder = patched_tree / "ggml" / "src" / "ggml-metal" / "kernels"
-    text = "".join((folder / f"{name}.metal").read_text() for name in ("mul_mv", "mul_mm", "quantize"))
-    found = re.findall(r'host_name\("kernel_(\w+)"\)]].*\bsplitq_\w+<(\d)>', text)
+    source = patched_tree / "ggml" / "src" / "ggml-metal"
+    includes = [f"-I{path}" for path in (source, source.parent, source.parents[1] / "include")]
+    lists = re.findall(r"#define (SPLITQ_\w+_KERNELS)", (source / "kernels" / "splitq.h").read_text())
+    places = "".join(path.read_text() for path in (source / "kernels").glob("*.metal"))
+    assert len(lists) == 3 and all(places.count(f"\n{name}\n") == 1 for name in lists)
+    code = '#include "kernels/splitq.h"\n' + "\n".join(lists)
+    done = subprocess.run(["gcc", "-E", *includes, "-"], input=code, capture_output=True, text=True, check=True)
+    found = re.findall(r'host_name\("kernel_(\w+)"\)]][^;]*?\bsplitq_\w+<(\d)>', done.stdout)
     names = ["mul_mv_{}_f32", "mul_mv_id_{}_f32", "get_rows_{}"]
     names += [f"mul_mm_{experts}{{}}_{y}" for experts in ("", "id_") for y in ("f32", "f16")]
     wanted = [(name.format(TYPES[bits].name), str(bits)) for name in names for bits in TYPES]
     assert sorted(found) == sorted(wanted)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_build_puts_the_kernels_behind_upstreams_header(patched_tree, tmp_path, wanted):
+    source = patched_tree / "ggml" / "src"
+    shutil.copytree(source / "ggml-metal", tmp_path / "metal")
+    shutil.copy(source / "ggml-splitq-levels.h", tmp_path)
+    (tmp_path / "metal" / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.14)\nproject(metal NONE)\nset(METALLIB_KERNELS_DEQUANTIZE kernels/dequantize.h)\n"
+        "include(splitq.cmake)\nmessage(STATUS header=${METALLIB_KERNELS_DEQUANTIZE})\n"
+    )
+    command = [CMAKE, "-S", tmp_path / "metal", "-B", tmp_path / "build", f"-DGGML_METAL_SPLITQ={'ON' if wanted else 'OFF'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    header = re.search("header=(.*)", done.stdout)[1]
+    upstream = (source / "ggml-metal" / "kernels" / "dequantize.h").read_text()
+    if not wanted:
+        assert header == "kernels/dequantize.h" and "splitq" not in upstream
+        return
+    made = open(header).read()
+    assert made.startswith(upstream)
+    ours = made[len(upstream) :]
+    assert "#define GGML_METAL_SPLITQ\n" in ours
+    levels = (source / "ggml-splitq-levels.h").read_text()
+    assert levels in ours and "#define N_R0_SPLITQ" in ours
+    assert set(re.findall("#include.*", ours)) == {'#include "ggml.h"', "#include <stdbool.h>", "#include <stddef.h>"}  # the host's

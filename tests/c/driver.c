@@ -13,14 +13,14 @@
 //          the reference, and the side tensors at the end of stdin
 //   driver razor_mul, razor_mul_id ...   the same for sdr4 with activations razored to 4 bits
 #define _GNU_SOURCE
-#include "ggml-claq.c"
+#include "ggml-columns.c"
 #include "ggml-splitq.c"
 #include "ggml-sdr.c"
 #undef SPLITQ_UNROLL
 #include "ggml-cpu/splitq.c"
 #include "ggml-cpu/splitq-mul.c"
-#include "ggml-cpu/claq.c"
-#include "ggml-cpu/claq-mul.c"
+#include "ggml-cpu/columns.c"
+#include "ggml-cpu/columns-mul.c"
 #include "ggml-cpu/sdr.c"
 #include "ggml-cpu/sdr-a4.c"
 
@@ -43,7 +43,7 @@ const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) { // o
 }
 
 static size_t block_bytes(enum ggml_type type) {
-    return claq_is(type) ? (size_t) (4*claq_bits(type) + !claq_has_codebooks(type)) :
+    return ggml_splitq_has_columns(type) ? (size_t) (4*columns_bits(type) + !columns_has_codebooks(type)) :
            type == GGML_TYPE_SPLITQ_SQ4 ? sizeof(splitq_block_sq4) : type == GGML_TYPE_SPLITQ_SQ3 ? sizeof(splitq_block_sq3) :
            type == GGML_TYPE_SPLITQ_SQ2 ? sizeof(splitq_block_sq2) : type == GGML_TYPE_SPLITQ_SDR4 ? sizeof(splitq_block_sdr4) :
            sizeof(splitq_block_sq4x);
@@ -131,11 +131,11 @@ struct thread {
 };
 
 // As splitq-hook.cpp has it.
-static bool multiply_claq(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+static bool multiply_columns(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     if (!params->use_ref && splitq_mul_claims(dst)) {
         return splitq_mul_forward(params, dst);
     }
-    claq_forward(params, dst, splitq_mul_lanes(dst->src[0]));
+    columns_forward(params, dst, splitq_mul_lanes(dst->src[0]));
     return true;
 }
 
@@ -154,11 +154,11 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
     void * values  = read_all(sizeof(float)*n*n1*n2);
     void * chosen  = experts ? read_all(sizeof(int32_t)*used*tokens) : NULL;
     char ** last   = argv + (experts ? 6 : 5);
-    const bool claq = claq_is(type);
-    const size_t side_size = claq ? atoi(last[0]) : 0;
+    const bool columns = ggml_splitq_has_columns(type);
+    const size_t side_size = columns ? atoi(last[0]) : 0;
     struct ggml_tensor side = tensor(GGML_TYPE_I8, 1, read_all(side_size*matrices), side_size, matrices, 1);
-    for (int64_t i = 0; claq && i < matrices; ++i) {
-        const char * wrong = claq_check(type, n, rows, (char *) side.data + i*side_size, side_size);
+    for (int64_t i = 0; columns && i < matrices; ++i) {
+        const char * wrong = ggml_splitq_check_columns(type, n, rows, (char *) side.data + i*side_size, side_size);
         if (wrong) {
             fprintf(stdout, "%s", wrong);
             return 0;
@@ -174,7 +174,7 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
     dst.src[0] = &x;
     dst.src[1] = &y;
     dst.src[2] = experts ? &ids : NULL;
-    dst.src[3] = claq ? &side : NULL;
+    dst.src[3] = columns ? &side : NULL;
     if (atoi(argv[3])) {
         if (!splitq_mul_can_interleave(&x)) {
             return 0;
@@ -182,18 +182,18 @@ static int multiply(bool razored, bool experts, enum ggml_type type, int64_t n, 
         x.data = guarded(ggml_row_size(type, n)*rows*matrices);
         splitq_mul_interleave(&x, weights);
     }
-    if (!(razored ? sdr_a4_claims : claq ? claq_claims : splitq_mul_claims)(&dst)) {
+    if (!(razored ? sdr_a4_claims : columns ? columns_claims : splitq_mul_claims)(&dst)) {
         return 0;
     }
 
-    const size_t size = razored ? sdr_a4_work_size(&dst) : MAX(claq ? claq_work_size(threads, &dst) : 0, splitq_mul_work_size(threads, &dst));
+    const size_t size = razored ? sdr_a4_work_size(&dst) : MAX(columns ? columns_work_size(threads, &dst) : 0, splitq_mul_work_size(threads, &dst));
     char * work = guarded(size);
     struct thread team[16];
     team_size = threads;
     for (int i = 0; i < threads; ++i) {
         team[i] = (struct thread) { .params = { .ith = i, .nth = threads, .wsize = size, .wdata = work,
-                                                 .use_ref = claq && atoi(last[1]) }, .dst = &dst,
-                                     .forward = razored ? sdr_a4_forward : claq ? multiply_claq : splitq_mul_forward };
+                                                 .use_ref = columns && atoi(last[1]) }, .dst = &dst,
+                                     .forward = razored ? sdr_a4_forward : columns ? multiply_columns : splitq_mul_forward };
         pthread_create(&team[i].id, NULL, run, &team[i]);
     }
     for (int i = 0; i < threads; ++i) { pthread_join(team[i].id, NULL); }
@@ -214,7 +214,7 @@ int main(int argc, char ** argv) {
     if (strcmp(argv[1], "cache") == 0) {
         const float * x = read_all(sizeof(float)*n*rows);
         char * out = malloc(row_size*rows);
-        sdr_quantize_row_sdr4(x, out, (int64_t) n*rows);
+        splitq_quantize_row_sdr4(x, out, (int64_t) n*rows);
         return fwrite(out, row_size, rows, stdout) != (size_t) rows;
     }
     if (strcmp(argv[1], "encode") == 0) {
@@ -247,7 +247,7 @@ int main(int argc, char ** argv) {
     for (int row = 0; row < rows; ++row) {
         float s;
         (type == GGML_TYPE_SPLITQ_SQ4 ? splitq_vec_dot_sq4_q8_0 : type == GGML_TYPE_SPLITQ_SQ3 ? splitq_vec_dot_sq3_q8_0 :
-         type == GGML_TYPE_SPLITQ_SQ2 ? splitq_vec_dot_sq2_q8_0 : type == GGML_TYPE_SPLITQ_SDR4 ? sdr_vec_dot_sdr4_q8_0 :
+         type == GGML_TYPE_SPLITQ_SQ2 ? splitq_vec_dot_sq2_q8_0 : type == GGML_TYPE_SPLITQ_SDR4 ? splitq_vec_dot_sdr4_q8_0 :
          splitq_vec_dot_sq4x_q8_0)(
             n, &s, 0, x + row*row_size, 0, y + row*q8_size, 0, 1);
         fwrite(&s, sizeof(s), 1, stdout);

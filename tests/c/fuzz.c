@@ -2,7 +2,7 @@
 // decoded, in memory that ends where the tensor ends; what it refuses has a reason.
 //
 //   fuzz ROUNDS SEED     stdout: how many side tensors came to which answer ("accepted" or the reason), a line each
-#include "ggml-claq.c"
+#include "ggml-columns.c"
 #include "ggml-splitq.c"
 #include "ggml-sdr.c"
 
@@ -21,7 +21,7 @@ const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) { // o
 }
 
 size_t ggml_row_size(enum ggml_type type, int64_t n) { // of the types with side tensors
-    return n/CLAQ_QK*(4*claq_bits(type) + !claq_has_codebooks(type));
+    return n/COLUMNS_QK*(4*columns_bits(type) + !columns_has_codebooks(type));
 }
 
 void quantize_row_q8_0(const float * x, void * y, int64_t n) { // not called here
@@ -56,16 +56,16 @@ static void finite_halves(ggml_half * h, size_t n) {
 
 // A sound side tensor, `*size` bytes.
 static void * side_tensor(enum ggml_type type, uint32_t rows, uint32_t columns, size_t * size) {
-    const bool codebooks = claq_has_codebooks(type);
-    uint32_t header[8] = { CLAQ_MAGIC, rows, columns };
+    const bool codebooks = columns_has_codebooks(type);
+    uint32_t header[8] = { COLUMNS_MAGIC, rows, columns };
     const bool numbered = columns <= 65536 || below(2); // beyond that neither is allowed
-    header[3] = claq_bits(type) < 4 && numbered ? below(columns/CLAQ_QK + 1) : 0;
+    header[3] = columns_bits(type) < 4 && numbered ? below(columns/COLUMNS_QK + 1) : 0;
     header[4] = codebooks && numbered && below(2) ? below(3*rows) : 0;
-    *size = claq_side_at(type, header).size;
+    *size = columns_side_at(type, header).size;
     char * data = allocated(*size);
     fill(data, *size);
     memcpy(data, header, sizeof(header));
-    const struct claq_side s = claq_side_at(type, data);
+    const struct columns_side s = columns_side_at(type, data);
     for (uint32_t i = 0; s.order && i < columns; ++i) { // a shuffle from the inside out
         const uint32_t j = below(i + 1);
         uint16_t * order = (uint16_t *) s.order;
@@ -108,29 +108,27 @@ static void count(const char * answer) {
 }
 
 static void side_tensors(void) {
-    static const enum ggml_type types[] = {
-        GGML_TYPE_CLAQ_CQ4, GGML_TYPE_CLAQ_CQ3, GGML_TYPE_CLAQ_CQ2, GGML_TYPE_CLAQ_SQ3C, GGML_TYPE_CLAQ_SQ2C,
-    };
-    const enum ggml_type type = types[below(5)];
+    static const enum ggml_type types[] = { GGML_SPLITQ_COLUMN_TYPES(GGML_SPLITQ_ITEM) };
+    const enum ggml_type type = types[below(sizeof(types)/sizeof(*types))];
     const bool many = below(500) == 0; // columns, more than 16 bits can number
-    const uint32_t rows = 1 + below(many ? 2 : 40), columns = CLAQ_QK*(many ? 2047 + below(4) : 1 + below(8));
+    const uint32_t rows = 1 + below(many ? 2 : 40), columns = COLUMNS_QK*(many ? 2047 + below(4) : 1 + below(8));
     size_t size;
     void * sound = side_tensor(type, rows, columns, &size);
     damage(sound, &size);
     const int shift = below(16) ? 0 : 1 + below(3);
     char * memory = allocated(size + shift), * data = memory + shift;
     memcpy(data, sound, size);
-    const char * wrong = claq_check(type, columns, rows, data, size);
+    const char * wrong = ggml_splitq_check_columns(type, columns, rows, data, size);
     count(wrong ? wrong : "accepted");
     if (!wrong) {
-        const struct claq_side side = claq_side_at(type, data);
+        const struct columns_side side = columns_side_at(type, data);
         const size_t row_size = ggml_row_size(type, columns);
         char  * codes = allocated(rows*row_size);
         float * y = allocated(columns*sizeof(float));
         fill(codes, rows*row_size);
         for (uint32_t r = 0; r < rows; ++r) {
             memset(y, 0xff, columns*sizeof(float));
-            claq_decode_row(type, &side, codes + r*row_size, 1, r, y);
+            columns_decode_row(type, &side, codes + r*row_size, 1, r, y);
             for (uint32_t i = 0; i < columns; ++i) { // NaN before
                 if (!isfinite(y[i])) { fprintf(stderr, "a weight that was not decoded\n"); abort(); }
             }
@@ -149,7 +147,7 @@ static void blocks(void) {
         { GGML_TYPE_SPLITQ_SQ3,  N/SPLITQ_QK*sizeof(splitq_block_sq3),  splitq_dequantize_row_sq3  },
         { GGML_TYPE_SPLITQ_SQ2,  N/SPLITQ_QK*sizeof(splitq_block_sq2),  splitq_dequantize_row_sq2  },
         { GGML_TYPE_SPLITQ_SQ4X, sizeof(splitq_block_sq4x),             splitq_dequantize_row_sq4x },
-        { GGML_TYPE_SPLITQ_SDR4, N/SPLITQ_QK*sizeof(splitq_block_sdr4), sdr_dequantize_row_sdr4    },
+        { GGML_TYPE_SPLITQ_SDR4, N/SPLITQ_QK*sizeof(splitq_block_sdr4), splitq_dequantize_row_sdr4    },
     };
     const int k = below(5);
     void  * data = allocated(families[k].size);

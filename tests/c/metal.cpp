@@ -1,5 +1,5 @@
 // Runs the Metal kernels on the CPU: a thread for each of a threadgroup's, and just enough of Metal's library.
-// tests/test_metal.py compiles this with upstream's mul_mm.metal, of which it keeps only the instantiations for splitq.
+// tests/test_metal.py compiles this with splitq.h and upstream's mul_mm.metal, of which it keeps no instantiation but ours.
 //
 //   metal decode BITS HALF       stdin: blocks; stdout: their weights, float32 or float16
 //   metal mul_mv BITS COLUMNS ROWS MATRICES TOKENS REPEATS    stdin: float32 activations of each of MATRICES*REPEATS batches,
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "ggml-metal-impl.h"
+#include "ggml-metal-splitq.h"
 
 using namespace std;
 

@@ -34,7 +34,7 @@ static void append(std::vector<char> & data, const void * x, size_t n, size_t al
 
 // The side tensor of a matrix whose columns all have the same scale and, if any, codebook; bytes as in docs/format.md.
 static std::vector<char> side_tensor(ggml_type type, uint32_t rows, uint32_t columns) {
-    const size_t bits = type == GGML_TYPE_CLAQ_CQ4 ? 4 : type == GGML_TYPE_CLAQ_CQ3 ? 3 : type == GGML_TYPE_CLAQ_CQ2 ? 2 : 0;
+    const size_t bits = type == GGML_TYPE_SPLITQ_CQ4 ? 4 : type == GGML_TYPE_SPLITQ_CQ3 ? 3 : type == GGML_TYPE_SPLITQ_CQ2 ? 2 : 0;
     const uint32_t header[8] = { 0x51414c43, rows, columns };
     const std::vector<ggml_fp16_t> row(rows, ggml_fp32_to_fp16(0.5f)), scale(columns, ggml_fp32_to_fp16(0.01f));
     std::vector<char> data;
@@ -46,7 +46,7 @@ static std::vector<char> side_tensor(ggml_type type, uint32_t rows, uint32_t col
         for (size_t i = 0; i < levels.size(); ++i) { levels[i] = (int8_t) (i % (1 << bits)*240/((1 << bits) - 1) - 120); }
         append(data, levels.data(), levels.size(), 32);
     }
-    const char * wrong = claq_check(type, columns, rows, data.data(), data.size());
+    const char * wrong = ggml_splitq_check_columns(type, columns, rows, data.data(), data.size());
     if (wrong) {
         fprintf(stderr, "side tensor: %s\n", wrong);
         exit(1);
@@ -57,7 +57,7 @@ static std::vector<char> side_tensor(ggml_type type, uint32_t rows, uint32_t col
 // Random rows as they are stored.
 static std::vector<char> stored(ggml_type type, int64_t rows, int64_t columns) {
     std::vector<char> data(rows*ggml_row_size(type, columns));
-    if (claq_is(type)) { // no encoder in C
+    if (ggml_splitq_has_columns(type)) { // no encoder in C
         for (size_t i = 0; i < data.size(); ++i) { data[i] = (char) rng(); }
         const size_t block = ggml_type_size(type);
         for (size_t i = block - 1; block % 4 && i < data.size(); i += block) { data[i] = 100; } // scales, else very unlike
@@ -71,7 +71,7 @@ static std::vector<char> stored(ggml_type type, int64_t rows, int64_t columns) {
 struct matrix {
     std::vector<char> data, side;
     matrix(ggml_type type, int64_t rows, int64_t columns) : data(stored(type, rows, columns)) {
-        if (claq_is(type)) { side = side_tensor(type, rows, columns); }
+        if (ggml_splitq_has_columns(type)) { side = side_tensor(type, rows, columns); }
     }
 };
 
@@ -154,9 +154,7 @@ static std::vector<float> product(const matrix & m, ggml_type type, int64_t rows
 
 static int products() {
     const ggml_type types[] = {
-        GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_TYPE_SPLITQ_SQ4, GGML_TYPE_SPLITQ_SQ3, GGML_TYPE_SPLITQ_SQ2,
-        GGML_TYPE_SPLITQ_SQ4X, GGML_TYPE_SPLITQ_SDR4, GGML_TYPE_CLAQ_CQ4, GGML_TYPE_CLAQ_CQ3, GGML_TYPE_CLAQ_CQ2,
-        GGML_TYPE_CLAQ_SQ3C, GGML_TYPE_CLAQ_SQ2C,
+        GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_SPLITQ_TYPES(GGML_SPLITQ_ITEM)
     };
     const int64_t rows = 128, columns = 512;
     int failures = 0;
@@ -186,8 +184,8 @@ static int products() {
 // A feed-forward network of one token, its activations made and used as in a model, so that memory is assigned as there.
 static int fused(int runs, bool repack) {
     const ggml_type types[] = {
-        GGML_TYPE_SPLITQ_SQ4, GGML_TYPE_SPLITQ_SQ3, GGML_TYPE_SPLITQ_SQ2, GGML_TYPE_SPLITQ_SDR4, GGML_TYPE_CLAQ_CQ4,
-        GGML_TYPE_CLAQ_CQ3, GGML_TYPE_CLAQ_CQ2, GGML_TYPE_CLAQ_SQ3C, GGML_TYPE_CLAQ_SQ2C,
+        GGML_TYPE_SPLITQ_SQ4, GGML_TYPE_SPLITQ_SQ3, GGML_TYPE_SPLITQ_SQ2, GGML_TYPE_SPLITQ_SDR4, GGML_TYPE_SPLITQ_CQ4,
+        GGML_TYPE_SPLITQ_CQ3, GGML_TYPE_SPLITQ_CQ2, GGML_TYPE_SPLITQ_SQ3C, GGML_TYPE_SPLITQ_SQ2C,
     };
     const int64_t shapes[][2] = { { 2048, 512 }, { 512, 512 }, { 1024, 96 }, { 256, 768 }, { 96, 1024 } }; // n_embd, n_ff
     int failures = 0;

@@ -90,14 +90,14 @@ SPLITQ_CLONES static void encode_sdr_row(const float * x, splitq_block_sdr4 * y,
     }
 }
 
-SPLITQ_CLONES void sdr_quantize_row_sdr4(const float * x, void * y, int64_t k) {
+SPLITQ_CLONES void splitq_quantize_row_sdr4(const float * x, void * y, int64_t k) {
     assert(k % SDR_QK == 0);
     for (int64_t i = 0; i < k; i += SDR_QK) {
         encode_sdr_block(x + i, unweighted, true, (splitq_block_sdr4 *) y + i/SDR_QK);
     }
 }
 
-SPLITQ_CLONES void sdr_dequantize_row_sdr4(const void * x, float * y, int64_t k) {
+SPLITQ_CLONES void splitq_dequantize_row_sdr4(const void * x, float * y, int64_t k) {
     assert(k % SDR_QK == 0);
     for (const splitq_block_sdr4 * b = x; k > 0; ++b, y += SDR_QK, k -= SDR_QK) {
         const splitq_block_sdr4 own = *b; // so that y cannot be seen to change it
@@ -110,11 +110,10 @@ SPLITQ_CLONES void sdr_dequantize_row_sdr4(const void * x, float * y, int64_t k)
     }
 }
 
-size_t sdr_quantize_chunk(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
+void sdr_quantize_chunk(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
     assert(n_per_row % SDR_QK == 0);
     const int64_t row_blocks = n_per_row/SDR_QK;
     for (int64_t row = 0; row < nrows; ++row) {
         encode_sdr_row(src + row*n_per_row, (splitq_block_sdr4 *) dst + row*row_blocks, n_per_row, imatrix);
     }
-    return nrows*row_blocks*sizeof(splitq_block_sdr4);
 }

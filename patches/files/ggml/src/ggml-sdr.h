@@ -50,11 +50,11 @@ static const float sdr_unit[256][2] = {
 
 static const int8_t splitq_levels_sdr4[16] = { 0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1 };
 
-GGML_API void sdr_quantize_row_sdr4  (const float * x, void * y, int64_t k);
-GGML_API void sdr_dequantize_row_sdr4(const void * x, float * y, int64_t k);
+GGML_API void splitq_quantize_row_sdr4  (const float * x, void * y, int64_t k);
+GGML_API void splitq_dequantize_row_sdr4(const void * x, float * y, int64_t k);
 
 // sdr4's part of ggml_quantize_chunk. There is nothing to validate: every byte is a code or a step.
-GGML_API size_t sdr_quantize_chunk(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+GGML_API void sdr_quantize_chunk(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
 
 #ifdef __cplusplus
 }

@@ -4,6 +4,7 @@
 // -ffp-contract=off), so that NumPy, doing the same operations on whole arrays, gives the same bytes.
 
 #include "ggml-splitq.h"
+#include "ggml-sdr.h"
 #include "ggml-splitq-encode.h"
 #include "ggml-impl.h"
 
@@ -317,6 +318,7 @@ size_t splitq_quantize_chunk(enum ggml_type type, const float * src, void * dst,
         case GGML_TYPE_SPLITQ_SQ3:  encode_sq3(src, dst, nrows, n_per_row, imatrix);       break;
         case GGML_TYPE_SPLITQ_SQ2:  encode_sq2(src, dst, nrows, n_per_row, imatrix);       break;
         case GGML_TYPE_SPLITQ_SQ4X: splitq_quantize_row_sq4x(src, dst, nrows*n_per_row);   break;
+        case GGML_TYPE_SPLITQ_SDR4: sdr_quantize_chunk(src, dst, nrows, n_per_row, imatrix); break;
         default: GGML_ABORT("not a splitq type: %d", type);
     }
     return nrows*ggml_row_size(type, n_per_row);
@@ -383,7 +385,7 @@ void splitq_errors(enum ggml_type type, const void * data, const float * x, int6
 
 bool splitq_validate_blocks(enum ggml_type type, const void * data, size_t nblocks) {
     if (type != GGML_TYPE_SPLITQ_SQ4X) {
-        return true; // every scale byte is a finite number and every code a level
+        return true; // every scale byte is a finite number and every code a level; side tensors are checked when loaded
     }
     const splitq_block_sq4x * b = data;
     for (size_t i = 0; i < nblocks; ++i) {

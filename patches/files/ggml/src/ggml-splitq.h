@@ -80,7 +80,7 @@ GGML_API void splitq_dequantize_row_sq3 (const void * x, float * y, int64_t k);
 GGML_API void splitq_dequantize_row_sq2 (const void * x, float * y, int64_t k);
 GGML_API void splitq_dequantize_row_sq4x(const void * x, float * y, int64_t k);
 
-// The family's part of ggml_quantize_chunk and ggml_validate_row_data.
+// The part of ggml_quantize_chunk and ggml_validate_row_data for types whose rows are decoded one by one, and for all types.
 GGML_API size_t splitq_quantize_chunk(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
 GGML_API bool   splitq_validate_blocks(enum ggml_type type, const void * data, size_t nblocks);
 

@@ -52,7 +52,7 @@ static inline sums add_block(sums acc, const splitq_block_sdr4 * x, const block_
 #endif
 }
 
-void sdr_vec_dot_sdr4_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
+void splitq_vec_dot_sdr4_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
     assert(n % SDR_QK == 0 && nrc == 1);
     GGML_UNUSED(bs), GGML_UNUSED(bx), GGML_UNUSED(by), GGML_UNUSED(nrc);
     const splitq_block_sdr4 * x = vx;

@@ -23,7 +23,7 @@ typedef struct {
 } sdr_block_a4;
 
 // The signature is ggml_vec_dot_t: n weights; nrc must be 1, the strides bs, bx and by are not used.
-void sdr_vec_dot_sdr4_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
+void splitq_vec_dot_sdr4_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
 
 // Razors one token of n activations, a multiple of 32, and returns its scale.
 float sdr_razor_activations(const float * x, sdr_block_a4 * y, int n);

@@ -1,10 +1,10 @@
-// Hands MUL_MAT and MUL_MAT_ID with weights of this project's types to splitq-mul.c, claq.c and sdr-a4.c, wherever on the
+// Hands MUL_MAT and MUL_MAT_ID with weights of this project's types to splitq-mul.c, columns.c and sdr-a4.c, wherever on the
 // CPU the weights are.
 // In this buffer type, which llama.cpp prefers unless told --no-repack, they are interleaved at load; with --no-repack they
 // stay in the memory-mapped file.
 #include "splitq-hook.h"
 
-#include "claq.h"
+#include "columns.h"
 #include "sdr-a4.h"
 #include "splitq-mul.h"
 #include "traits.h"
@@ -30,9 +30,9 @@ class traits : public ggml::cpu::tensor_traits {
     }
 };
 
-class claq_traits : public ggml::cpu::tensor_traits {
+class columns_traits : public ggml::cpu::tensor_traits {
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
-        size = claq_work_size(n_threads, op);
+        size = columns_work_size(n_threads, op);
         if (splitq_mul_claims(op)) {
             size = std::max(size, splitq_mul_work_size(n_threads, op));
         }
@@ -43,7 +43,7 @@ class claq_traits : public ggml::cpu::tensor_traits {
         if (!params->use_ref && splitq_mul_claims(op)) {
             return splitq_mul_forward(params, op);
         }
-        claq_forward(params, op, splitq_mul_lanes(op->src[0]));
+        columns_forward(params, op, splitq_mul_lanes(op->src[0]));
         return true;
     }
 };
@@ -78,12 +78,12 @@ class hook : public ggml::cpu::extra_buffer_type {
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         static traits instance;
-        static claq_traits columns;
+        static columns_traits columns;
         static razored_traits four_bits;
         if (razored(op)) {
             return &four_bits;
         }
-        if (claq_claims(op)) {
+        if (columns_claims(op)) {
             return &columns;
         }
         return splitq_mul_claims(op) ? &instance : nullptr;
@@ -140,6 +140,11 @@ bool may_run_ahead(const ggml_tensor * gate, const ggml_tensor * up, const ggml_
 }
 
 }  // namespace
+
+bool splitq_hook_denies(const ggml_tensor * op) {
+    const bool columns = ggml_splitq_has_columns(op->type) || (op->src[0] && ggml_splitq_has_columns(op->src[0]->type));
+    return columns && !columns_claims(op);
+}
 
 int splitq_hook_forward_fused(const ggml_compute_params * params, ggml_tensor * const * nodes, int n) {
     const auto ours = [](const ggml_tensor * op) { return splitq_mul_claims(op) && !razored(op); };

@@ -3,8 +3,8 @@
 #include "quants.h"
 #include "splitq-ints.h"
 #include "splitq-vec.h"
-#include "claq.h"
-#include "claq-mul.h"
+#include "columns.h"
+#include "columns-mul.h"
 #include "vec.h"
 
 // Two kernels:
@@ -191,13 +191,13 @@ static const struct kernels * kernels_of(enum ggml_type type) {
     static const struct kernels sq3  = { 2, mul_rows_sq3,  mul_panel_some_sq3 };
     static const struct kernels sq2  = { 2, mul_rows_sq2,  mul_panel_some_sq2 };
     static const struct kernels sdr4 = { 1, mul_rows_sdr4, mul_panel_some_sdr4 };
-    static const struct kernels claq = { 0 }; // see claq-mul.h
+    static const struct kernels columns = { 0 }; // see columns-mul.h
     switch (type) {
         case GGML_TYPE_SPLITQ_SQ4:  return &sq4;
         case GGML_TYPE_SPLITQ_SQ3:  return &sq3;
         case GGML_TYPE_SPLITQ_SQ2:  return &sq2;
         case GGML_TYPE_SPLITQ_SDR4: return &sdr4;
-        default: return claq_is(type) ? &claq : NULL;
+        default: return ggml_splitq_has_columns(type) ? &columns : NULL;
     }
 }
 
@@ -229,7 +229,7 @@ bool splitq_mul_claims(const struct ggml_tensor * op) {
     }
     const struct ggml_tensor * x = op->src[0];
     const struct ggml_tensor * y = op->src[1];
-    if (claq_is(x->type) && !claq_claims(op)) {
+    if (ggml_splitq_has_columns(x->type) && !columns_claims(op)) {
         return false;
     }
     return kernels_of(x->type) && x->view_src == NULL && (x->extra == NULL || is_interleaved(x)) && x->ne[3] == 1 && x->nb[0] == ggml_row_size(x->type, SPLITQ_QK) &&
@@ -253,7 +253,7 @@ struct job {
 struct layout {
     int64_t nb;                     // blocks in a row
     int64_t chunk;                  // rows of a unit of work
-    bool    interleaved, claq;
+    bool    interleaved, columns;
     bool    alone;                  // a single token: each thread packs it for itself and takes its share of the rows
     size_t  few, many;              // bytes of a token's activations
     size_t  tokens, packed, panels; // offsets
@@ -261,7 +261,7 @@ struct layout {
 };
 
 static bool row_by_row(const struct layout * l, int64_t count) {
-    return !l->interleaved && !l->claq && count <= SPLITQ_FEW;
+    return !l->interleaved && !l->columns && count <= SPLITQ_FEW;
 }
 
 static size_t packed_size(const struct layout * l, int64_t count) {
@@ -273,9 +273,9 @@ static struct layout layout_of(const struct ggml_tensor * op, int n_threads) {
     const struct ggml_tensor * ids = op->op == GGML_OP_MUL_MAT_ID ? op->src[2] : NULL;
     struct layout l;
     l.nb   = x->ne[0]/SPLITQ_QK;
-    l.claq = claq_is(x->type);
+    l.columns = ggml_splitq_has_columns(x->type);
     l.few  = sizeof(struct few)*((l.nb + LANES - 1)/LANES);
-    l.many = l.claq ? claq_token_size(x->ne[0]) : sizeof(struct many)*l.nb;
+    l.many = l.columns ? columns_token_size(x->ne[0]) : sizeof(struct many)*l.nb;
     l.interleaved = is_interleaved(x);
 
     const int64_t matrices = x->ne[2];
@@ -361,8 +361,8 @@ static float * result_of(const struct job * job, const struct ggml_tensor * dst,
     return (float *) ((char *) dst->data + at.i1*dst->nb[1] + at.i2*dst->nb[2] + at.i3*dst->nb[3]);
 }
 
-static struct claq_side side_of(const struct job * job, const struct ggml_tensor * dst) {
-    return claq_side_at(dst->src[0]->type, (const char *) dst->src[3]->data + job->matrix*dst->src[3]->nb[1]);
+static struct columns_side side_of(const struct job * job, const struct ggml_tensor * dst) {
+    return columns_side_at(dst->src[0]->type, (const char *) dst->src[3]->data + job->matrix*dst->src[3]->nb[1]);
 }
 
 // Thread ith of nth packs its share of each row.
@@ -371,10 +371,10 @@ static void pack(const struct layout * l, const struct job * job, const struct g
     const int64_t n = rows ? (l->nb + LANES - 1)/LANES : l->nb;
     const int first = n*ith/nth, last = n*(ith + 1)/nth;
     const int units = kernels_of(dst->src[0]->type)->units;
-    const struct claq_side side = l->claq ? side_of(job, dst) : (struct claq_side) { 0 };
+    const struct columns_side side = l->columns ? side_of(job, dst) : (struct columns_side) { 0 };
     for (int64_t t = 0; t < job->count; ++t) {
-        if (l->claq) {
-            claq_pack(&side, row_of(job, dst, t), first, last, t, job->count, job->packed);
+        if (l->columns) {
+            columns_pack(&side, row_of(job, dst, t), first, last, t, job->count, job->packed);
         } else if (rows) {
             pack_few(row_of(job, dst, t), l->nb, units, first, last, (struct few *) (job->packed + l->few*t));
         } else {
@@ -405,12 +405,12 @@ static void mul(const struct layout * l, const struct job * job, const struct gg
         }
     }
     const char * panel = l->interleaved ? row : panels;
-    if (l->claq) {
-        const struct claq_side side = side_of(job, dst);
+    if (l->columns) {
+        const struct columns_side side = side_of(job, dst);
         for (int64_t t = 0, n; t < job->count; t += n) {
             float * out[TOKENS];
             for (int i = 0; i < MIN(TOKENS, job->count - t); ++i) { out[i] = result_of(job, dst, t + i) + first; }
-            n = claq_mul(x->type, &side, (const uint8_t *) panel, first, last - first, job->packed, t, job->count, out);
+            n = columns_mul(x->type, &side, (const uint8_t *) panel, first, last - first, job->packed, t, job->count, out);
         }
         return;
     }
@@ -465,7 +465,7 @@ int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct g
     }
     const struct share share = share_of(params, a, &l);
     mul_share(a, &l, share);
-    mul_share(b, &l, l.claq ? share_of(params, b, &l) : share); // columns' scales are in the activations
+    mul_share(b, &l, l.columns ? share_of(params, b, &l) : share); // columns' scales are in the activations
     const float * gate = a->data, * up = b->data;
     ggml_vec_swiglu_f32((int) (share.last - share.first), (float *) nodes[2]->data + share.first, gate + share.first, up + share.first);
     return 2;

@@ -1,6 +1,8 @@
-// sq4, sq3 and sq2 for Metal: decoding, and matrix times vector. Included by dequantize.h when GGML_METAL_SPLITQ is on;
-// products with many columns and get_rows are upstream's templates around splitq_dequantize. tests/test_metal.py of
-// gguf-splitq runs this file on the CPU; no device has run it.
+// sq4, sq3 and sq2 for Metal: decoding, and matrix times vector. Stands behind dequantize.h when GGML_METAL_SPLITQ is on, see
+// splitq.cmake; products with many columns and get_rows are upstream's templates around splitq_dequantize. tests/test_metal.py
+// of gguf-splitq runs this file on the CPU; no device has run it.
+
+#include "ggml-metal-splitq.h"
 
 // 32 weights of sq4, sq3 or sq2, which have 4, 3 or 2 bits; bytes are read one by one, for a block has no alignment.
 template<short bits>
@@ -110,3 +112,32 @@ kernel void splitq_mul_mv(
         ushort sgitg[[simdgroup_index_in_threadgroup]]) {
     splitq_mul_mv_impl<bits, constant ggml_metal_kargs_mul_mv &>(args, src0, src1, dst, shmem, tgpig, tiisg, sgitg);
 }
+
+// The kernels, by the names that the host asks for; each list stands at the end of the file of upstream's that has the templates.
+#define SPLITQ_STRING(text) #text
+#define SPLITQ_KERNEL(name) template [[host_name(SPLITQ_STRING(kernel_##name))]] kernel
+#define SPLITQ_EACH(X)      X(sq4, 4) X(sq3, 3) X(sq2, 2)
+
+#define SPLITQ_MUL_MM_OF(prefix, name, bits, y, ...)                                                                  \
+    SPLITQ_KERNEL(prefix##_##name##_##y) prefix##_splitq_t kernel_##prefix<half, half4x4, simdgroup_half8x8, half, half2x4, \
+        simdgroup_half8x8, splitq_block<bits>, 2, splitq_dequantize, float, float4x4, __VA_ARGS__>;
+#define SPLITQ_MUL_MM_ALL(name, bits)                        \
+    SPLITQ_MUL_MM_OF(mul_mm,    name, bits, f32, float, float2x4) \
+    SPLITQ_MUL_MM_OF(mul_mm,    name, bits, f16, half,  half2x4)  \
+    SPLITQ_MUL_MM_OF(mul_mm_id, name, bits, f32, float, float2x4) \
+    SPLITQ_MUL_MM_OF(mul_mm_id, name, bits, f16, half,  half2x4)
+#define SPLITQ_MUL_MM_KERNELS                 \
+    typedef mul_mm_t  mul_mm_splitq_t;        \
+    typedef mul_mm_id mul_mm_id_splitq_t;     \
+    SPLITQ_EACH(SPLITQ_MUL_MM_ALL)
+
+#define SPLITQ_MUL_MV_ALL(name, bits)                                         \
+    SPLITQ_KERNEL(mul_mv_##name##_f32)    splitq_mul_mv_t splitq_mul_mv<bits>; \
+    SPLITQ_KERNEL(mul_mv_id_##name##_f32) kernel_mul_mv_id_t kernel_mul_mv_id<mmv_fn<splitq_mul_mv_impl<bits>>>;
+#define SPLITQ_MUL_MV_KERNELS                           \
+    typedef decltype(splitq_mul_mv<4>) splitq_mul_mv_t; \
+    SPLITQ_EACH(SPLITQ_MUL_MV_ALL)
+
+#define SPLITQ_GET_ROWS_ALL(name, bits) \
+    SPLITQ_KERNEL(get_rows_##name) get_rows_q_t kernel_get_rows_q<splitq_block<bits>, 2, splitq_dequantize>;
+#define SPLITQ_GET_ROWS_KERNELS SPLITQ_EACH(SPLITQ_GET_ROWS_ALL)

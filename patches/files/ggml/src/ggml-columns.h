@@ -12,37 +12,37 @@
 extern "C" {
 #endif
 
-#define CLAQ_QK    32
-#define CLAQ_MAGIC 0x51414c43u  // "CLAQ"
+#define COLUMNS_QK    32
+#define COLUMNS_MAGIC 0x51414c43u  // "CLAQ"
 
 // 32 columns of one row. A 32-bit word has, at each bit position, the codes of 4 neighbouring columns, one in each byte.
 typedef struct {
     uint8_t qs[16];  // byte 4*w + k: codes of columns 8*w + k (low nibble) and 8*w + 4 + k
-} claq_block_cq4;
+} splitq_block_cq4;
 
 typedef struct {
     uint8_t qs[8];   // low two bits of the codes, as in cq2
     uint8_t qh[4];   // bit 4*w + i of byte k: the high bit of column 16*w + 4*i + k
-} claq_block_cq3;
+} splitq_block_cq3;
 
 typedef struct {
     uint8_t qs[8];   // bits 2*i .. 2*i + 1 of byte 4*w + k: the code of column 16*w + 4*i + k
-} claq_block_cq2;
+} splitq_block_cq2;
 
 typedef struct {
-    claq_block_cq3 codes;
+    splitq_block_cq3 codes;
     uint8_t d;       // scale, see ggml-splitq.h
-} claq_block_sq3c;
+} splitq_block_sq3c;
 
 typedef struct {
-    claq_block_cq2 codes;
+    splitq_block_cq2 codes;
     uint8_t d;
-} claq_block_sq2c;
+} splitq_block_sq2c;
 
 // The side tensor of one matrix. Stored column i is input feature order[i];
 // weight[r, order[i]] = row[r] * scale[i] * level(i)[code], an outlier's value added; of sq3c and sq2c, with d and the levels
 // of the sq type of as many bits, d * scale[i] * level[code].
-struct claq_side {
+struct columns_side {
     uint32_t rows, columns;
     uint32_t wide;               // how many leading blocks have longer codes, their upper bits in extra
     uint32_t outliers;
@@ -57,31 +57,31 @@ struct claq_side {
     size_t size;                 // bytes of all this
 };
 
-GGML_API int  claq_bits(enum ggml_type type); // 0 for other types
-GGML_API bool claq_has_codebooks(enum ggml_type type);
+GGML_API int  columns_bits(enum ggml_type type); // 0 for other types
+GGML_API bool columns_has_codebooks(enum ggml_type type);
 
-// Where things are in the side tensor `data` of one matrix, which claq_check (ggml.h) has accepted.
-GGML_API struct claq_side claq_side_at(enum ggml_type type, const void * data);
+// Where things are in the side tensor `data` of one matrix, which ggml_splitq_check_columns (ggml.h) has accepted.
+GGML_API struct columns_side columns_side_at(enum ggml_type type, const void * data);
 
 // The levels of a block's first column.
-static inline const int8_t * claq_levels(const struct claq_side * side, int bits, uint32_t block) {
+static inline const int8_t * columns_levels(const struct columns_side * side, int bits, uint32_t block) {
     const uint32_t wide = block < side->wide ? block : side->wide;
-    return side->levels + (size_t) CLAQ_QK*(16*wide + ((size_t) (block - wide) << bits));
+    return side->levels + (size_t) COLUMNS_QK*(16*wide + ((size_t) (block - wide) << bits));
 }
 
 // Bits that a wide block's codes are longer by, which is also the words of them that a row has, and where they are: word w
 // at 64*w.
-static inline int claq_more_bits(int bits, bool codebooks) {
+static inline int columns_more_bits(int bits, bool codebooks) {
     return codebooks ? 4 - bits : 1;
 }
 
-static inline const uint8_t * claq_extra(const struct claq_side * side, int more, uint32_t row, uint32_t block) {
+static inline const uint8_t * columns_extra(const struct columns_side * side, int more, uint32_t row, uint32_t block) {
     return side->extra + ((size_t) row/16*side->wide + block)*more*64 + row % 16*4;
 }
 
 // Decodes row r into all its columns in the order of the activations. x: the rows r/lanes*lanes and following, of which
 // `lanes` stand side by side, see splitq-mul.h.
-GGML_API void claq_decode_row(enum ggml_type type, const struct claq_side * side, const void * x, int lanes, uint32_t r, float * y);
+GGML_API void columns_decode_row(enum ggml_type type, const struct columns_side * side, const void * x, int lanes, uint32_t r, float * y);
 
 #ifdef __cplusplus
 }

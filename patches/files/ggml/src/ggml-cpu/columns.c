@@ -1,19 +1,19 @@
-#include "claq.h"
+#include "columns.h"
 
-#include "ggml-claq.h"
+#include "ggml-columns.h"
 
-bool claq_claims(const struct ggml_tensor * op) {
+bool columns_claims(const struct ggml_tensor * op) {
     if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
         return false;
     }
     const struct ggml_tensor * x = op->src[0];
     const struct ggml_tensor * y = op->src[1];
-    return claq_is(x->type) && op->src[3] && op->src[3]->type == GGML_TYPE_I8 && op->src[3]->ne[1] == x->ne[2] &&
+    return ggml_splitq_has_columns(x->type) && op->src[3] && op->src[3]->type == GGML_TYPE_I8 && op->src[3]->ne[1] == x->ne[2] &&
         x->view_src == NULL && x->ne[3] == 1 && y->type == GGML_TYPE_F32 && y->nb[0] == sizeof(float) &&
         op->type == GGML_TYPE_F32 && op->nb[0] == sizeof(float);
 }
 
-size_t claq_work_size(int n_threads, const struct ggml_tensor * op) {
+size_t columns_work_size(int n_threads, const struct ggml_tensor * op) {
     return n_threads*sizeof(float)*op->src[0]->ne[0];
 }
 
@@ -24,16 +24,16 @@ static float exact_dot(const float * w, const char * y, int64_t n) {
     return (float) sum;
 }
 
-void claq_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst, int lanes) {
+void columns_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst, int lanes) {
     const struct ggml_tensor * x = dst->src[0], * y = dst->src[1], * ids = dst->src[2];
     const int64_t rows = x->ne[1], all = rows*x->ne[2], repeats = dst->ne[2]/x->ne[2];
     const size_t row_size = ggml_row_size(x->type, x->ne[0]);
     float * row = (float *) params->wdata + params->ith*x->ne[0];
     for (int64_t i = all*params->ith/params->nth; i < all*(params->ith + 1)/params->nth; ++i) {
         const int64_t matrix = i/rows, r = i % rows;
-        const struct claq_side side = claq_side_at(x->type, (const char *) dst->src[3]->data + matrix*dst->src[3]->nb[1]);
+        const struct columns_side side = columns_side_at(x->type, (const char *) dst->src[3]->data + matrix*dst->src[3]->nb[1]);
         const char * at = (const char *) x->data + matrix*x->nb[2] + r/lanes*lanes*row_size;
-        claq_decode_row(x->type, &side, at, lanes, (uint32_t) r, row);
+        columns_decode_row(x->type, &side, at, lanes, (uint32_t) r, row);
         char * to = (char *) dst->data + r*sizeof(float);
         if (dst->op == GGML_OP_MUL_MAT_ID) {
             for (int64_t t = 0; t < ids->ne[1]; ++t) {

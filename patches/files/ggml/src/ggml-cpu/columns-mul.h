@@ -1,22 +1,22 @@
 // Kernels of the types that have a side tensor, for splitq-mul.c, which spreads the work; only where there are vectors for them.
 #pragma once
 
-#include "ggml-claq.h"
+#include "ggml-columns.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 // Bytes of a token's activations.
-size_t claq_token_size(int64_t columns);
+size_t columns_token_size(int64_t columns);
 
 // Packs blocks [first, last) of token t of `count`, which share `packed`: scaled, in the order of the stored columns, as
 // 8-bit integers; for outliers also as they are.
-void claq_pack(const struct claq_side * side, const float * x, int first, int last, int64_t t, int64_t count, char * packed);
+void columns_pack(const struct columns_side * side, const float * x, int first, int last, int64_t t, int64_t count, char * packed);
 
 // Rows [row, row + rows) times tokens from t on, as many as one pass takes: their number. x: the rows, interleaved;
 // out[i]: where the results of the rows go for token t + i.
-int claq_mul(enum ggml_type type, const struct claq_side * side, const uint8_t * x, int64_t row, int64_t rows,
+int columns_mul(enum ggml_type type, const struct columns_side * side, const uint8_t * x, int64_t row, int64_t rows,
              const char * packed, int64_t t, int64_t count, float * const * out);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// What the kernels of ggml-claq.h's types need beside splitq-vec.h, for the same instruction sets. A vector has, of LANES
+// What the kernels of ggml-columns.h's types need beside splitq-vec.h, for the same instruction sets. A vector has, of LANES
 // interleaved rows, 4 neighbouring columns 4*j + k. Codes have bits + more bits; these and j are constants where these
 // functions are inlined.
 //
@@ -129,7 +129,7 @@ static inline vec_b look_up_own(const int n, const int8_t * levels, int j, vec_b
 
 // Codes of columns 4*j .. 4*j + 3 of a block of LANES rows, of which x has the words, 4*LANES bytes each, and extra the same
 // of the upper bits, at 64 bytes; with the bits of `other`, which has none where the codes are.
-static inline vec_b codes_claq(const int bits, const int more, const uint8_t * x, const uint8_t * extra, const int j, vec_b other) {
+static inline vec_b codes_of_columns(const int bits, const int more, const uint8_t * x, const uint8_t * extra, const int j, vec_b other) {
     if (bits == 4) {
         return place(set_b(0x0f0f0f0f), shift_by(load_b(x + j/2*4*LANES), j % 2*4), other);
     }
@@ -143,13 +143,13 @@ static inline vec_b codes_claq(const int bits, const int more, const uint8_t * x
 // The same columns' levels, with codebooks.
 static inline vec_b unpack_own(const int bits, const int more, const uint8_t * x, const uint8_t * extra, const int j, const int8_t * levels) {
     const int n = 1 << (bits + more);
-    return look_up_own(n, levels, j, codes_claq(bits, more, x, extra, j, beside(n, j)));
+    return look_up_own(n, levels, j, codes_of_columns(bits, more, x, extra, j, beside(n, j)));
 }
 
 #if LANES < 16
 // The same, with the levels of sq4, sq3 or sq2.
 static inline vec_b unpack_fixed(const int bits, const int more, const uint8_t * x, const uint8_t * extra, const int j, vec_t table) {
-    const vec_b code = codes_claq(bits, more, x, extra, j, set_b(0));
+    const vec_b code = codes_of_columns(bits, more, x, extra, j, set_b(0));
 #if LANES == 8
     return _mm256_shuffle_epi8(table, code);
 #else

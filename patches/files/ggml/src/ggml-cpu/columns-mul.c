@@ -1,11 +1,11 @@
-#include "claq-mul.h"
+#include "columns-mul.h"
 
 #include "ggml-impl.h"
 #include "splitq-vec.h"
 
 #if defined(LANES)
 
-#include "claq-vec.h"
+#include "columns-vec.h"
 
 // Panels with codebooks that are multiplied with one token at once: they share its activations and the levels, if there are
 // registers.
@@ -16,51 +16,51 @@
 #endif
 
 #if defined(__GNUC__)
-#define CLAQ_INLINE static inline __attribute__((always_inline))
-#define CLAQ_UNROLL _Pragma("GCC unroll 16")
-#define CLAQ_PREFETCH(at, bytes) for (size_t i = 0; i < (bytes); i += 64) { __builtin_prefetch((at) + i, 0, 2); }
+#define COLUMNS_INLINE static inline __attribute__((always_inline))
+#define COLUMNS_UNROLL _Pragma("GCC unroll 16")
+#define COLUMNS_PREFETCH(at, bytes) for (size_t i = 0; i < (bytes); i += 64) { __builtin_prefetch((at) + i, 0, 2); }
 #else
-#define CLAQ_INLINE static inline
-#define CLAQ_UNROLL
-#define CLAQ_PREFETCH(at, bytes)
+#define COLUMNS_INLINE static inline
+#define COLUMNS_UNROLL
+#define COLUMNS_PREFETCH(at, bytes)
 #endif
 
 // One block of a token.
-struct claq_block {
-    int8_t  q[CLAQ_QK];
+struct token_block {
+    int8_t  q[COLUMNS_QK];
     int32_t bias;
     float   d;
 };
 
 // Packed tokens: the blocks of one token after the other's, then for outliers the floats, column by column of TOKENS
 // tokens, or of those that are left.
-size_t claq_token_size(int64_t columns) {
-    return columns/CLAQ_QK*sizeof(struct claq_block) + columns*sizeof(float);
+size_t columns_token_size(int64_t columns) {
+    return columns/COLUMNS_QK*sizeof(struct token_block) + columns*sizeof(float);
 }
 
-static const struct claq_block * blocks_of(const struct claq_side * side, const char * packed, int64_t t) {
-    return (const struct claq_block *) packed + side->columns/CLAQ_QK*t;
+static const struct token_block * blocks_of(const struct columns_side * side, const char * packed, int64_t t) {
+    return (const struct token_block *) packed + side->columns/COLUMNS_QK*t;
 }
 
 // Of token t, the next column `*width` further.
-static float * plain_of(const struct claq_side * side, const char * packed, int64_t t, int64_t count, int64_t * width) {
+static float * plain_of(const struct columns_side * side, const char * packed, int64_t t, int64_t count, int64_t * width) {
     const int64_t group = t/TOKENS*TOKENS;
     *width = MIN(TOKENS, count - group);
     return (float *) (uintptr_t) blocks_of(side, packed, count) + side->columns*group + t - group;
 }
 
 // As q8_0, but with a float for a scale: activations times scales of columns can be too small for a half.
-static void quantize_block(const float x[CLAQ_QK], struct claq_block * y) {
-    int32_t bits[CLAQ_QK], most = 0, sum = 0;
+static void quantize_block(const float x[COLUMNS_QK], struct token_block * y) {
+    int32_t bits[COLUMNS_QK], most = 0, sum = 0;
     memcpy(bits, x, sizeof(bits));
-    for (int j = 0; j < CLAQ_QK; ++j) {
+    for (int j = 0; j < COLUMNS_QK; ++j) {
         const int32_t magnitude = bits[j] & 0x7fffffff;
         most = MAX(most, magnitude);
     }
     float max;
     memcpy(&max, &most, sizeof(max));
     const float inverse = max > 0 ? 127/max : 0;
-    for (int j = 0; j < CLAQ_QK; ++j) {
+    for (int j = 0; j < COLUMNS_QK; ++j) {
         const float rounded = x[j]*inverse + 0x1.8p23f; // the integer is in its lowest bits
         memcpy(&bits[j], &rounded, sizeof(rounded));
         y->q[j] = (int8_t) bits[j];
@@ -70,44 +70,44 @@ static void quantize_block(const float x[CLAQ_QK], struct claq_block * y) {
     y->d    = max/127;
 }
 
-void claq_pack(const struct claq_side * side, const float * x, int first, int last, int64_t t, int64_t count, char * packed) {
-    struct claq_block * y = (struct claq_block *) (uintptr_t) blocks_of(side, packed, t);
+void columns_pack(const struct columns_side * side, const float * x, int first, int last, int64_t t, int64_t count, char * packed) {
+    struct token_block * y = (struct token_block *) (uintptr_t) blocks_of(side, packed, t);
     int64_t width;
     float * plain = plain_of(side, packed, t, count, &width);
     for (int b = first; b < last; ++b) {
-        float v[CLAQ_QK];
-        for (int j = 0; j < CLAQ_QK; ++j) { v[j] = x[side->order ? side->order[CLAQ_QK*b + j] : CLAQ_QK*b + j]; }
-        for (int j = 0; side->outliers && j < CLAQ_QK; ++j) { plain[width*(CLAQ_QK*b + j)] = v[j]; }
-        for (int j = 0; j < CLAQ_QK; j += LANES) { store_f(v + j, mul_f(load_f(v + j), load_half(side->scale + CLAQ_QK*b + j))); }
+        float v[COLUMNS_QK];
+        for (int j = 0; j < COLUMNS_QK; ++j) { v[j] = x[side->order ? side->order[COLUMNS_QK*b + j] : COLUMNS_QK*b + j]; }
+        for (int j = 0; side->outliers && j < COLUMNS_QK; ++j) { plain[width*(COLUMNS_QK*b + j)] = v[j]; }
+        for (int j = 0; j < COLUMNS_QK; j += LANES) { store_f(v + j, mul_f(load_f(v + j), load_half(side->scale + COLUMNS_QK*b + j))); }
         quantize_block(v, y + b);
-        if (t % 2) { pair(y[b - (int) side->columns/CLAQ_QK].q, y[b].q); }
+        if (t % 2) { pair(y[b - (int) side->columns/COLUMNS_QK].q, y[b].q); }
     }
 }
 
 // The sum and a block's products, scaled by the activations' d and, without codebooks, the weights'.
-CLAQ_INLINE vec_f add_dots(const bool codebooks, vec_i dots, float y_d, vec_f d, vec_f sum) {
+COLUMNS_INLINE vec_f add_dots(const bool codebooks, vec_i dots, float y_d, vec_f d, vec_f sum) {
     return codebooks ? fma_f(to_f(dots), set_f(y_d), sum) : fma_f(mul_f(to_f(dots), set_f(y_d)), d, sum);
 }
 
 // Blocks [first, last) of `panels` times LANES rows, with n tokens, 1 or even. more: by how many bits all their codes are longer.
-CLAQ_INLINE void mul_claq_blocks(const int bits, const int more, const bool codebooks, const int panels, const int n, const struct claq_side * side,
-                                 const uint8_t * x, size_t row, uint32_t first, uint32_t last, const struct claq_block * y, vec_f * sum) {
+COLUMNS_INLINE void mul_columns_blocks(const int bits, const int more, const bool codebooks, const int panels, const int n, const struct columns_side * side,
+                                 const uint8_t * x, size_t row, uint32_t first, uint32_t last, const struct token_block * y, vec_f * sum) {
     static const int8_t * const fixed[] = { table_sq2, table_sq3, table_sq4 };
     const vec_t table = load_tables(fixed[bits + more - 2], 1 << (bits + more));
-    const size_t nb = side->columns/CLAQ_QK, size = (4*bits + !codebooks)*LANES;
+    const size_t nb = side->columns/COLUMNS_QK, size = (4*bits + !codebooks)*LANES;
     for (size_t b = first; b < last; ++b) {
-        const int8_t * levels = codebooks ? claq_levels(side, bits, b) : NULL;
+        const int8_t * levels = codebooks ? columns_levels(side, bits, b) : NULL;
         if (panels > 1) { // the processor prefetches one stream: the next panels are brought nearer in that order
-            CLAQ_PREFETCH(x + panels*(nb + b)*size, panels*size)
+            COLUMNS_PREFETCH(x + panels*(nb + b)*size, panels*size)
         }
         if (n == 1 && !codebooks) {
             SPLITQ_PANEL_PREFETCH(x + b*size, size)
         }
-        CLAQ_UNROLL
+        COLUMNS_UNROLL
         for (int p = 0; p < panels; ++p) {
-            const uint8_t * block = x + (nb*p + b)*size, * extra = more ? claq_extra(side, more, row + LANES*p, b) : NULL;
+            const uint8_t * block = x + (nb*p + b)*size, * extra = more ? columns_extra(side, more, row + LANES*p, b) : NULL;
             vec_b w[8];
-            CLAQ_UNROLL
+            COLUMNS_UNROLL
             for (int j = 0; j < 8; ++j) {
                 w[j] = codebooks ? unpack_own(bits, more, block, extra, j, levels) : unpack_fixed(bits, more, block, extra, j, table);
             }
@@ -117,9 +117,9 @@ CLAQ_INLINE void mul_claq_blocks(const int bits, const int more, const bool code
                 continue;
             }
             arrange(w);
-            CLAQ_UNROLL
+            COLUMNS_UNROLL
             for (int t = 0; t < n; t += 2) {
-                const struct claq_block * y0 = y + nb*t + b, * y1 = y0 + nb;
+                const struct token_block * y0 = y + nb*t + b, * y1 = y0 + nb;
                 vec_i dots[2] = { set_i(y0->bias), set_i(y1->bias) };
                 dot_pair(dots, w, y0->q, y1->q);
                 sum[t]     = add_dots(codebooks, dots[0], y0->d, d, sum[t]);
@@ -130,7 +130,7 @@ CLAQ_INLINE void mul_claq_blocks(const int bits, const int more, const bool code
 }
 
 // A row's outliers times n tokens.
-CLAQ_INLINE void add_outliers(const int n, const struct claq_side * side, size_t row, const float * plain, int64_t width, float * const * out, int64_t r) {
+COLUMNS_INLINE void add_outliers(const int n, const struct columns_side * side, size_t row, const float * plain, int64_t width, float * const * out, int64_t r) {
     float sum[16] = { 0 };
     for (uint32_t i = side->start[row]; i < side->start[row + 1]; ++i) {
         const float value = to_float(side->value[i]), * x = plain + width*side->column[i];
@@ -141,7 +141,7 @@ CLAQ_INLINE void add_outliers(const int n, const struct claq_side * side, size_t
 
 // The same for up to LANES rows and one token: first all products, then the sums, most of which take one step. Loops over a
 // few outliers each would end where the processor does not expect it.
-static bool add_outliers_of_panel(const struct claq_side * side, size_t row, int64_t rows, const float * plain, int64_t width, float * out) {
+static bool add_outliers_of_panel(const struct columns_side * side, size_t row, int64_t rows, const float * plain, int64_t width, float * out) {
     enum { most = 1024 };
     const uint32_t * start = side->start + row;
     const uint32_t first = start[0]/LANES*LANES, count = start[rows] - first;
@@ -159,28 +159,28 @@ static bool add_outliers_of_panel(const struct claq_side * side, size_t row, int
     return true;
 }
 
-CLAQ_INLINE void mul_claq_rows(const int bits, const bool codebooks, const int n, const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,
+COLUMNS_INLINE void mul_columns_rows(const int bits, const bool codebooks, const int n, const struct columns_side * side, const uint8_t * x, size_t row, int64_t rows,
                                const char * packed, int64_t t, int64_t count, float * const * out) {
-    const struct claq_block * y = blocks_of(side, packed, t);
+    const struct token_block * y = blocks_of(side, packed, t);
     int64_t width;
     const float * plain = plain_of(side, packed, t, count, &width);
-    const uint32_t nb = side->columns/CLAQ_QK;
+    const uint32_t nb = side->columns/COLUMNS_QK;
     const size_t panel = (size_t) nb*(4*bits + !codebooks)*LANES;
-    const int most = n == 1 && codebooks ? PANELS : 1, more = claq_more_bits(bits, codebooks);
+    const int most = n == 1 && codebooks ? PANELS : 1, more = columns_more_bits(bits, codebooks);
     for (int64_t r = 0, panels; r < rows; r += panels*LANES, x += panels*panel) {
         vec_f sum[16];
         panels = rows - r > (most - 1)*LANES ? most : 1;
         for (int i = 0; i < most*n; ++i) { sum[i] = zero_f(); }
         if (panels == most) {
             if (bits != 4) {
-                mul_claq_blocks(bits, more, codebooks, most, n, side, x, row + r, 0, side->wide, y, sum);
+                mul_columns_blocks(bits, more, codebooks, most, n, side, x, row + r, 0, side->wide, y, sum);
             }
-            mul_claq_blocks(bits, 0, codebooks, most, n, side, x, row + r, side->wide, nb, y, sum);
+            mul_columns_blocks(bits, 0, codebooks, most, n, side, x, row + r, side->wide, nb, y, sum);
         } else {
             if (bits != 4) {
-                mul_claq_blocks(bits, more, codebooks, 1, n, side, x, row + r, 0, side->wide, y, sum);
+                mul_columns_blocks(bits, more, codebooks, 1, n, side, x, row + r, 0, side->wide, y, sum);
             }
-            mul_claq_blocks(bits, 0, codebooks, 1, n, side, x, row + r, side->wide, nb, y, sum);
+            mul_columns_blocks(bits, 0, codebooks, 1, n, side, x, row + r, side->wide, nb, y, sum);
         }
         for (int p = 0; p < panels; ++p) {
             const int64_t at = r + LANES*p;
@@ -206,32 +206,32 @@ CLAQ_INLINE void mul_claq_rows(const int bits, const bool codebooks, const int n
     }
 }
 
-#define CLAQ_ARGS side, x, row, rows, packed, t, count, out
-#define CLAQ_MUL(name, bits, codebooks)                                                                            \
-    static int mul_##name(const struct claq_side * side, const uint8_t * x, size_t row, int64_t rows,              \
+#define COLUMNS_ARGS side, x, row, rows, packed, t, count, out
+#define COLUMNS_MUL(name, bits, codebooks)                                                                            \
+    static int mul_##name(const struct columns_side * side, const uint8_t * x, size_t row, int64_t rows,              \
                           const char * packed, int64_t t, int64_t count, float * const * out) {                    \
-        if (TOKENS >= 16 && count - t >= 16) { mul_claq_rows(bits, codebooks, 16, CLAQ_ARGS); return 16; }         \
-        if (TOKENS >=  8 && count - t >=  8) { mul_claq_rows(bits, codebooks,  8, CLAQ_ARGS); return  8; }         \
-        if (count - t >= 4)                  { mul_claq_rows(bits, codebooks,  4, CLAQ_ARGS); return  4; }         \
-        if (count - t >= 2)                  { mul_claq_rows(bits, codebooks,  2, CLAQ_ARGS); return  2; }         \
-        mul_claq_rows(bits, codebooks, 1, CLAQ_ARGS);                                                              \
+        if (TOKENS >= 16 && count - t >= 16) { mul_columns_rows(bits, codebooks, 16, COLUMNS_ARGS); return 16; }         \
+        if (TOKENS >=  8 && count - t >=  8) { mul_columns_rows(bits, codebooks,  8, COLUMNS_ARGS); return  8; }         \
+        if (count - t >= 4)                  { mul_columns_rows(bits, codebooks,  4, COLUMNS_ARGS); return  4; }         \
+        if (count - t >= 2)                  { mul_columns_rows(bits, codebooks,  2, COLUMNS_ARGS); return  2; }         \
+        mul_columns_rows(bits, codebooks, 1, COLUMNS_ARGS);                                                              \
         return 1;                                                                                                  \
     }
 
-CLAQ_MUL(cq4,  4, true)
-CLAQ_MUL(cq3,  3, true)
-CLAQ_MUL(cq2,  2, true)
-CLAQ_MUL(sq3c, 3, false)
-CLAQ_MUL(sq2c, 2, false)
+COLUMNS_MUL(cq4,  4, true)
+COLUMNS_MUL(cq3,  3, true)
+COLUMNS_MUL(cq2,  2, true)
+COLUMNS_MUL(sq3c, 3, false)
+COLUMNS_MUL(sq2c, 2, false)
 
-int claq_mul(enum ggml_type type, const struct claq_side * side, const uint8_t * x, int64_t row, int64_t rows,
+int columns_mul(enum ggml_type type, const struct columns_side * side, const uint8_t * x, int64_t row, int64_t rows,
              const char * packed, int64_t t, int64_t count, float * const * out) {
     switch (type) {
-        case GGML_TYPE_CLAQ_CQ4:  return mul_cq4(CLAQ_ARGS);
-        case GGML_TYPE_CLAQ_CQ3:  return mul_cq3(CLAQ_ARGS);
-        case GGML_TYPE_CLAQ_CQ2:  return mul_cq2(CLAQ_ARGS);
-        case GGML_TYPE_CLAQ_SQ3C: return mul_sq3c(CLAQ_ARGS);
-        case GGML_TYPE_CLAQ_SQ2C: return mul_sq2c(CLAQ_ARGS);
+        case GGML_TYPE_SPLITQ_CQ4:  return mul_cq4(COLUMNS_ARGS);
+        case GGML_TYPE_SPLITQ_CQ3:  return mul_cq3(COLUMNS_ARGS);
+        case GGML_TYPE_SPLITQ_CQ2:  return mul_cq2(COLUMNS_ARGS);
+        case GGML_TYPE_SPLITQ_SQ3C: return mul_sq3c(COLUMNS_ARGS);
+        case GGML_TYPE_SPLITQ_SQ2C: return mul_sq2c(COLUMNS_ARGS);
         default: GGML_ABORT("type without a side tensor");
     }
 }

@@ -1,33 +1,33 @@
-#include "ggml-claq.h"
+#include "ggml-columns.h"
 
 #include "ggml-impl.h"
 #include "ggml-splitq.h"
 
 #include <string.h>
 
-_Static_assert(sizeof(claq_block_cq4) == 16, "cq4 block size");
-_Static_assert(sizeof(claq_block_cq3) == 12, "cq3 block size");
-_Static_assert(sizeof(claq_block_cq2) ==  8, "cq2 block size");
-_Static_assert(sizeof(claq_block_sq3c) == 13, "sq3c block size");
-_Static_assert(sizeof(claq_block_sq2c) ==  9, "sq2c block size");
+_Static_assert(sizeof(splitq_block_cq4) == 16, "cq4 block size");
+_Static_assert(sizeof(splitq_block_cq3) == 12, "cq3 block size");
+_Static_assert(sizeof(splitq_block_cq2) ==  8, "cq2 block size");
+_Static_assert(sizeof(splitq_block_sq3c) == 13, "sq3c block size");
+_Static_assert(sizeof(splitq_block_sq2c) ==  9, "sq2c block size");
 
-int claq_bits(enum ggml_type type) {
+int columns_bits(enum ggml_type type) {
     switch (type) {
-        case GGML_TYPE_CLAQ_CQ4:  return 4;
-        case GGML_TYPE_CLAQ_SQ3C:
-        case GGML_TYPE_CLAQ_CQ3:  return 3;
-        case GGML_TYPE_CLAQ_SQ2C:
-        case GGML_TYPE_CLAQ_CQ2:  return 2;
+        case GGML_TYPE_SPLITQ_CQ4:  return 4;
+        case GGML_TYPE_SPLITQ_SQ3C:
+        case GGML_TYPE_SPLITQ_CQ3:  return 3;
+        case GGML_TYPE_SPLITQ_SQ2C:
+        case GGML_TYPE_SPLITQ_CQ2:  return 2;
         default:                  return 0;
     }
 }
 
-bool claq_has_codebooks(enum ggml_type type) {
-    return type == GGML_TYPE_CLAQ_CQ4 || type == GGML_TYPE_CLAQ_CQ3 || type == GGML_TYPE_CLAQ_CQ2;
+bool columns_has_codebooks(enum ggml_type type) {
+    return type == GGML_TYPE_SPLITQ_CQ4 || type == GGML_TYPE_SPLITQ_CQ3 || type == GGML_TYPE_SPLITQ_CQ2;
 }
 
-bool claq_is(enum ggml_type type) {
-    return claq_bits(type) != 0;
+bool ggml_splitq_has_columns(enum ggml_type type) {
+    return columns_bits(type) != 0;
 }
 
 // The next section, of `size` bytes, or NULL if the matrix has none.
@@ -37,18 +37,18 @@ static const void * section(const char * data, size_t * at, bool present, size_t
     return start;
 }
 
-struct claq_side claq_side_at(enum ggml_type type, const void * data) {
+struct columns_side columns_side_at(enum ggml_type type, const void * data) {
     uint32_t header[8];
     memcpy(header, data, sizeof(header));
-    struct claq_side s = { .rows = header[1], .columns = header[2], .wide = header[3], .outliers = header[4], .size = sizeof(header) };
-    const int bits = claq_bits(type);
-    const bool codebooks = claq_has_codebooks(type);
+    struct columns_side s = { .rows = header[1], .columns = header[2], .wide = header[3], .outliers = header[4], .size = sizeof(header) };
+    const int bits = columns_bits(type);
+    const bool codebooks = columns_has_codebooks(type);
     const size_t rows = s.rows, columns = s.columns, wide = s.wide;
     s.order  = section(data, &s.size, wide > 0, 2*columns);
     s.row    = section(data, &s.size, codebooks, 2*rows);
     s.scale  = section(data, &s.size, true, 2*columns);
-    s.levels = section(data, &s.size, codebooks, CLAQ_QK*wide*16 + ((columns - CLAQ_QK*wide) << bits));
-    s.extra  = section(data, &s.size, wide > 0, (rows + 15)/16*wide*claq_more_bits(bits, codebooks)*64);
+    s.levels = section(data, &s.size, codebooks, COLUMNS_QK*wide*16 + ((columns - COLUMNS_QK*wide) << bits));
+    s.extra  = section(data, &s.size, wide > 0, (rows + 15)/16*wide*columns_more_bits(bits, codebooks)*64);
     s.start  = section(data, &s.size, s.outliers > 0, 4*(rows + 1));
     s.column = section(data, &s.size, s.outliers > 0, 2*(size_t) s.outliers);
     s.value  = section(data, &s.size, s.outliers > 0, 2*(size_t) s.outliers);
@@ -71,7 +71,7 @@ static bool is_permutation(const uint16_t * order, uint32_t n) {
     return true;
 }
 
-const char * claq_check(enum ggml_type type, int64_t columns, int64_t rows, const void * data, size_t size) {
+const char * ggml_splitq_check_columns(enum ggml_type type, int64_t columns, int64_t rows, const void * data, size_t size) {
     uint32_t header[8];
     if (size < sizeof(header)) {
         return "is too small";
@@ -80,22 +80,22 @@ const char * claq_check(enum ggml_type type, int64_t columns, int64_t rows, cons
         return "is not aligned";
     }
     memcpy(header, data, sizeof(header));
-    if (header[0] != CLAQ_MAGIC || header[5] || header[6] || header[7]) {
+    if (header[0] != COLUMNS_MAGIC || header[5] || header[6] || header[7]) {
         return "does not begin with the header of a side tensor";
     }
     if (header[1] != rows || header[2] != columns) {
         return "has a header that is not of the weight's shape";
     }
-    if (header[3] > columns/CLAQ_QK || (header[3] && claq_bits(type) == 4)) {
+    if (header[3] > columns/COLUMNS_QK || (header[3] && columns_bits(type) == 4)) {
         return "has more wide blocks than the weight can have";
     }
-    if (header[4] && !claq_has_codebooks(type)) {
+    if (header[4] && !columns_has_codebooks(type)) {
         return "has outliers, which the weight's type has not";
     }
     if ((header[3] || header[4]) && columns > 65536) {
         return "numbers columns by 16 bits, which the weight has too many for";
     }
-    const struct claq_side s = claq_side_at(type, data);
+    const struct columns_side s = columns_side_at(type, data);
     if (s.size > size) {
         return "is too small";
     }
@@ -119,18 +119,18 @@ const char * claq_check(enum ggml_type type, int64_t columns, int64_t rows, cons
     return NULL;
 }
 
-void claq_decode_row(enum ggml_type type, const struct claq_side * side, const void * x, int lanes, uint32_t r, float * y) {
+void columns_decode_row(enum ggml_type type, const struct columns_side * side, const void * x, int lanes, uint32_t r, float * y) {
     static const int8_t * const fixed[] = { splitq_levels_sq2, splitq_levels_sq3, splitq_levels_sq4 };
-    const int  bits = claq_bits(type), size = (int) ggml_row_size(type, CLAQ_QK), lane = r % lanes;
-    const bool codebooks = claq_has_codebooks(type);
+    const int  bits = columns_bits(type), size = (int) ggml_row_size(type, COLUMNS_QK), lane = r % lanes;
+    const bool codebooks = columns_has_codebooks(type);
     const uint8_t * block = x;
-    for (uint32_t b = 0; b < side->columns/CLAQ_QK; ++b, block += lanes*size) {
-        const int more = b < side->wide ? claq_more_bits(bits, codebooks) : 0, all = bits + more;
+    for (uint32_t b = 0; b < side->columns/COLUMNS_QK; ++b, block += lanes*size) {
+        const int more = b < side->wide ? columns_more_bits(bits, codebooks) : 0, all = bits + more;
         uint8_t q[16], e[16] = { 0 };
         for (int w = 0; w < bits; ++w) { memcpy(q + 4*w, block + 4*(lanes*w + lane), 4); }
-        for (int w = 0; w < more; ++w) { memcpy(e + 4*w, claq_extra(side, more, r, b) + 64*w, 4); }
+        for (int w = 0; w < more; ++w) { memcpy(e + 4*w, columns_extra(side, more, r, b) + 64*w, 4); }
         const float factor = codebooks ? GGML_FP16_TO_FP32(side->row[r]) : splitq_scale[block[lanes*(size - 1) + lane]];
-        for (int c = 0; c < CLAQ_QK; ++c) {
+        for (int c = 0; c < COLUMNS_QK; ++c) {
             const int k = c % 4, w = c/16, i = c/4 % 4;
             int code;
             if (bits == 4) {
@@ -141,8 +141,8 @@ void claq_decode_row(enum ggml_type type, const struct claq_side * side, const v
                 if (more == 1) { code |= (e[k] >> (4*w + i) & 1) << bits; }
                 if (more == 2) { code |= (e[4*w + k] >> 2*i & 3) << 2; }
             }
-            const int8_t * levels = codebooks ? claq_levels(side, bits, b) + ((size_t) c << all) : fixed[all - 2];
-            const uint32_t column = CLAQ_QK*b + c;
+            const int8_t * levels = codebooks ? columns_levels(side, bits, b) + ((size_t) c << all) : fixed[all - 2];
+            const uint32_t column = COLUMNS_QK*b + c;
             y[side->order ? side->order[column] : column] = factor*GGML_FP16_TO_FP32(side->scale[column])*levels[code];
         }
     }
