@@ -221,8 +221,10 @@ def _runtime(action: str, tests: bool = False, **options: Any) -> None:
     from .runtime import building, fetching, installing
 
     if action == "check":
-        for name in fetching.patches_check():
-            print(f"{name} applies")
+        changed = fetching.patches_check()
+        for name, lines in changed.items():
+            print(f"{name} applies: {lines} lines of llama.cpp's files changed")
+        print(f"{sum(changed.values())} changed lines in all")
         return
     ways: dict[str, Callable[..., Path]] = {"fetch": fetching.fetch, "path": building.path}
     ways |= {"build": lambda: building.build(tests), "install": installing.install, "archive": installing.archive}

@@ -70,7 +70,7 @@ def test_what_is_packed_stands_for_the_documented_weights(name, wide, outliers):
 
 
 class CSide(ctypes.Structure):
-    """`struct claq_side` of patches/files/ggml/src/ggml-claq.h."""
+    """`struct columns_side` of patches/files/ggml/src/ggml-columns.h."""
 
     _fields_ = [(name, ctypes.c_uint32) for name in ("rows", "columns", "wide", "outliers")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("order", "row", "scale", "levels", "extra", "start", "column")]

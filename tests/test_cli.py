@@ -61,7 +61,7 @@ def test_runtime_actions(monkeypatch, capsys):
     monkeypatch.setattr(fetching, "fetch", lambda: Path("/tree"))
     monkeypatch.setattr(building, "build", lambda tests=False: Path(f"/bin-{tests}"))
     monkeypatch.setattr(building, "path", lambda: Path("/bin"))
-    monkeypatch.setattr(fetching, "patches_check", lambda: ["one.patch"])
+    monkeypatch.setattr(fetching, "patches_check", lambda: {"one.patch": 3})
     monkeypatch.setattr(installing, "install", lambda prefix, overwrite: Path(f"/{prefix}-{overwrite}"))
     monkeypatch.setattr(installing, "archive", lambda file, overwrite: Path(f"/{file}-{overwrite}"))
     lines = {"fetch": "/tree", "build --tests": "/bin-True", "path": "/bin", "check": "one.patch"}

@@ -218,7 +218,7 @@ def test_patches_are_applied_inside_another_repository(tmp_path, patches, monkey
 
 
 def test_patches_check_notices_an_altered_cache(patches):
-    assert fetching.patches_check() == ["names.patch"]
+    assert fetching.patches_check() == {"names.patch": 1}
     next(cache.folder().glob("llama.cpp-*/src/names.txt")).write_text("one\ntwo\nthree\nfour\n")
     with pytest.raises(EnvironmentFailed, match="cache.llama.cpp-012345678 is not llama.cpp"):
         fetching.patches_check()

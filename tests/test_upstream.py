@@ -8,6 +8,7 @@ import pytest
 
 from gguf_splitq import plan, types
 from gguf_splitq.files.gguf_file import Tensor
+from gguf_splitq.runtime import patching
 
 
 def run(runtime_programs, *command: str) -> str:
@@ -16,6 +17,14 @@ def run(runtime_programs, *command: str) -> str:
     output = done.stdout.decode(errors="replace")
     assert done.returncode == 0, output[-3000:]
     return output
+
+
+def test_upstreams_files_change_little_and_each_place_in_one_patch(patched_tree):
+    series = patching.series()
+    assert sum(map(patching.changed_lines, series)) < 200
+    for patch in series:  # each could be taken out alone
+        undone = patching.git("apply", "--check", "--reverse", str(patch.resolve()), cwd=patched_tree)
+        assert undone.returncode == 0, undone.stderr
 
 
 def test_quantize_fns(runtime_programs):

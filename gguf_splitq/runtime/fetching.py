@@ -34,15 +34,15 @@ def tree() -> Path:
     return found
 
 
-def patches_check() -> list[str]:
-    """Apply the series to a clean copy of the pinned tree, without fuzz; returns the patches' names."""
+def patches_check() -> dict[str, int]:
+    """Apply the series to a clean copy of the pinned tree, without fuzz; returns how many lines each patch changes."""
     with cache.exclusive("fetch.lock"):
         upstream = pristine()
         _verify(upstream, str(upstream))
         with cache.scratch() as scratch:
             copy(upstream, scratch / "llama.cpp")
             patching.apply(scratch / "llama.cpp")
-    return [patch.name for patch in patching.series()]
+    return {patch.name: patching.changed_lines(patch) for patch in patching.series()}
 
 
 def pristine() -> Path:

@@ -34,6 +34,12 @@ def series() -> list[Path]:
     return [path.parent / line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
+def changed_lines(patch: Path) -> int:
+    """How many lines of upstream's files a patch adds and removes, blank ones counted."""
+    lines = patch.read_text().splitlines()
+    return sum(line[:1] in ("+", "-") and line[:4] not in ("+++ ", "--- ") for line in lines)
+
+
 def files() -> dict[str, Path]:
     """Own files to copy: path inside the tree -> source."""
     top = folder("patches") / "files"
