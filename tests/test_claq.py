@@ -86,15 +86,16 @@ def test_c_reads_the_same_weights(runtime_library, name, wide, outliers):
 
 def check_that_c_agrees(lib, kind, packed, data):
     """On the weights of a matrix of ROWS x COLUMNS."""
-    lib.claq_check.restype, lib.claq_side_at.restype = ctypes.c_char_p, CSide
-    lib.claq_check.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t]
-    assert lib.claq_check(kind.gguf_id, COLUMNS, ROWS, data.ctypes.data, len(data)) is None
-    assert b"too small" in lib.claq_check(kind.gguf_id, COLUMNS, ROWS, data.ctypes.data, len(data) - 32)
-    side = lib.claq_side_at(kind.gguf_id, ctypes.c_void_p(data.ctypes.data))
+    check, lib.columns_side_at.restype = lib.ggml_splitq_check_columns, CSide
+    check.restype = ctypes.c_char_p
+    check.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t]
+    assert check(kind.gguf_id, COLUMNS, ROWS, data.ctypes.data, len(data)) is None
+    assert b"too small" in check(kind.gguf_id, COLUMNS, ROWS, data.ctypes.data, len(data) - 32)
+    side = lib.columns_side_at(kind.gguf_id, ctypes.c_void_p(data.ctypes.data))
     found = np.empty((ROWS, COLUMNS), np.float32)
     for r in range(ROWS):
         row, out = ctypes.c_void_p(packed[r].ctypes.data), ctypes.c_void_p(found[r].ctypes.data)
-        lib.claq_decode_row(kind.gguf_id, ctypes.byref(side), row, 1, ctypes.c_uint32(r), out)
+        lib.columns_decode_row(kind.gguf_id, ctypes.byref(side), row, 1, ctypes.c_uint32(r), out)
     expected = kind.decode_rows(packed, kind.read_side(data, ROWS, COLUMNS, "x"), 0)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
