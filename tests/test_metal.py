@@ -93,11 +93,13 @@ def test_the_build_puts_the_kernels_behind_upstreams_header(patched_tree, tmp_pa
     shutil.copytree(source / "ggml-metal", tmp_path / "metal")
     shutil.copy(source / "ggml-splitq-levels.h", tmp_path)
     (tmp_path / "metal" / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.14)\nproject(metal NONE)\nset(METALLIB_KERNELS_DEQUANTIZE kernels/dequantize.h)\n"
+        "cmake_minimum_required(VERSION 3.14)\nproject(metal NONE)\n"
+        "set(METALLIB_KERNELS_DEQUANTIZE kernels/dequantize.h)\n"
         "include(splitq.cmake)\nmessage(STATUS header=${METALLIB_KERNELS_DEQUANTIZE})\n"
     )
-    command = [CMAKE, "-S", tmp_path / "metal", "-B", tmp_path / "build", f"-DGGML_METAL_SPLITQ={'ON' if wanted else 'OFF'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [CMAKE, "-S", tmp_path / "metal", "-B", tmp_path / "build"]
+    option = f"-DGGML_METAL_SPLITQ={'ON' if wanted else 'OFF'}"
+    done = subprocess.run([*command, option], capture_output=True, text=True, check=True)
     header = re.search("header=(.*)", done.stdout)[1]
     upstream = (source / "ggml-metal" / "kernels" / "dequantize.h").read_text()
     if not wanted:
@@ -109,4 +111,5 @@ def test_the_build_puts_the_kernels_behind_upstreams_header(patched_tree, tmp_pa
     assert "#define GGML_METAL_SPLITQ\n" in ours
     levels = (source / "ggml-splitq-levels.h").read_text()
     assert levels in ours and "#define N_R0_SPLITQ" in ours
-    assert set(re.findall("#include.*", ours)) == {'#include "ggml.h"', "#include <stdbool.h>", "#include <stddef.h>"}  # the host's
+    host = {'#include "ggml.h"', "#include <stdbool.h>", "#include <stddef.h>"}
+    assert set(re.findall("#include.*", ours)) == host
