@@ -4,8 +4,96 @@
 #include "llama-model-loader.h"
 #include "llama-model.h"
 
+#include "gguf.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
+#include <unordered_set>
+
+static const char * const CONTAINER_VERSION = "gguf_splitq.container.version"; // 1
+static const char * const CONTAINER_TENSORS = "gguf_splitq.container.tensors"; // their names
+static const char * const CONTAINER_TYPES   = "gguf_splitq.container.types";   // their types' ids
+static const char * const CONTAINER_KEYS[]  = { CONTAINER_VERSION, CONTAINER_TENSORS, CONTAINER_TYPES };
+
+// Whether a file is a container, and to be seen as one.
+static bool is_container(const gguf_context * keys) {
+    const char * compat = getenv("OLLAMA_LLAMA_CPP_COMPAT");
+    const auto has = [&](const char * name) { return gguf_find_key(keys, name) >= 0; };
+    return std::any_of(std::begin(CONTAINER_KEYS), std::end(CONTAINER_KEYS), has) && !(compat && std::string(compat) == "0");
+}
+
+static int64_t array_key(const gguf_context * keys, const char * name, gguf_type type) {
+    const int64_t key = gguf_find_key(keys, name);
+    if (key < 0 || gguf_get_kv_type(keys, key) != GGUF_TYPE_ARRAY || gguf_get_arr_type(keys, key) != type) {
+        throw std::runtime_error(format("the file is a container, but key %s is missing or not an array of the right type", name));
+    }
+    return key;
+}
+
+// Gives a tensor of bytes a type; what is wrong with that, NULL if nothing.
+static const char * give_type(ggml_tensor * tensor, ggml_type type) {
+    if (tensor->type == type) {
+        return nullptr;
+    }
+    if (tensor->type != GGML_TYPE_I8) {
+        return "has another type";
+    }
+    const int64_t size = ggml_type_size(type), row = tensor->ne[0];
+    if (row % size != 0 || ggml_nelements(tensor) == 0 || ggml_nbytes(tensor) > SIZE_MAX/256) { // so that weights can be counted
+        return "has rows that are no whole number of blocks";
+    }
+    tensor->type  = type;
+    tensor->nb[0] = size;
+    tensor->ne[0] = row/size*ggml_blck_size(type);
+    return nullptr;
+}
+
+void llama_splitq_open_container(const gguf_context * keys, const std::vector<ggml_context *> & contexts) {
+    if (!is_container(keys)) {
+        return;
+    }
+    const int64_t version = gguf_find_key(keys, CONTAINER_VERSION);
+    if (version < 0 || gguf_get_kv_type(keys, version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(keys, version) != 1) {
+        throw std::runtime_error(format("key %s is not 1: this build reads no other containers", CONTAINER_VERSION));
+    }
+    const int64_t names = array_key(keys, CONTAINER_TENSORS, GGUF_TYPE_STRING);
+    const int64_t types = array_key(keys, CONTAINER_TYPES,   GGUF_TYPE_UINT32);
+    const size_t count = gguf_get_arr_n(keys, names);
+    if (gguf_get_arr_n(keys, types) != count) {
+        throw std::runtime_error(format("keys %s and %s are not of the same length", CONTAINER_TENSORS, CONTAINER_TYPES));
+    }
+
+    std::unordered_map<std::string, ggml_tensor *> tensors;
+    for (ggml_context * ctx : contexts) {
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) { tensors[ggml_get_name(t)] = t; }
+    }
+    std::unordered_set<std::string> seen;
+    const uint32_t * ids = (const uint32_t *) gguf_get_arr_data(keys, types);
+    for (size_t i = 0; i < count; ++i) {
+        const std::string name = gguf_get_arr_str(keys, names, i);
+        const auto found = tensors.find(name);
+        const char * wrong = nullptr;
+        switch (ids[i]) {
+            GGML_SPLITQ_TYPES(GGML_SPLITQ_CASE) break;
+            default: wrong = "is given a type that is none of gguf-splitq's";
+        }
+        if (!wrong) { wrong = found == tensors.end() ? "is not there" : !seen.insert(name).second ? "is there twice" : nullptr; }
+        if (!wrong) { wrong = give_type(found->second, (ggml_type) ids[i]); }
+        if (wrong) {
+            throw std::runtime_error(format("tensor '%s', which key %s lists with type %u, %s", name.c_str(), CONTAINER_TENSORS, ids[i], wrong));
+        }
+    }
+}
+
+void llama_splitq_close_container(gguf_context * keys) {
+    if (is_container(keys)) {
+        for (const char * name : CONTAINER_KEYS) { gguf_remove_key(keys, name); }
+    }
+}
 
 // The name with one ending instead of another; empty if it does not have it.
 static std::string with_ending(const std::string & name, const std::string & ending, const std::string & other) {
@@ -23,10 +111,13 @@ static const ggml_tensor * weight_of(const llama_model_loader & ml, const ggml_t
 }
 
 void llama_splitq_prepare(llama_model_loader & ml) {
+    std::vector<ggml_context *> contexts;
+    for (const auto & ctx : ml.contexts) { contexts.push_back(ctx.get()); }
+    llama_splitq_open_container(ml.metadata, contexts);
+
+    ml.n_elements = 0;
     for (const auto & it : ml.weights_map) {
-        if (weight_of(ml, it.second.tensor)) {
-            ml.n_elements -= ggml_nelements(it.second.tensor);
-        }
+        ml.n_elements += weight_of(ml, it.second.tensor) ? 0 : ggml_nelements(it.second.tensor);
     }
 }
 

@@ -1,13 +1,27 @@
-// What llama.cpp's own files call for the tensor types of gguf-splitq: in the model loader for side tensors (X.columns beside
-// X.weight, see ggml-columns.h), in llama-quantize, in the KV cache.
+// What llama.cpp's own files call for the tensor types of gguf-splitq: in the model loader for containers and for side tensors
+// (X.columns beside X.weight, see ggml-columns.h), in llama-quantize, in the KV cache.
 #pragma once
 
 #include "ggml.h"
+#include "llama.h"
 
+#include <vector>
+
+struct gguf_context;
 struct llama_model;
 struct llama_model_loader;
 
-// Once the headers of all parts are read: side tensors do not count as parameters.
+// A container is a file that any reader of GGUF takes: tensors of our types are rows of bytes there, and two keys have their
+// names and types; docs/format.md of gguf-splitq defines it. Gives the tensors in `contexts`, those of all parts of a file, the
+// types and shapes that `keys`, of the first part, has for them. Their bytes and where they are stay the same. Throws, with a
+// tensor's name, where the keys cannot be right; does nothing for other files, and under OLLAMA_LLAMA_CPP_COMPAT=0, with which
+// Ollama wants files copied as they are.
+LLAMA_API void llama_splitq_open_container(const gguf_context * keys, const std::vector<ggml_context *> & contexts);
+
+// What is written has the types themselves: the keys go, unless llama_splitq_open_container did nothing.
+void llama_splitq_close_container(gguf_context * keys);
+
+// Once the headers of all parts are read: opens a container; side tensors do not count as parameters.
 void llama_splitq_prepare(llama_model_loader & ml);
 
 // The side tensor, as in the file, of a weight whose type has one, else NULL. Throws if it is missing or does not fit, and if
