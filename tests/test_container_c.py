@@ -1,4 +1,4 @@
-"""llama.cpp opens containers: tensors of our types as rows of bytes, their names and types in two keys (docs/format.md).
+"""llama.cpp opens containers: tensors of our types as rows of bytes, names and types in two keys (docs/format.md).
 
 Containers are made here by hand from files with the types' own ids.
 """
@@ -137,7 +137,7 @@ def test_logits_are_those_of_the_file_with_ids(runtime_programs, forms, name):
     assert logits(runtime_programs, native) == logits(runtime_programs, container)
 
 
-@pytest.mark.parametrize("options", [(), ("--no-mmap",), ("--no-repack",), ("--check-tensors",)])
+@pytest.mark.parametrize("options", [(), ("--load-mode", "none"), ("--no-repack",), ("--check-tensors",)])
 @pytest.mark.parametrize("name", ["sq4", "cq3"])
 def test_parts_and_ways_to_load(runtime_programs, forms, tmp_path, name, options):
     native, container = forms(name)
@@ -189,15 +189,16 @@ def test_quantized_anew(runtime_programs, forms, tmp_path):
         with read(out) as file:
             assert VERSION not in file.kv and not any(t.type_id in OURS for t in file.tensors)
     assert made[0] == made[1]
-    code, output = run(runtime_programs / "llama-quantize", "--allow-requantize", forms("cq3")[1], tmp_path / "no.gguf", "Q8_0")
+    without = [forms("cq3")[1], tmp_path / "no.gguf"]  # a decoder in C
+    code, output = run(runtime_programs / "llama-quantize", "--allow-requantize", *without, "Q8_0")
     assert code != 0 and "cq3" in output
 
 
 def test_what_knows_no_containers_refuses_them(runtime_programs, forms):
     """With OLLAMA_LLAMA_CPP_COMPAT=0 the loader is upstream's."""
-    _, container = forms("sq4")
-    code, output = run(runtime_programs / "llama-perplexity", "-m", container, "-f", crafted.DEMO / "eval.txt", env=AS_IS)
-    assert code != 0 and "has wrong shape; expected   256,   256, got   136,   256" in output
+    text = ["-f", crafted.DEMO / "eval.txt"]
+    code, output = run(runtime_programs / "llama-perplexity", "-m", forms("sq4")[1], *text, env=AS_IS)
+    assert code != 0 and re.search("has wrong shape; expected +256, +256.*, got +136, +256", output), output[-2000:]
 
 
 NAME = "blk.0.attn_q.weight"
@@ -216,7 +217,7 @@ HOSTILE = {
     "110": (lambda names, ids: {TYPES: numbers([110] * len(ids))}, "with type 110, is given a type"),
     "an unknown name": (lambda names, ids: {TENSORS: strings(["x\nü", *names[1:]])}, "is not there"),
     "an empty name": (lambda names, ids: {TENSORS: strings(["", *names[1:]])}, "tensor ''"),
-    "twice": (lambda names, ids: {TENSORS: strings(names + [NAME]), TYPES: numbers(ids + [100])}, f"'{NAME}', which key"),
+    "twice": (lambda names, ids: {TENSORS: strings(names + [NAME]), TYPES: numbers(ids + [100])}, f"'{NAME}', which"),
     "not of bytes": (
         lambda names, ids: {TENSORS: strings(["token_embd.weight", *names[1:]])}, "'token_embd.weight', which key",
     ),
@@ -247,14 +248,16 @@ def test_any_keys_and_shapes_end_in_a_message(runtime_programs, forms, tmp_path)
     tensors = as_bytes(tensors)[:30]
     kv["llama.block_count"] = Value.of(1)
     names = [tensor[0] for tensor in tensors]
+    pool = [*3 * names, "", "x", "\0", names[0] + "\0", "blk.0.columns"]
     rng, until, taken = random.Random(1), time.monotonic() + SECONDS, 0
     while taken < 20 or time.monotonic() < until:
-        listed = rng.choices([*names, *names, *names, "", "x", "\0", names[0] + "\0", "blk.0.columns"], k=rng.choice([0, 1, 2, 5, 30, 1000]))
+        listed = rng.choices(pool, k=rng.choice([0, 1, 2, 5, 30, 1000]))
         listed = listed if rng.random() < 0.5 else list(dict.fromkeys(listed))
         ids = rng.choices([*OURS, *OURS, 0, 8, 24, 99, 110, 2**31, 2**32 - 1], k=len(listed))
         shaped = []
         for name, shape, type_id, data in tensors:
-            sizes = rng.choice([shape, shape, (*shape, 1)[:4], (1, *shape)[-4:], (*shape[:-1], 1), (1,), (1, 1, 1, len(data))])
+            others = [(*shape, 1)[:4], (1, *shape)[-4:], (*shape[:-1], 1), (1,), (1, 1, 1, len(data))]
+            sizes = rng.choice([shape, shape, *others])
             fits = type_id != I8 or math.prod(sizes) > len(data)
             shaped.append((name, shape, type_id, data) if fits else (name, sizes, type_id, data[: math.prod(sizes)]))
         values = {VERSION: Value.of(1), TENSORS: strings(listed), TYPES: numbers(ids)}
