@@ -265,7 +265,11 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("repack", _repack, "Change the form of a file with our types; its data stay as they are.", REPACK)
     p.add_argument("file", metavar="FILE", help="a GGUF file, or the first of its shards, which become one")
-    _add_form(p.add_mutually_exclusive_group(required=True))
+    forms = p.add_mutually_exclusive_group(required=True)
+    form = "our types as rows of bytes that every GGUF reader takes, as `convert` writes them"
+    forms.add_argument("--container", action="store_true", help=form)
+    form = "our types with their own ids, 100 and up, which only the patched llama.cpp knows"
+    forms.add_argument("--native-ids", dest="container", action="store_false", help=form)
     p.add_argument("--outfile", metavar="OUT", help="file, folder or template (default: {name}-{type}.gguf)")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output; without it one is refused")
 
@@ -325,14 +329,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace an existing file; without it one is refused")
     actions.add_parser("check", help="apply the patches to a clean tree, without fuzz")
     return parser
-
-
-def _add_form(p: Any, **default: Any) -> None:
-    """The two forms of a file with our types."""
-    form = "our types as rows of bytes that every GGUF reader takes"
-    p.add_argument("--container", action="store_true", help=form, **default)
-    form = "our types with their own ids, 100 and up, which only the patched llama.cpp knows"
-    p.add_argument("--native-ids", dest="container", action="store_false", help=form, **default)
 
 
 def _add_ollama(p: argparse.ArgumentParser) -> None:
@@ -403,7 +399,8 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--dry-run", action="store_true", help="print the plan with sizes; write nothing but --save-plan")
     report = "write every tensor's error, over an earlier report (default: none)"
     g.add_argument("--report", metavar="JSON", help=report)
-    _add_form(g.add_mutually_exclusive_group(), default=argparse.SUPPRESS)  # options.py has it
+    native = "store our types with their own ids, 100 and up (default: as rows of bytes that every GGUF reader takes)"
+    g.add_argument("--native-ids", dest="container", action="store_false", help=native)
     card = "also write a model card for a hub (default: no; without FILE: %(const)s beside the output)"
     g.add_argument("--card", nargs="?", const="README.md", metavar="FILE", help=card)
     check = "do not try whether llama.cpp loads the file (default: tried, where it is built)"

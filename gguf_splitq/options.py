@@ -28,7 +28,6 @@ from .plan import mix
 from .runtime import native
 from .types.stock import missing_library
 
-CONTAINED = False  # whether `convert` writes a container unless it is told which form
 MAX_THREADS = 4096
 MOST_TOKENS = 1 << 30  # of a chunk, or chunks of a text
 MAX_REPORT = 1 << 28  # bytes of a JSON file that is looked into
@@ -115,7 +114,7 @@ class Convert(Options):
     report: str | Path | None = _path("written", "--report", None)
     load: bool = True
     mmproj: str | Path | None = _path("written", "--mmproj", None)
-    container: bool = CONTAINED
+    container: bool = True
     card: str | Path | None = _path("written", "--card", None)
     threads: int | None = None
     max_ram: str | int | None = None
