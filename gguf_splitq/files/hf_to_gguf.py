@@ -245,7 +245,7 @@ def write_in_pieces(gguf: Any, lazy: Any, torch: Any) -> None:
 
 
 def never_run_foreign_code() -> None:
-    """Refuse checkpoints that bring Python code; nobody is asked."""
+    """Python code that comes with a checkpoint is not run, whoever asks for it."""
     import transformers
 
     for auto in (transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoProcessor):
