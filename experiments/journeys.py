@@ -30,6 +30,7 @@ def commands() -> list[str]:
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--text", type=Path, default=DEMO / "eval.txt")
+    p.add_argument("--tokens", type=int, help="calibrate on fewer, for a first look (default: as README does)")
     p.add_argument("--chunks", type=int, default=20, help="chunks of 512 tokens to measure on")
     args = p.parse_args()
 
@@ -38,13 +39,14 @@ def main() -> None:
     f16 = convert(model, "f16", folder / "f16.gguf", threads=args.threads)
     rows = [{"command": "`llama-quantize --pure F16 Q4_K`"}]
     files = [quantize(f16, "Q4_K", folder / "stock.gguf", args.threads, "--pure")]
-    wanted = [line.partition("#")[0].split() for line in commands() if line.startswith("gguf-splitq convert")]
-    for number, words in enumerate(wanted):
+    fewer = ["--calib-tokens", str(args.tokens)] if args.tokens else []
+    made = (line for line in commands() if line.startswith("gguf-splitq convert") and "f16" not in line)
+    for number, line in enumerate(made):
+        words = line.split()
+        words += fewer if "--calib" in words else []
         files.append(folder / f"{number}.gguf")
-        options = [str(model) if word == public.ON_HUB else word for word in words[2:]]
-        rows.append(
-            {"command": f"`{shlex.join(words[:2] + ['MODEL'] + words[3:])}`", **convert_apart(options, files[-1])}
-        )
+        used = convert_apart([str(model) if word == public.ON_HUB else word for word in words[2:]], files[-1])
+        rows.append({"command": f"`{shlex.join(words).replace(public.ON_HUB, 'MODEL')}`", **used})
     with Baseline(f16, args.text, chunks=args.chunks, threads=args.threads) as base:
         for row, file in zip(rows, files, strict=True):
             row |= base.compare(file) | {"MB": file.stat().st_size / 1e6}
