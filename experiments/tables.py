@@ -110,7 +110,7 @@ def plain(result: dict) -> Table:
         "weights": ("bits per weight", "{:.2f}"),
         "bpw": ("bits per weight", "{:.2f}"),
         "cache": ("bits in the cache", "{:.2f}"),
-        "minutes": ("minutes of processor time", "{:.1f}"),
+        "minutes": ("minutes of processor time", "{:.2g}"),
         "peak": ("memory, MB", "{:.0f}"),
         "MB": ("MB", "{:.4g}"),
         "ppl": ("perplexity", "{:.3f}"),

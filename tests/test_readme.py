@@ -104,16 +104,3 @@ def test_the_program_alone_shows_the_same_commands():
 
 def test_readme_is_one_page():
     assert len(README.splitlines()) < 150
-
-
-def test_the_first_figures_are_those_of_the_results():
-    rows = json.loads((ROOT / "docs" / "results" / "quality.ref-a.json").read_text())["rows"]
-    kld = {(row["type"], row["data"]): row["mean_kld"] for row in rows}
-    less = 1 - kld["sq4", "feedback"] / kld["IQ4_XS", "imatrix"]
-    assert f"`sq4` has {less:.0%}".replace("%", " %") in README.replace("\n", " ")
-    rates = []
-    for name in ("bench.epyc", "bench.xeon"):
-        rows = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())["0.6B"]["rows"]
-        decode = {(row["type"], row["threads"]): row["decode t/s"] for row in rows}
-        rates += [decode["sq4", threads] / decode["Q4_K_S", threads] for threads in (1, 2)]
-    assert f"{min(rates):.1f} to {max(rates):.1f} times as fast as Q4_K_S" in README.replace("\n", " ")
