@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = "gguf_splitq", "convert", "experiments", "tests"
-PATTERNS = "gguf_splitq/**/*.py", "convert/*.py", "experiments/*.py", "experiments/*.c", "tests/*.py"
+FOLDERS = "gguf_splitq", "convert", "experiments", "tests", "patches"
+PATTERNS = "gguf_splitq/**/*.py", "convert/*.py", "experiments/*.py", "experiments/*.c", "tests/*.py", "tests/c/*", "patches/files/**/*.*"
 SOURCES = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern)) if path.stat().st_size]
 
 

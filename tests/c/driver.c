@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Runs the patch series' C code outside ggml, so that a test can build it for any instruction set.
 //
 //   driver encode TYPE N ROWS WEIGHTED   stdin: float32 rows, then (if WEIGHTED) N importances; stdout: blocks

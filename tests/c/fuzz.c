@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Hostile tensors against what llama.cpp's loader asks of them, for a build with sanitizers. What a check accepts is
 // decoded, in memory that ends where the tensor ends; what it refuses has a reason.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Runs the Metal kernels on the CPU: a thread for each of a threadgroup's, and just enough of Metal's library.
 // tests/test_metal.py compiles this with splitq.h and upstream's mul_mm.metal, of which it keeps no instantiation but ours.
 //

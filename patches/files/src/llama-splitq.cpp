@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "llama-splitq.h"
 
 #include "llama-impl.h"

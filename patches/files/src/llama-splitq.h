@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What llama.cpp's own files call for the tensor types of gguf-splitq: in the model loader for containers and for side tensors
 // (X.columns beside X.weight, see ggml-columns.h), in llama-quantize, in the KV cache.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Products as a model makes them, through ggml's allocator and every kind of buffer that the CPU back end has for weights.
 //
 //   test-splitq                        each type's products against the reference path: what a build must pass to be used

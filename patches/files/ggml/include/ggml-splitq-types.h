@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The tensor types of gguf-splitq, once. ggml.h includes this; upstream's enums, tables and switches are filled from it by
 // the macros below, one line each, so that a type is added here and not in all of them.
 #pragma once

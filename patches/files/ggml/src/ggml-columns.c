@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "ggml-columns.h"
 
 #include "ggml-impl.h"

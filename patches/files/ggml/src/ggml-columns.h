@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Tensor types after CLAQ (arXiv 2405.17233): every column, an input feature, has something of its own; cq4, cq3 and cq2 a
 // codebook, sq3c and sq2c, which are sq3 and sq2 otherwise, a scale. Codes are in the weight tensor, and sq3c's and sq2c's
 // scale bytes; all else is in a side tensor of bytes, X.columns beside X.weight, that the model loader attaches.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Reference encoder and decoder of sdr4. Every operation is a single float32 operation in a fixed order (the file is
 // built with -ffp-contract=off), so that NumPy, doing the same operations on whole arrays, gives the same bytes.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // sdr4, significant data razoring after QRazor (arXiv 2501.13331): a code is a 4-bit integer, a group of 16 shifts it.
 // docs/format.md of gguf-splitq draws the same bytes; gguf_splitq/types/sdr.py is the NumPy twin.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the reference encoders share: vector code, the order of sums, importance. Included by ggml-splitq.c, ggml-sdr.c.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What ggml.c and ggml-quants.c take from ours.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // encode_block for LANES blocks at once, one in each lane of a vector: the same bytes, several times sooner. Included by
 // ggml-splitq.c, with LANES 16 for AVX-512, 8 for AVX2 and 4 for NEON.
 //

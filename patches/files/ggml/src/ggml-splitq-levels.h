@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The codebooks of sq4, sq3 and sq2: the one place for these numbers, read by C and by Python alike.
 //
 // Printed by `python -m experiments.derive_levels`: weights divided by their block's scale are split by

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Reference encoders and decoders of the SplitQuantV2 family.
 //
 // Every operation here is a single float32 operation in a fixed order (the file is built with

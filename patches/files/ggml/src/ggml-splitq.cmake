@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # The sources of gguf-splitq; ggml/src/CMakeLists.txt includes this behind the target ggml-base.
 target_sources(ggml-base PRIVATE
     ../include/ggml-splitq-types.h

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Tensor types of the SplitQuantV2 family: block layouts, scales, reference encoders and decoders.
 // docs/format.md of gguf-splitq draws the same bytes; gguf_splitq/types/ holds the NumPy twins.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "columns-mul.h"
 
 #include "ggml-impl.h"

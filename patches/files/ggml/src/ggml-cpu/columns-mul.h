@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Kernels of the types that have a side tensor, for splitq-mul.c, which spreads the work; only where there are vectors for them.
 #pragma once
 

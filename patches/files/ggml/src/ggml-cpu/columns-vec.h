@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the kernels of ggml-columns.h's types need beside splitq-vec.h, for the same instruction sets. A vector has, of LANES
 // interleaved rows, 4 neighbouring columns 4*j + k. Codes have bits + more bits; these and j are constants where these
 // functions are inlined.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Matrix products of weights that have a side tensor, see ggml-columns.h, which is the operation's src[3]: what they are by
 // definition, on every processor. Kernels are in columns-mul.c.
 #pragma once

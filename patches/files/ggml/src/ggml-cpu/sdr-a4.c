@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "sdr-a4.h"
 
 #include "sdr.h"

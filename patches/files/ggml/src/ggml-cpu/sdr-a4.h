@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // MUL_MAT and MUL_MAT_ID of sdr4 weights with activations razored to 4 bits; used when SPLITQ_W4A4=1 is in the environment.
 // For measuring what QRazor's integer-only arithmetic costs: each row is multiplied with each token by itself.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "sdr.h"
 
 #include "splitq-ints.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Dot products of sdr4 weights, or of an sdr4 K cache: integers, and one shift per group of 16.
 //
 // With q8_0, 8 bits for activations, which is what runs by default. The order of additions is the one of splitq.h, so

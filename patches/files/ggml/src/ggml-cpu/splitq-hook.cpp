@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Hands MUL_MAT and MUL_MAT_ID with weights of this project's types to splitq-mul.c, columns.c and sdr-a4.c, wherever on the
 // CPU the weights are.
 // In this buffer type, which llama.cpp prefers unless told --no-repack, they are interleaved at load; with --no-repack they

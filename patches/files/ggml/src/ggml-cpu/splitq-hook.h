@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What upstream's files of the CPU back end take from ours.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Blocks of the SplitQuantV2 family as small integers, for each instruction set. Included by splitq.c and splitq-mul.c.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "splitq-mul.h"
 
 #include "quants.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Matrix products of the SplitQuantV2 family that see the whole operation, MUL_MAT and MUL_MAT_ID. Weights are either as
 // in the file, or interleaved: as many rows as a vector has lanes side by side, which takes no more memory and is faster.
 #pragma once

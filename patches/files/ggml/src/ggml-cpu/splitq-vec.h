@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Vectors for splitq-mul.c, one section for each instruction set; without LANES there is no kernel for this one.
 //
 //   LANES    32-bit values in a vector

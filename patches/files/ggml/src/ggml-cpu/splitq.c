@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "splitq.h"
 
 #include "splitq-ints.h"

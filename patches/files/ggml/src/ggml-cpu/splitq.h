@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Dot products of the SplitQuantV2 family with q8_0 activations.
 //
 // All of them add in one order, so that every instruction set gives the same float, bit for bit. Sixteen float

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the host needs to know of the kernels in kernels/splitq.h, which includes this, too.
 #pragma once
 

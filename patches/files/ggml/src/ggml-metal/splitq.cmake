@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # Metal kernels of gguf-splitq; ggml/src/ggml-metal/CMakeLists.txt includes this. Where they are wanted, all kernel files get
 # upstream's dequantize.h with ours behind it, whose includes are resolved here, for the embedded library has none.
 option(GGML_METAL_SPLITQ "ggml: Metal kernels for sq4, sq3 and sq2, which no device has run yet" OFF)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // sq4, sq3 and sq2 for Metal: decoding, and matrix times vector. Stands behind dequantize.h when GGML_METAL_SPLITQ is on, see
 // splitq.cmake; products with many columns and get_rows are upstream's templates around splitq_dequantize. tests/test_metal.py
 // of gguf-splitq runs this file on the CPU; no device has run it.
