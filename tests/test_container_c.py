@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """llama.cpp opens containers: tensors of our types as rows of bytes, names and types in two keys (docs/format.md).
 
 Containers are made here by hand from files with the types' own ids.
