@@ -41,7 +41,6 @@ TUNED = ["sq4", "sq3", "sq2"]  # with --tune
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [2.5, 3.0, 3.5, 4.0]
 NEAR = 0.1  # bits per weight: what counts as the same stored size
-MORE = 0.3  # bits per weight that a peer may store beyond a type that is claimed to be better
 KEPT = {"token_embedding_type": "f16", "output_tensor_type": "f16"}
 FORMATS = {
     "type": "",
@@ -201,8 +200,6 @@ def claims_of(rows: list[dict]) -> list[dict]:
     def ratio(ours: tuple[str, str], peer: tuple[str, str], **limits) -> None:
         if ours in at and peer in at:
             claim = f"KLD of {ours[0]} ({ours[1]}) / {peer[0]} ({peer[1]})"
-            if at[peer]["bpw"] - at[ours]["bpw"] > MORE:  # a type that fell back to a larger one
-                limits = {}
             claims.append({"claim": claim, "measured": at[ours]["mean_kld"] / at[peer]["mean_kld"], **limits})
 
     ratio(("sq4", "none"), ("IQ4_XS", "none"), at_most=1.0)
