@@ -491,12 +491,13 @@ def test_codes_are_tried_on_tokens_that_are_not_in_the_hessian():
     """Feedback to a Hessian of one direction is worse than rounding to nearest in the others."""
     weight, direction = torch.randn(64, 256) * 0.02, torch.randn(256)
     h = direction.outer(direction).double() + 1e-3 * torch.eye(256)
-    target = types.get("sq2")
-    solved = solver.solve(weight, h, formats.for_type(target))
+    tensor = gguf_file.Tensor("blk.0.ffn_up.weight", (64, 256), 0, 0, 64 * 256 * 4, Path("a.gguf"))
+    entry = plan.Entry(tensor, types.get("sq2"), "--type")
+    solved = solver.solve(weight, h, formats.for_type(entry.coder))
     results = []
     for x in (direction[None] + 0.01 * torch.randn(50, 256), torch.randn(50, 256)):
         layer = moments.Layer("a", weight, h, held=[(x[:30], torch.ones(30)), (x[30:], torch.ones(20))])
-        whole, nearest, fed = solve._tried(weight, solved.weight, target, layer)
+        whole, nearest, fed = solve._tried(weight, solved.weight, entry, layer)
         assert whole == pytest.approx(float((x @ weight.T).square().sum()), rel=1e-4)
         assert fed == pytest.approx(float((x @ (weight - solved.weight).T).square().sum()), rel=1e-3)
         results.append(fed / nearest)
