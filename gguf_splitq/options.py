@@ -36,9 +36,9 @@ MAX_CARD = 1 << 20  # bytes of a model card
 _SUFFIX = ".00000000.tmp"  # the longest of the names that are used beside an output's own
 
 
-def _path(role: str, name: str, default: str | None | object = MISSING) -> Any:
-    """A field for a path. role: read or written; name: what messages call it."""
-    return field(default=default, metadata={"role": role, "name": name})
+def _path(role: str, name: str, default: str | None | object = MISSING, at: str | None = None) -> Any:
+    """A field for a path. role: read or written; name: what messages call it; at: what has the path it stands for."""
+    return field(default=default, metadata={"role": role, "name": name, "at": at})
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Options:
 
     def paths(self, role: str) -> list[tuple[str, Path]]:
         """(what messages call it, path) of the files given in this role."""
-        given = [(f.metadata["name"], getattr(self, f.name)) for f in fields(self) if f.metadata.get("role") == role]
-        return [(name, Path(path)) for name, path in given if path is not None]
+        given = [f for f in fields(self) if f.metadata.get("role") == role]
+        found = [(f.metadata["name"], getattr(self, f.metadata["at"] or f.name)) for f in given]
+        return [(name, Path(path)) for name, path in found if path is not None]
 
     @functools.cached_property
     def writes(self) -> list[tuple[str, Path]]:
@@ -96,7 +97,7 @@ class Convert(Options):
 
     model: str | Path = _path("read", "the model")
     type: str | None = None
-    outfile: str | Path = _path("written", "--outfile", output.TEMPLATE)
+    outfile: str | Path = _path("written", "--outfile", output.TEMPLATE, at="path")
     bpw: float | None = None
     plan_file: str | Path | None = _path("read", "--plan", None)
     save_plan: str | Path | None = _path("written", "--save-plan", None)
@@ -113,9 +114,9 @@ class Convert(Options):
     dry_run: bool = False
     report: str | Path | None = _path("written", "--report", None)
     load: bool = True
-    mmproj: str | Path | None = _path("written", "--mmproj", None)
+    mmproj: str | Path | None = _path("written", "--mmproj", None, at="mmproj_path")
     container: bool = True
-    card: str | Path | None = _path("written", "--card", None)
+    card: str | Path | None = _path("written", "--card", None, at="card_path")
     threads: int | None = None
     max_ram: str | int | None = None
     overwrite: bool = False
@@ -211,11 +212,6 @@ class Convert(Options):
     def paths(self, role: str) -> list[tuple[str, Path]]:
         found = dict(super().paths(role))
         if role == "written":
-            found["--outfile"] = self.path
-            if self.mmproj_path is not None:
-                found["--mmproj"] = self.mmproj_path
-            if self.card_path is not None:
-                found["--card"] = self.card_path
             if self.hessians is not None and not Path(self.hessians).exists():
                 found["--hessians"] = Path(self.hessians)
         else:
@@ -261,7 +257,7 @@ class Dequantize(Options):
     """What `dequantize` is given."""
 
     file: str | Path = _path("read", "the model")
-    outfile: str | Path | None = _path("written", "--outfile", None)  # the template unless given
+    outfile: str | Path | None = _path("written", "--outfile", None, at="path")  # the template unless given
     type: str = "f16"
     threads: int | None = None
     overwrite: bool = False
@@ -275,9 +271,6 @@ class Dequantize(Options):
     def workers(self) -> int:
         """The number of threads."""
         return check_threads(self.threads)
-
-    def paths(self, role: str) -> list[tuple[str, Path]]:
-        return [("--outfile", self.path)] if role == "written" else super().paths(role)
 
     def check(self) -> None:
         """Raise what is wrong with these options, the file's own content aside."""
@@ -295,7 +288,7 @@ class Repack(Options):
 
     file: str | Path = _path("read", "the model")
     container: bool = True
-    outfile: str | Path | None = _path("written", "--outfile", None)  # the template unless given
+    outfile: str | Path | None = _path("written", "--outfile", None, at="path")  # the template unless given
     overwrite: bool = False
 
     @functools.cached_property
@@ -303,9 +296,6 @@ class Repack(Options):
         """The output."""
         name = re.sub(r"-(container|native|\d{5}-of-\d{5})$", "", Path(self.file).stem)
         return output.path(self.outfile or output.TEMPLATE, name, "container" if self.container else "native")
-
-    def paths(self, role: str) -> list[tuple[str, Path]]:
-        return [("--outfile", self.path)] if role == "written" else super().paths(role)
 
     def check(self) -> None:
         """Raise what is wrong with these options, the file's own content aside."""

@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .errors import UsageError
@@ -55,6 +56,15 @@ def metadata(kv: Mapping[str, Value], target: TensorType, options: dict, label: 
 def write_json(path: str | Path, content: object) -> None:
     """A JSON file that appears whole or not at all, behind a link too; EnvironmentFailed when it cannot be written."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def json_object(data: str | bytes) -> dict[str, Any]:
+    """What an object of JSON holds; {} for all else that somebody may have written there."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_text(path: str | Path, data: str) -> None:

@@ -56,7 +56,7 @@ class Hessians:
         return found
 
     def has(self, index: int) -> bool:
-        """Whether this decoder layer\'s are known."""
+        """Whether this decoder layer's are known."""
         return self.complete or self.journal.find(_part(index)) is not None
 
     def keep(self, index: int, layers: list[Layer]) -> None:

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from ..errors import InputError, UsageError
 from ..files.gguf_file import disk_error
-from ..output import write_whole
+from ..output import json_object, write_whole
 from ..rewrite import Rows
 
 
@@ -50,11 +50,7 @@ class Journal:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         path = folder / "settings.json"
         if path.exists():
-            try:
-                before = json.loads(path.read_bytes())
-            except (ValueError, RecursionError):
-                before = None
-            before = before if isinstance(before, dict) else {}
+            before = json_object(path.read_bytes())
             changed = sorted(k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k))
             if changed:
                 pairs = [(k, _short(before.get(k)), _short(self.settings.get(k))) for k in changed]

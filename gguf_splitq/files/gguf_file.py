@@ -164,7 +164,7 @@ def sizes() -> dict[int, tuple[str, int, int]]:
 
 
 def type_name(type_id: int) -> str:
-    """ggml\'s name of a type id, its number where nobody here knows it."""
+    """ggml's name of a type id, its number where nobody here knows it."""
     return sizes()[type_id][0]
 
 

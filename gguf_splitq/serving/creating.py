@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import display, options
+from .. import display, options, output
 from ..errors import EnvironmentFailed, UsageError
 from ..files import container, gguf_file
 from ..types import columns
@@ -168,7 +168,7 @@ class Server:
                     if size is None:
                         raise  # otherwise the server has said why it takes no more
                 response = connection.getresponse()
-                return response.status, _object(response.read(MOST))
+                return response.status, output.json_object(response.read(MOST))
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
             if wait == ASKING:
@@ -189,11 +189,3 @@ def words(answer: dict[str, Any]) -> str:
     """What a server says of an error, on one line."""
     said = " ".join(str(answer.get("error", "")).split())
     return said if len(said) <= LONGEST else said[:LONGEST] + "..."
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -8,7 +8,6 @@ context that a model for long texts does not fill the memory with, and a page, w
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ def command(
     A default's names are the options that set it, the first of which is given, and llama.cpp's variable.
     Raises UsageError for a folder and when the options name a model, InputError and UnsupportedError for no sound GGUF.
     """
-    if own := next((option for option in options if re.fullmatch(r"-m|--model", option)), None):
+    if own := next((option for option in options if option in ("-m", "--model")), None):
         raise UsageError(f"{own} among the options of llama.cpp: the model is {file}: leave one of them out")
     if os.path.isdir(file):
         raise UsageError(f"{file}: a folder, not a GGUF file: make one with `gguf-splitq convert {file} --type sq4`")

@@ -27,7 +27,7 @@ DROP_IN = f"etc/systemd/system/{UNIT}.d/gguf-splitq.conf"
 MADE_FOLDER = "made-folder"  # in HOME: the drop-in's folder was not there before
 
 
-def install(root: str | Path = LIVE, system: bool = True) -> None:
+def install(root: str | Path = LIVE) -> None:
     """Set up the service of the system in the folder `root` and, where that is the running one, restart it.
 
     Raises EnvironmentFailed without root's rights, the service or Ollama, UsageError when it is set up already; then
@@ -56,7 +56,7 @@ def install(root: str | Path = LIVE, system: bool = True) -> None:
     print(f"{drop_in}: {UNIT} runs gguf-splitq's models on the CPU, all others as before")
 
 
-def uninstall(root: str | Path = LIVE, system: bool = True) -> None:
+def uninstall(root: str | Path = LIVE) -> None:
     """Undo `install` and restart the service. Raises EnvironmentFailed without root's rights, UsageError without it."""
     top = _top(root, "uninstall")
     if not (top / HOME).exists() and not (top / DROP_IN).exists():
