@@ -6,12 +6,12 @@ from __future__ import annotations
 import functools
 
 from ..errors import UsageError
-from . import claq, columns, sdr, splitquant, sq4x, sqc
+from . import claq, columns, sdr, splitquant, sq4x, sqc, windows
 from .base import TensorType
 
 __all__ = ["TensorType", "all_types", "by_id", "columns_by_id", "get", "register_with_gguf"]
 
-CUSTOM: list[TensorType] = [*splitquant.TYPES, *sq4x.TYPES, *sdr.TYPES]
+CUSTOM: list[TensorType] = [*splitquant.TYPES, *sq4x.TYPES, *sdr.TYPES, *windows.TYPES]
 """This project's block formats."""
 COLUMNS: list[columns.ColumnType] = [*sqc.TYPES, *claq.TYPES]
 """Its types with a side tensor, which code whole matrices."""

@@ -10,7 +10,10 @@
     X(SQ3,  sq3,  101,  32, "3.25 bpw")                                  \
     X(SQ2,  sq2,  102,  32, "2.25 bpw")                                  \
     X(SQ4X, sq4x, 103, 256, "6.375 bpw")                                 \
-    X(SDR4, sdr4, 104,  32, "4.25 bpw")
+    X(SDR4, sdr4, 104,  32, "4.25 bpw")                                  \
+    X(SQ4W, sq4w, 110,  32, "4.25 bpw")                                  \
+    X(SQ3W, sq3w, 111,  32, "3.25 bpw")                                  \
+    X(SQ2W, sq2w, 112,  32, "2.25 bpw")
 
 #define GGML_SPLITQ_COLUMN_TYPES(X) /* with a side tensor, X.columns beside X.weight */ \
     X(CQ4,  cq4,  105,  32, "4 bpw and codebooks")                                      \

@@ -5,6 +5,7 @@
 #include "ggml-columns.h"
 #include "ggml-sdr.h"
 #include "ggml-splitq.h"
+#include "ggml-windows.h"
 
 // Entries of ggml.c's type_traits. Weights with a side tensor mean nothing without it, so they have no to_float.
 #define SPLITQ_TRAITS(NAME, name, block)                  \

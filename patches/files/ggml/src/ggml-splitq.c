@@ -6,6 +6,7 @@
 
 #include "ggml-splitq.h"
 #include "ggml-sdr.h"
+#include "ggml-windows.h"
 #include "ggml-splitq-encode.h"
 #include "ggml-impl.h"
 
@@ -320,6 +321,9 @@ size_t splitq_quantize_chunk(enum ggml_type type, const float * src, void * dst,
         case GGML_TYPE_SPLITQ_SQ2:  encode_sq2(src, dst, nrows, n_per_row, imatrix);       break;
         case GGML_TYPE_SPLITQ_SQ4X: splitq_quantize_row_sq4x(src, dst, nrows*n_per_row);   break;
         case GGML_TYPE_SPLITQ_SDR4: sdr_quantize_chunk(src, dst, nrows, n_per_row, imatrix); break;
+        case GGML_TYPE_SPLITQ_SQ4W:
+        case GGML_TYPE_SPLITQ_SQ3W:
+        case GGML_TYPE_SPLITQ_SQ2W: splitq_windows_quantize(type, src, dst, nrows, n_per_row, imatrix); break;
         default: GGML_ABORT("not a splitq type: %d", type);
     }
     return nrows*ggml_row_size(type, n_per_row);

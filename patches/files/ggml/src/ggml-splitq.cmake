@@ -8,11 +8,13 @@ target_sources(ggml-base PRIVATE
     ggml-sdr.h
     ggml-splitq.c
     ggml-splitq.h
-    ggml-splitq-hook.h)
+    ggml-splitq-hook.h
+    ggml-windows.c
+    ggml-windows.h)
 
 if (NOT MSVC)
     # the encoders must give the bytes of their NumPy twins: no fused multiply-add
-    set_source_files_properties(ggml-splitq.c ggml-sdr.c PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+    set_source_files_properties(ggml-splitq.c ggml-sdr.c ggml-windows.c PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 endif()
 
 # for every variant of the CPU back end

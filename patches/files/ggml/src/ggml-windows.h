@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: MIT
+// Window codes, sq4w, sq3w and sq2w: the level of a weight is looked up by 6 bits, of which 4, 3 or 2 are its own and the rest
+// its neighbours' in a chain that closes on itself. As many bytes as sq4, sq3 and sq2, and the same scale byte.
+// docs/format.md of gguf-splitq draws the same bytes; gguf_splitq/types/windows.py is the NumPy twin.
+#pragma once
+
+#include "ggml-splitq.h"
+
+#include <string.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// The index of the level of column c. q is read as 64-bit words and ror turns one right; byte k of a word is its bits 8k..8k+7.
+//   sq4w, c = 16 h + 8 i + k (i 0..1):  byte k of ror(q[h], 4 i), low 6 bits
+//   sq2w, c = 8 i + k (i 0..3):         byte k of ror(q, 2 i), low 6 bits
+//   sq3w, c = 8 i + k (i 0..3):         byte k of ror(q, 2 i), low 4 bits, and bits p, p + 1 (mod 32) of qh, p = 4 k + i, above them
+
+typedef struct {
+    uint8_t q[16];   // two chains of 16 codes
+    uint8_t d;       // scale, see ggml-splitq.h
+} splitq_block_sq4w;
+
+typedef struct {
+    uint8_t q[8];    // low two bits of a chain of 32 codes
+    uint8_t qh[4];   // high bits
+    uint8_t d;
+} splitq_block_sq3w;
+
+typedef struct {
+    uint8_t q[8];    // a chain of 32 codes
+    uint8_t d;
+} splitq_block_sq2w;
+
+#ifndef __cplusplus
+_Static_assert(sizeof(splitq_block_sq4w) == 17, "sq4w block size");
+_Static_assert(sizeof(splitq_block_sq3w) == 13, "sq3w block size");
+_Static_assert(sizeof(splitq_block_sq2w) ==  9, "sq2w block size");
+#endif
+
+// splitq_windows_sq4w[64], splitq_windows_sq3w[64], splitq_windows_sq2w[64]
+#define SPLITQ_WINDOWS(name, rms, ...) static const int8_t splitq_windows_##name[64] = { __VA_ARGS__ };
+#include "ggml-windows-tables.h"
+#undef SPLITQ_WINDOWS
+
+// Words of 64 bits are little-endian in the file, and so is every machine that this runs on.
+static inline uint64_t splitq_ror(const uint8_t * q, int bits) {
+    uint64_t word;
+    memcpy(&word, q, sizeof(word));
+    return bits ? word >> bits | word << (64 - bits) : word;
+}
+
+static inline int splitq_window_sq4w(const splitq_block_sq4w * b, int c) {
+    return splitq_ror(b->q + c/16*8, c/8%2*4) >> c%8*8 & 63;
+}
+
+static inline int splitq_window_sq3w(const splitq_block_sq3w * b, int c) {
+    const int p = 4*(c%8) + c/8, next = (p + 1)%32;
+    return (splitq_ror(b->q, c/8*2) >> c%8*8 & 15) | (b->qh[p/8] >> p%8 & 1) << 4 | (b->qh[next/8] >> next%8 & 1) << 5;
+}
+
+static inline int splitq_window_sq2w(const splitq_block_sq2w * b, int c) {
+    return splitq_ror(b->q, c/8*2) >> c%8*8 & 63;
+}
+
+GGML_API void splitq_quantize_row_sq4w(const float * x, void * y, int64_t k);
+GGML_API void splitq_quantize_row_sq3w(const float * x, void * y, int64_t k);
+GGML_API void splitq_quantize_row_sq2w(const float * x, void * y, int64_t k);
+
+GGML_API void splitq_dequantize_row_sq4w(const void * x, float * y, int64_t k);
+GGML_API void splitq_dequantize_row_sq3w(const void * x, float * y, int64_t k);
+GGML_API void splitq_dequantize_row_sq2w(const void * x, float * y, int64_t k);
+
+// Their part of splitq_quantize_chunk: rows, with the importance of their columns or NULL.
+void splitq_windows_quantize(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+
+#ifdef __cplusplus
+}
+#endif
