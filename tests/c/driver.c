@@ -17,6 +17,7 @@
 #include "ggml-columns.c"
 #include "ggml-splitq.c"
 #include "ggml-sdr.c"
+#include "ggml-windows.c"
 #undef SPLITQ_UNROLL
 #include "ggml-cpu/splitq.c"
 #include "ggml-cpu/splitq-mul.c"
@@ -47,6 +48,8 @@ static size_t block_bytes(enum ggml_type type) {
     return ggml_splitq_has_columns(type) ? (size_t) (4*columns_bits(type) + !columns_has_codebooks(type)) :
            type == GGML_TYPE_SPLITQ_SQ4 ? sizeof(splitq_block_sq4) : type == GGML_TYPE_SPLITQ_SQ3 ? sizeof(splitq_block_sq3) :
            type == GGML_TYPE_SPLITQ_SQ2 ? sizeof(splitq_block_sq2) : type == GGML_TYPE_SPLITQ_SDR4 ? sizeof(splitq_block_sdr4) :
+           type == GGML_TYPE_SPLITQ_SQ4W ? sizeof(splitq_block_sq4w) : type == GGML_TYPE_SPLITQ_SQ3W ? sizeof(splitq_block_sq3w) :
+           type == GGML_TYPE_SPLITQ_SQ2W ? sizeof(splitq_block_sq2w) :
            sizeof(splitq_block_sq4x);
 }
 
@@ -249,7 +252,8 @@ int main(int argc, char ** argv) {
         float s;
         (type == GGML_TYPE_SPLITQ_SQ4 ? splitq_vec_dot_sq4_q8_0 : type == GGML_TYPE_SPLITQ_SQ3 ? splitq_vec_dot_sq3_q8_0 :
          type == GGML_TYPE_SPLITQ_SQ2 ? splitq_vec_dot_sq2_q8_0 : type == GGML_TYPE_SPLITQ_SDR4 ? splitq_vec_dot_sdr4_q8_0 :
-         splitq_vec_dot_sq4x_q8_0)(
+         type == GGML_TYPE_SPLITQ_SQ4W ? splitq_vec_dot_sq4w_q8_0 : type == GGML_TYPE_SPLITQ_SQ3W ? splitq_vec_dot_sq3w_q8_0 :
+         type == GGML_TYPE_SPLITQ_SQ2W ? splitq_vec_dot_sq2w_q8_0 : splitq_vec_dot_sq4x_q8_0)(
             n, &s, 0, x + row*row_size, 0, y + row*q8_size, 0, 1);
         fwrite(&s, sizeof(s), 1, stdout);
     }

@@ -13,8 +13,10 @@
         const splitq_block_##name * b = x;                                                  \
         for (int64_t ib = 0; ib < k/SPLITQ_QK; ++ib, ++b, y += SPLITQ_QK) {                 \
             const float d = splitq_scale[b->d];                                             \
+            uint64_t windows[4];                                                            \
+            splitq_windows_of_##name(b, windows);                                           \
             for (int c = 0; c < SPLITQ_QK; ++c) {                                           \
-                y[c] = d*splitq_windows_##name[splitq_window_##name(b, c)];                 \
+                y[c] = d*splitq_windows_##name[windows[c/8] >> c%8*8 & 255];                \
             }                                                                               \
         }                                                                                   \
     }

@@ -51,17 +51,24 @@ static inline uint64_t splitq_ror(const uint8_t * q, int bits) {
     return bits ? word >> bits | word << (64 - bits) : word;
 }
 
-static inline int splitq_window_sq4w(const splitq_block_sq4w * b, int c) {
-    return splitq_ror(b->q + c/16*8, c/8%2*4) >> c%8*8 & 63;
+// The indices of a block's 32 levels: byte k of windows[i] is that of column 8*i + k.
+static inline void splitq_windows_of_sq4w(const splitq_block_sq4w * b, uint64_t windows[4]) {
+    for (int i = 0; i < 4; ++i) { windows[i] = splitq_ror(b->q + i/2*8, i%2*4) & 0x3f3f3f3f3f3f3f3f; }
 }
 
-static inline int splitq_window_sq3w(const splitq_block_sq3w * b, int c) {
-    const int p = 4*(c%8) + c/8, next = (p + 1)%32;
-    return (splitq_ror(b->q, c/8*2) >> c%8*8 & 15) | (b->qh[p/8] >> p%8 & 1) << 4 | (b->qh[next/8] >> next%8 & 1) << 5;
+static inline void splitq_windows_of_sq3w(const splitq_block_sq3w * b, uint64_t windows[4]) {
+    uint64_t qh = b->qh[0] | b->qh[1] << 8 | b->qh[2] << 16 | (uint64_t) b->qh[3] << 24;
+    qh = (qh | qh << 16) & 0x0000ffff0000ffff;
+    qh = (qh | qh <<  8) & 0x00ff00ff00ff00ff;
+    qh = (qh | qh <<  4) & 0x0f0f0f0f0f0f0f0f; // four bits to a byte,
+    qh |= qh >> 4 | qh << 60;                  // and above them the next four
+    for (int i = 0; i < 4; ++i) {
+        windows[i] = (splitq_ror(b->q, 2*i) & 0x0f0f0f0f0f0f0f0f) | (qh << (4 - i) & 0x3030303030303030);
+    }
 }
 
-static inline int splitq_window_sq2w(const splitq_block_sq2w * b, int c) {
-    return splitq_ror(b->q, c/8*2) >> c%8*8 & 63;
+static inline void splitq_windows_of_sq2w(const splitq_block_sq2w * b, uint64_t windows[4]) {
+    for (int i = 0; i < 4; ++i) { windows[i] = splitq_ror(b->q, 2*i) & 0x3f3f3f3f3f3f3f3f; }
 }
 
 GGML_API void splitq_quantize_row_sq4w(const float * x, void * y, int64_t k);

@@ -4,6 +4,7 @@
 
 #include "ggml-impl.h"
 #include "ggml-splitq.h"
+#include "ggml-windows.h"
 
 #include <math.h>
 #include <string.h>
@@ -37,9 +38,11 @@ static inline float to_float(ggml_half h) {
 //   lanes            8 int32 sums of 4 neighbouring products
 //   sums             8 float sums
 //   codes_<type>     a block's codes as ints
-//   look_up          codes -> levels
+//   levels_<type>    a block's levels
+//   look_up          codes -> levels, of 16
+//   look_up_window   indices -> levels, of 64
 //   dot_signed, dot_unsigned   ints (signed levels, or codes 0..15) times q8_0 ints -> lanes
-//   store_ints       the reverse of loading 32 bytes
+//   load_ints, store_ints      32 bytes
 //   sum_ints         the sum of all 32
 //   equal            1 where two ints are equal, else 0
 //   scaled_half      d * h, h a half, ready for add_scaled
@@ -53,8 +56,8 @@ typedef __m256i lanes;
 typedef __m256  sums;
 typedef __m256  factor;
 
-static inline ints load_q8(const block_q8_0 * y) {
-    return _mm256_loadu_si256((const __m256i *) y->qs);
+static inline ints load_ints(const void * from) {
+    return _mm256_loadu_si256((const __m256i *) from);
 }
 
 static inline void store_ints(int8_t * to, ints v) {
@@ -97,6 +100,17 @@ static inline ints plus_4_times(ints low, ints high) {
 
 static inline ints look_up(ints codes, const int8_t * levels) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) levels)), codes);
+}
+
+// A shuffle gives 0 for a negative index: three further ones turn the levels of the first 16 indices into those of the next.
+static inline ints look_up_window(ints index, const int8_t * levels) {
+    ints found = look_up(index, levels);
+    for (int i = 16; i < 64; i += 16) {
+        const __m128i step = _mm_xor_si128(_mm_loadu_si128((const __m128i *) (levels + i)), _mm_loadu_si128((const __m128i *) (levels + i - 16)));
+        const __m256i turn = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(step), _mm256_sub_epi8(index, _mm256_set1_epi8((char) i)));
+        found = _mm256_xor_si256(found, turn);
+    }
+    return found;
 }
 
 static inline lanes dot_unsigned(ints codes, ints y) {
@@ -149,8 +163,8 @@ typedef struct { int32x4_t half[2]; }   lanes;
 typedef struct { float32x4_t half[2]; } sums;
 typedef float factor;
 
-static inline ints load_q8(const block_q8_0 * y) {
-    return (ints) {{ vld1q_s8(y->qs), vld1q_s8(y->qs + 16) }};
+static inline ints load_ints(const void * from) {
+    return (ints) {{ vld1q_s8(from), vld1q_s8((const int8_t *) from + 16) }};
 }
 
 static inline void store_ints(int8_t * to, ints v) {
@@ -200,6 +214,14 @@ static inline ints look_up(ints codes, const int8_t * levels) {
     return (ints) {{
         vqtbl1q_s8(table, vreinterpretq_u8_s8(codes.half[0])),
         vqtbl1q_s8(table, vreinterpretq_u8_s8(codes.half[1])),
+    }};
+}
+
+static inline ints look_up_window(ints index, const int8_t * levels) {
+    const int8x16x4_t table = {{ vld1q_s8(levels), vld1q_s8(levels + 16), vld1q_s8(levels + 32), vld1q_s8(levels + 48) }};
+    return (ints) {{
+        vqtbl4q_s8(table, vreinterpretq_u8_s8(index.half[0])),
+        vqtbl4q_s8(table, vreinterpretq_u8_s8(index.half[1])),
     }};
 }
 
@@ -262,9 +284,9 @@ typedef struct { int32_t v[8]; }  lanes;
 typedef struct { float   v[8]; }  sums;
 typedef float factor;
 
-static inline ints load_q8(const block_q8_0 * y) {
+static inline ints load_ints(const void * from) {
     ints r;
-    memcpy(r.v, y->qs, sizeof(r.v));
+    memcpy(r.v, from, sizeof(r.v));
     return r;
 }
 
@@ -294,6 +316,10 @@ static inline ints plus_4_times(ints low, ints high) {
 static inline ints look_up(ints codes, const int8_t * levels) {
     for (int i = 0; i < 32; ++i) { codes.v[i] = levels[codes.v[i]]; }
     return codes;
+}
+
+static inline ints look_up_window(ints index, const int8_t * levels) {
+    return look_up(index, levels);
 }
 
 static inline lanes dot_signed(ints levels, ints y) {
@@ -338,11 +364,28 @@ static inline float total(sums even, sums odd) {
 
 #endif
 
+static inline ints load_q8(const block_q8_0 * y) {
+    return load_ints(y->qs);
+}
+
 static inline ints codes_sq4(const splitq_block_sq4 * x) { return load_4bit(x->qs); }
 static inline ints codes_sq3(const splitq_block_sq3 * x) { return plus_4_times(load_2bit(x->qs), load_1bit(x->qh)); }
 static inline ints codes_sq2(const splitq_block_sq2 * x) { return load_2bit(x->qs); }
 
 // table_<type>: the levels, filled up to the 16 bytes that a shuffle reads
-#define SPLITQ_LEVELS(name, down, up, lower, middle, upper) static const int8_t table_##name[16] = { lower, middle, upper };
+#define SPLITQ_LEVELS(name, down, up, lower, middle, upper)                       \
+    static const int8_t table_##name[16] = { lower, middle, upper };              \
+    static inline ints levels_##name(const splitq_block_##name * x) {             \
+        return look_up(codes_##name(x), table_##name);                            \
+    }
 #include "ggml-splitq-levels.h"
 #undef SPLITQ_LEVELS
+
+#define SPLITQ_WINDOWS(name, rms, ...)                                            \
+    static inline ints levels_##name(const splitq_block_##name * x) {             \
+        uint64_t windows[4];                                                      \
+        splitq_windows_of_##name(x, windows);                                     \
+        return look_up_window(load_ints(windows), splitq_windows_##name);         \
+    }
+#include "ggml-windows-tables.h"
+#undef SPLITQ_WINDOWS

@@ -16,8 +16,8 @@
     sums even = no_sums(), odd = no_sums();                                                                           \
     SPLITQ_UNROLL                                                                                                     \
     for (; ib < (nb & ~1); ib += 2) {                                                                                 \
-        even = add_scaled(even, SPLITQ_D(ib),     dot_signed(look_up(codes_##name(x + ib),     table_##name), load_q8(y + ib)));     \
-        odd  = add_scaled(odd,  SPLITQ_D(ib + 1), dot_signed(look_up(codes_##name(x + ib + 1), table_##name), load_q8(y + ib + 1))); \
+        even = add_scaled(even, SPLITQ_D(ib),     dot_signed(levels_##name(x + ib),     load_q8(y + ib)));            \
+        odd  = add_scaled(odd,  SPLITQ_D(ib + 1), dot_signed(levels_##name(x + ib + 1), load_q8(y + ib + 1)));        \
     }
 
 #define SPLITQ_D(ib) scaled_half(splitq_scale[x[ib].d], y[ib].d)
@@ -32,7 +32,7 @@
         int ib = 0;                                                                                                   \
         SPLITQ_PAIRS(name)                                                                                            \
         if (ib < nb) {                                                                                                \
-            even = add_scaled(even, SPLITQ_D(ib), dot_signed(look_up(codes_##name(x + ib), table_##name), load_q8(y + ib))); \
+            even = add_scaled(even, SPLITQ_D(ib), dot_signed(levels_##name(x + ib), load_q8(y + ib)));                \
         }                                                                                                             \
         *s = total(even, odd);                                                                                        \
     }
@@ -40,6 +40,9 @@
 SPLITQ_VEC_DOT(sq4)
 SPLITQ_VEC_DOT(sq3)
 SPLITQ_VEC_DOT(sq2)
+SPLITQ_VEC_DOT(sq4w)
+SPLITQ_VEC_DOT(sq3w)
+SPLITQ_VEC_DOT(sq2w)
 
 // sq4x: for each range, scale times the sum of code * y and min times the sum of y, in that order.
 void splitq_vec_dot_sq4x_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
