@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from gguf_splitq import convert, errors, types
-from gguf_splitq.coding import formats, solver
+from gguf_splitq.coding import families, formats, solver
 from gguf_splitq.files import gguf_file
+from gguf_splitq.types.columns import PLAIN
 
 torch.set_num_threads(1)  # the problems are too small to share
 
 NAMES = ["sq4", "sq3", "sq2", "sdr4", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"]
 NAMES += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+WINDOWS = ["sq4w", "sq3w", "sq2w"]
 
 
 def problem(n_rows: int, n_cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,9 +28,13 @@ def problem(n_rows: int, n_cols: int, seed: int = 0) -> tuple[torch.Tensor, torc
     return 0.02 * torch.randn(n_rows, n_cols, generator=rng), (inputs.T @ inputs).double() / len(inputs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def solve(name: str, weight: torch.Tensor, hessian: torch.Tensor) -> solver.Solution:
+    return families.coder(types.get(name), PLAIN)(weight, hessian)
+
+
+@pytest.mark.parametrize("name", NAMES + WINDOWS)
 def test_feedback_and_polish_lower_the_output_error(runtime_library, name):
-    result = solver.solve(*problem(64, 256), formats.for_type(types.get(name)))
+    result = solve(name, *problem(64, 256))
     assert result.errors["feedback"] < 0.8 * result.errors["nearest"]
     assert result.errors["polish"] < result.errors["feedback"]
 
@@ -38,9 +44,9 @@ def test_feedback_and_polish_lower_the_output_error(runtime_library, name):
 def test_no_step_after_feedback_raises_the_error(runtime_library, name, seed):
     weight, hessian = problem(24, 256, seed)
     h, order, push, _ = solver.prepare(hessian, solver.DAMPING)
-    rows = solver._Rows(weight, h, formats.for_type(types.get(name)))
+    rows = solver.Rows(weight, h, formats.for_type(types.get(name)), order, push)
     nearest = rows.error()
-    rows.feedback(order, push)
+    rows.feedback()
     errors = [rows.error()]
     chance = torch.Generator().manual_seed(seed)
     for _ in range(3):
@@ -53,7 +59,7 @@ def test_no_step_after_feedback_raises_the_error(runtime_library, name, seed):
     assert (errors[1] < errors[0] or name == "sdr4") and errors[-1] < errors[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + WINDOWS)
 def test_the_packed_rows_are_the_weights_it_reports(runtime_library, name):
     tensor_type = types.get(name)
     weight, hessian = problem(16, 512)
@@ -62,7 +68,7 @@ def test_the_packed_rows_are_the_weights_it_reports(runtime_library, name):
     weight[2, 32:64] = 0
     weight[3, 7] = 14  # about the largest that the sq types hold
     weight[4] *= 1e-6
-    result = solver.solve(weight, hessian, formats.for_type(tensor_type))
+    result = solve(name, weight, hessian)
     np.testing.assert_array_equal(tensor_type.decode(result.packed.numpy()), result.weight.numpy())
     assert not result.weight[0].any()
     codes, params = formats.for_type(tensor_type).unpack(result.packed.numpy())
@@ -71,12 +77,12 @@ def test_the_packed_rows_are_the_weights_it_reports(runtime_library, name):
     assert result.errors["polish"] < result.errors["nearest"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + WINDOWS)
 def test_the_smallest_problems(runtime_library, name):
     tensor_type = types.get(name)
     for n_rows in (1, 3):
         for n_cols in (tensor_type.block_size, 3 * tensor_type.block_size):
-            result = solver.solve(*problem(n_rows, n_cols), formats.for_type(tensor_type))
+            result = solve(name, *problem(n_rows, n_cols))
             assert result.packed.shape == (n_rows, tensor_type.row_bytes(n_cols))
             assert result.errors["polish"] < result.errors["nearest"]
 

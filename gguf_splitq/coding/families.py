@@ -13,7 +13,8 @@ from ..types import TensorType
 from ..types.claq import Claq
 from ..types.columns import PLAIN, ColumnType, Layout
 from ..types.sqc import ScaledColumns
-from . import codebooks, columns, formats, free, solver
+from ..types.windows import Window
+from . import codebooks, columns, formats, free, solver, windows
 from .solver import Solution
 
 _SOLVE: dict[type, Callable[..., Solution]] = {Claq: codebooks.solve, ScaledColumns: columns.solve}
@@ -28,6 +29,8 @@ def coder(kind: TensorType, layout: Layout) -> Callable[[torch.Tensor, torch.Ten
     """What codes float32 [n_rows, n_cols] given its Hessian [n_cols, n_cols]; None for types without error feedback."""
     if solve := _SOLVE.get(type(kind)):
         return functools.partial(solve, kind=kind, layout=layout)
+    if isinstance(kind, Window):
+        return functools.partial(windows.solve, kind=kind)
     fmt = formats.for_type(kind)
     return functools.partial(solver.solve, fmt=fmt) if fmt else None
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..types import TensorType, sdr, splitquant, sqc
+from ..types import TensorType, sdr, splitquant, sqc, windows
 from ..types.columns import Layout
 from ..types.splitquant import pack_4bit
 
@@ -79,11 +79,14 @@ class BlockFormat:
 class ScaleByteFormat(BlockFormat):
     """sq4, sq3, sq2: the parameter is the scale byte, uint8 [n_rows, n_blocks]."""
 
-    type: splitquant.SplitQuant
+    type: splitquant.SplitQuant | windows.Window
 
-    def __init__(self, tensor_type: splitquant.SplitQuant, device: str | torch.device = "cpu"):
-        super().__init__(tensor_type, splitquant.codebooks()[tensor_type.name].levels, device)
+    def __init__(self, tensor_type: splitquant.SplitQuant | windows.Window, device: str | torch.device = "cpu"):
+        super().__init__(tensor_type, self._table(tensor_type.name), device)
         self.scales = torch.from_numpy(splitquant.SCALES).to(device)
+
+    def _table(self, name: str) -> Sequence[int] | np.ndarray:
+        return splitquant.codebooks()[name].levels
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
         return self.scales[params.int()]
@@ -98,6 +101,23 @@ class ScaleByteFormat(BlockFormat):
 
     def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
         return self.type.pack(codes, params[:, 0].numpy())
+
+
+class WindowFormat(ScaleByteFormat):
+    """sq4w, sq3w, sq2w. The code of a weight is its whole window here, so that `levels` says what it stands for."""
+
+    type: windows.Window
+
+    def _table(self, name: str) -> np.ndarray:
+        return windows.tables()[name].levels
+
+    def unpack(self, packed: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, _ = self.type.unpack(packed.reshape(-1, self.type.block_bytes))
+        found = torch.from_numpy(self.type.windows(codes).reshape(len(packed), -1))
+        return found.to(self.levels.device), self._params(packed).to(self.levels.device)
+
+    def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
+        return self.type.pack(self.type.codes(codes), params[:, 0].numpy())
 
 
 class ColumnFormat(ScaleByteFormat):
@@ -332,6 +352,8 @@ def for_type(tensor_type: TensorType, device: str | torch.device = "cpu") -> Blo
 
     if isinstance(tensor_type, splitquant.SplitQuant):
         return ScaleByteFormat(tensor_type, device)
+    if isinstance(tensor_type, windows.Window):
+        return WindowFormat(tensor_type, device)
     if isinstance(tensor_type, sdr.Razor):
         return RazorFormat(tensor_type, device)
     stock: dict[str, tuple[type[HalfFormat | SuperBlockFormat], np.ndarray]] = {

@@ -19,6 +19,8 @@ lower the error, and see the whole Hessian. Rows are independent of each other.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,20 +104,25 @@ def solve(
     is not finite or not positive definite even with MOST_DAMPING.
     """
     h, order, push, damping = prepare(hessian, damping)
+    return polished(weight, lambda piece: Rows(piece, h, fmt, order, push), passes, damping)
+
+
+def polished(weight: torch.Tensor, start: Callable[[torch.Tensor], Rows], passes: int, damping: float) -> Solution:
+    """All stages for all rows, a piece of them at a time. start: some of the rows -> them, rounded to nearest."""
     stages, parts = [], []
     for piece in weight.split(max(1, WEIGHTS // weight.shape[1])):
-        rows, chance = _Rows(piece, h, fmt), torch.Generator().manual_seed(0)
-        nearest, rounded = rows.error(), rows.units
-        rows.feedback(order, push)
+        rows, chance = start(piece), torch.Generator().manual_seed(0)
+        nearest, rounded = rows.error(), copy.copy(rows)
+        rows.feedback()
         fed = rows.error()
         if not fed < nearest:  # possible where the Hessian is nearly diagonal
-            rows.units = rounded
+            rows = rounded
         for _ in range(passes):
             rows.refit()
             rows.search(chance)
         rows.refit()
         stages.append((nearest, fed, rows.error()))
-        parts.append((fmt.pack(rows.codes(), rows.params), rows.value().T))
+        parts.append((rows.fmt.pack(rows.codes(), rows.params), rows.value().T))
     errors = (sum(stage) / len(weight) for stage in zip(*stages, strict=True))
     packed, values = (torch.cat(part) for part in zip(*parts, strict=True))
     return Solution(packed, values, dict(zip(("nearest", "feedback", "polish"), errors, strict=True)), damping)
@@ -144,18 +151,38 @@ def prepare(
     hessian: torch.Tensor, damping: float, size: torch.Tensor | float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """The damped Hessian in float32, the order of coding, the push matrix of that order, and the damping it took."""
+    h, order, factor, damping = factored(hessian, damping, falling, size)
+    return h, order, pushes(factor), damping
+
+
+def falling(diagonal: torch.Tensor) -> torch.Tensor:
+    """The columns, those with the largest diagonal first."""
+    return diagonal.argsort(descending=True, stable=True)
+
+
+def factored(
+    hessian: torch.Tensor,
+    damping: float,
+    ordered: Callable[[torch.Tensor], torch.Tensor],
+    size: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """As `prepare`, with the factor that `pushes` takes in place of the pushes. ordered: diagonal -> order of coding.
+
+    Raises InputError as `solve` does.
+    """
     while True:
         h = damped(hessian, damping, size)
-        order = h.diagonal().argsort(descending=True, stable=True)
-        factor, failed = torch.linalg.cholesky_ex(_reversed(h[order][:, order]))
+        order = ordered(h.diagonal())
+        factor, failed = torch.linalg.cholesky_ex(backwards(h[order][:, order]))
         if not failed:
-            return h.float(), order, pushes(factor), damping
+            return h.float(), order, factor, damping
         damping = max(10 * damping, 1e-6)
         if damping > MOST_DAMPING:
             raise InputError("the Hessian is not positive definite: use more calibration text or a larger damping")
 
 
-def _reversed(matrix: torch.Tensor) -> torch.Tensor:
+def backwards(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows and columns in the reverse order."""
     return matrix.flip(0, 1)
 
 
@@ -167,7 +194,12 @@ def pushes(factor: torch.Tensor) -> torch.Tensor:
     errors of the earlier columns, that of column i is best at minus the inner sum. C is this factor, turned around;
     the codes are GPTQ's, without its inverse of the Hessian.
     """
-    return _reversed(factor / factor.diagonal()).neg().float()
+    return backwards(factor / factor.diagonal()).neg().float()
+
+
+def costs(factor: torch.Tensor) -> torch.Tensor:
+    """G of `pushes`, float32 [n_cols] in the order of coding: what a column's squared distance from its aim costs."""
+    return factor.diagonal().flip(0).square().float()
 
 
 def _sweep(
@@ -226,15 +258,17 @@ def _nearest(units: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     return levels[torch.bucketize(units, (levels[1:] + levels[:-1]) / 2, out_int32=True)]
 
 
-class _Rows:
+class Rows:
     """Rows being coded. Matrices are transposed, so that a column of the weight is contiguous.
 
     weight: float32 [n_cols, n_rows]; units: the level of each code, alike; params: the format's, for all blocks.
     """
 
-    def __init__(self, weight: torch.Tensor, h: torch.Tensor, fmt: Format):
-        """Fitted, and rounded to nearest."""
-        self.weight, self.h, self.fmt = weight.T.contiguous(), h, fmt
+    def __init__(
+        self, weight: torch.Tensor, h: torch.Tensor, fmt: Format, order: torch.Tensor, push: torch.Tensor
+    ) -> None:
+        """Fitted, and rounded to nearest. order, push: as `prepare` gives them."""
+        self.weight, self.h, self.fmt, self.order, self.push = weight.T.contiguous(), h, fmt, order, push
         self.params = fmt.fit(weight, h.diagonal())
         self.block = torch.arange(len(h), device=h.device) // fmt.block_size  # of each column
         scale, offset = self.columns_of(self.params, self.block)
@@ -259,10 +293,12 @@ class _Rows:
         difference = self.weight - self.value()
         return float(((self.h @ difference) * difference).sum(dtype=torch.float64))
 
-    def feedback(self, order: torch.Tensor, push: torch.Tensor) -> None:
-        """Code all columns, in this order."""
-        weight = self.weight[order]
-        units = _sweep(weight.clone(), weight, push, *self.columns_of(self.params, self.block[order]), self.fmt, order)
+    def feedback(self) -> None:
+        """Code all columns, in their order."""
+        order, weight = self.order, self.weight[self.order]
+        units = _sweep(
+            weight.clone(), weight, self.push, *self.columns_of(self.params, self.block[order]), self.fmt, order
+        )
         self.units = torch.empty_like(units)
         self.units[order] = units
 
@@ -300,10 +336,10 @@ class _Rows:
             columns, block = columns[order], order // size
             wide, old, base, here = self.h[columns], self.params[:, blocks], value[columns], pull[columns]
             h = wide[:, columns]
-            factor, failed = torch.linalg.cholesky_ex(_reversed(h).double())
+            factor, failed = torch.linalg.cholesky_ex(backwards(h).double())
             if failed:  # positive definite, but not in float32
                 continue
-            aims = torch.addmm(base, _reversed(torch.cholesky_inverse(factor)).float(), here)
+            aims = torch.addmm(base, backwards(torch.cholesky_inverse(factor)).float(), here)
 
             params = torch.cat([old] * COPIES)
             scale, offset = fmt.scale(params), fmt.offset(params)

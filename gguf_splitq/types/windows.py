@@ -74,6 +74,12 @@ class Window(TensorType):
                 out[:, columns] = own | after << 2 | last << 4
         return out
 
+    def codes(self, windows: np.ndarray) -> np.ndarray:
+        """uint8 windows -> uint8: the weights' own codes, of any shape; the inverse of `windows`."""
+        if self.code_bits == 3:
+            return windows & 3 | windows >> 4 << 2 & 4
+        return windows & (1 << self.code_bits) - 1
+
     def decode_blocks(self, data: np.ndarray) -> np.ndarray:
         codes, scale = self.unpack(data)
         return SCALES[scale, None] * tables()[self.name].levels.astype(np.float32)[self.windows(codes)]

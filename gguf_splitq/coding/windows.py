@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: MIT
+"""Error feedback for sq4w, sq3w and sq2w: what solver.py does, for codes that are found as a path along a chain.
+
+Which level a code stands for depends on the codes behind it in its chain, so codes of a chain are chosen together, by
+Viterbi's algorithm. A chain is walked from its end to its beginning: then the bits of earlier steps are the state, and
+an edge, state << code bits | code, has a level. A block is coded for all rows at once by a `Sweep`:
+
+- Every state keeps the aims that its own path leaves to later columns (per-survivor processing, Raheli, Polydoros and
+  Tzou, 1995). With the same aims for all states 0.5 dB are lost.
+- A chain that is free to begin and end in any state is made to close on itself by two more runs: one begins and ends in
+  the state that the free one ended in, one in the state that it began in. The better one is kept.
+- Several scales are tried for each block, and the one with the least error is kept. Only the most promising of them are
+  closed.
+
+1. Feedback: blocks in the order of falling Hessian diagonal, at scales near those that fit the weights alone.
+2. Refit, as in solver.py.
+3. Search, as there, but each chain begins at a random place, in the state that it is in there, so one run closes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..types import windows
+from ..types.windows import Window
+from . import solver
+from .formats import WindowFormat
+from .solver import Solution
+
+PASSES = 2  # of search and refit
+BLOCK = 32
+BLOCKS = 4  # searched at a time
+CLOSED = 2  # scales of a block whose free chains are closed
+FIRST = range(-4, 5)  # scale steps around the one that the root mean square asks for
+FEEDBACK = range(-2, 3)  # around the fitted one
+SEARCH = range(-1, 2)
+PIECE = 1 << 14  # rows times scales that PyTorch runs at a time
+BYTES = 360  # per weight of a piece of rows
+
+_NEVER = 1e30  # what a path costs that begins in a forbidden state
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """What is common to all blocks of a type.
+
+    bits: of a code. walk: int64 [n_chains, length], the columns of a block in the order of coding. windows: uint8 [64],
+    the index in the type's table of each edge. levels: float32 [64], what each edge stands for at scale 1. From state s
+    code c leads along edge s << bits | c to state edge % n_states.
+    """
+
+    bits: int
+    walk: torch.Tensor
+    windows: torch.Tensor
+    levels: torch.Tensor
+
+    @property
+    def n_states(self) -> int:
+        return 64 >> self.bits
+
+    @classmethod
+    def of(cls, kind: Window, device: str | torch.device = "cpu") -> Trellis:
+        edges, first = np.arange(64), kind.chain[0]
+        codes = np.zeros((64, BLOCK), np.uint8)
+        for i in range(3):  # the code of an edge and those of the columns behind it, which its state is made of
+            codes[:, first[i]] = edges >> i * kind.code_bits & (1 << kind.code_bits) - 1
+        found = kind.windows(codes)[:, first[0]]
+        levels = windows.tables()[kind.name].levels[found].astype(np.float32)
+        walk = np.ascontiguousarray(kind.chain[:, ::-1])
+        return cls(kind.code_bits, *(torch.from_numpy(part).to(device) for part in (walk, found, levels)))
+
+
+class Sweep(Protocol):
+    """Codes one block for all rows."""
+
+    def __call__(
+        self,
+        aims: torch.Tensor,
+        base: torch.Tensor,
+        scales: torch.Tensor,
+        push: torch.Tensor,
+        costs: torch.Tensor,
+        trellis: Trellis,
+        states: torch.Tensor | None,
+        /,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(edges uint8 [32, n_rows], number int64 [n_rows] of the scale that is theirs), of least error.
+
+        The columns are in the order of coding, chain after chain. aims: float32 [32, n_rows], where the columns are
+        best given all other blocks; base: alike, from what their changes count that are pushed on. scales: float32
+        [n_scales, n_rows]. push: float32 [32, 32], of which the upper triangle counts: from row to column. costs:
+        float32 [32], of a squared distance from an aim. states: uint8 [n_chains, n_rows], in which chains begin and
+        end, None where that is to be found. Of scales with equal errors the first is taken, and of edges alike.
+        """
+
+
+def solve(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    kind: Window,
+    damping: float = solver.DAMPING,
+    passes: int = PASSES,
+) -> Solution:
+    """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols], on the device they are on.
+
+    Other arguments, the result and errors are as of `solver.solve`.
+    """
+    fmt, trellis = WindowFormat(kind, weight.device), Trellis.of(kind, weight.device)
+    h, order, factor, damping = solver.factored(hessian, damping, lambda diagonal: _order(diagonal, trellis))
+    push, costs = solver.pushes(factor), solver.costs(factor)
+    return solver.polished(weight, lambda piece: _Rows(piece, h, fmt, order, push, costs, trellis), passes, damping)
+
+
+def coding_bytes(n_rows: int, n_cols: int) -> int:
+    """Bytes of memory that `solve` takes beside the Hessian and the rows."""
+    return BYTES * min(n_rows * n_cols, solver.WEIGHTS)
+
+
+def _order(diagonal: torch.Tensor, trellis: Trellis) -> torch.Tensor:
+    """The columns, blocks with the largest diagonal first, in each as its chains are walked."""
+    blocks = solver.falling(diagonal.view(-1, BLOCK).sum(1))
+    return (blocks[:, None] * BLOCK + trellis.walk.flatten()).flatten()
+
+
+class _Rows(solver.Rows):
+    """Rows being coded. edges: uint8 [n_cols, n_rows]; units are their levels."""
+
+    fmt: WindowFormat
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        h: torch.Tensor,
+        fmt: WindowFormat,
+        order: torch.Tensor,
+        push: torch.Tensor,
+        costs: torch.Tensor,
+        trellis: Trellis,
+    ) -> None:
+        """Fitted: coded with a Hessian that is diagonal, at scales near those that the root mean squares ask for."""
+        self.weight, self.h, self.fmt, self.trellis = weight.T.contiguous(), h, fmt, trellis
+        self.order, self.push, self.costs = order, push, costs
+        self.block = torch.arange(len(h), device=h.device) // BLOCK
+        self.edges = torch.empty_like(self.weight, dtype=torch.uint8)
+        diagonal = h.diagonal().view(-1, BLOCK, 1)
+        share = diagonal / diagonal.sum(1, keepdim=True)
+        size = (self.weight.view(-1, BLOCK, len(weight)).square() * share).sum(1).sqrt().T.contiguous()
+        scale = size / windows.tables()[fmt.type.name].rms
+        self.params = fmt.nearest(scale, torch.zeros_like(scale), torch.empty(0))
+        self._code(torch.zeros_like(push), h.diagonal()[order], FIRST)
+
+    def codes(self) -> torch.Tensor:
+        return self.trellis.windows[self.edges.int()].T.contiguous()
+
+    def feedback(self) -> None:
+        """Code all columns, in their order."""
+        self.params, self.edges = self.params.clone(), self.edges.clone()
+        self._code(self.push, self.costs, FEEDBACK)
+
+    def _code(self, push: torch.Tensor, costs: torch.Tensor, steps: range) -> None:
+        order, blocks = self.order, self.block[self.order[::BLOCK]]
+        self.edges[order], self.params[:, blocks] = _sweep(
+            self.weight[order], push, costs, self.params[:, blocks], _scales(steps, (0, 128)), self.fmt, self.trellis,
+            None,
+        )  # fmt: skip
+        self.units = self.trellis.levels[self.edges.int()]
+
+    def search(self, chance: torch.Generator) -> None:
+        """Code every block again, a few random ones at a time, and keep in each row what lowers its error."""
+        trellis, device, bits = self.trellis, self.weight.device, self.trellis.bits
+        diagonal, value = self.h.diagonal(), self.value()
+        pull = self.h @ (self.weight - value)
+        length = trellis.walk.shape[1]
+        for some in torch.randperm(len(diagonal) // BLOCK, generator=chance).split(BLOCKS):
+            blocks = some.to(device)
+            blocks = blocks[solver.falling(diagonal.view(-1, BLOCK).sum(1)[blocks])]
+            turns = torch.randint(length, (len(blocks), len(trellis.walk), 1), generator=chance).to(device)
+            turned = (torch.arange(length, device=device) + turns) % length
+            chains = trellis.walk.expand(len(blocks), -1, -1).gather(2, turned) + blocks[:, None, None] * BLOCK
+            columns = chains.flatten()
+            states = self.edges[chains[..., 0]] >> bits
+
+            wide, base, here = self.h[columns], value[columns], pull[columns]
+            h = wide[:, columns]
+            factor, failed = torch.linalg.cholesky_ex(solver.backwards(h).double())
+            if failed:  # positive definite, but not in float32
+                continue
+            aims = torch.addmm(base, solver.backwards(torch.cholesky_inverse(factor)).float(), here)
+            edges, params = _sweep(
+                aims, solver.pushes(factor), solver.costs(factor), self.params[:, blocks], _scales(SEARCH, (0,)),
+                self.fmt, trellis, states,
+            )  # fmt: skip
+            found = trellis.levels[edges.int()] * self.fmt.scale(params).T.repeat_interleave(BLOCK, 0)
+            change = found - base
+            better = solver.gains(h, here, change) > 0
+            self.params[:, blocks] = torch.where(better[:, None], params, self.params[:, blocks])
+            self.edges[columns] = torch.where(better, edges, self.edges[columns])
+            change = torch.where(better, change, 0)
+            value[columns] += change
+            pull.addmm_(wide.T, change, alpha=-1)
+        self.units = trellis.levels[self.edges.int()]
+
+
+def _scales(steps: range, mirrors: tuple[int, ...]) -> list[tuple[int, int]]:
+    """What is tried of a scale byte, nearest first: what is added to its magnitude, and what is turned of its sign."""
+    return [(step, mirror) for mirror in mirrors for step in sorted(steps, key=abs)]
+
+
+def _sweep(
+    weight: torch.Tensor,
+    push: torch.Tensor,
+    costs: torch.Tensor,
+    params: torch.Tensor,
+    tried: list[tuple[int, int]],
+    fmt: WindowFormat,
+    trellis: Trellis,
+    states: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Code block after block; what is changed of the weights moves the aims of the later ones.
+
+    weight: float32 [n_cols, n_rows], in the order of coding, as push and costs are. params: uint8 [n_rows, n_blocks],
+    around which scales are tried. states: uint8 [n_blocks, n_chains, n_rows], or None. Returns edges uint8 [n_cols,
+    n_rows] and the new params.
+    """
+    edges, chosen, aims = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(params), weight.clone()
+    steps, mirrors = (torch.tensor(part, device=weight.device)[:, None] for part in zip(*tried, strict=True))
+    for number in range(params.shape[1]):
+        here, end = slice(number * BLOCK, (number + 1) * BLOCK), (number + 1) * BLOCK
+        old = params[:, number].int()
+        tries = ((old & 127) + steps).clamp(0, 127) + (old & 128 ^ mirrors)
+        scales = fmt.scale(tries)
+        state = None if states is None else states[number]
+        edges[here], choice = in_torch(aims[here], weight[here], scales, push[here, here], costs[here], trellis, state)
+        chosen[:, number] = tries.gather(0, choice[None])[0]
+        if end < len(weight):
+            change = trellis.levels[edges[here].int()] * scales.gather(0, choice[None]) - weight[here]
+            aims[end:].addmm_(push[here, end:].T, change)
+    return edges, chosen
+
+
+def in_torch(
+    aims: torch.Tensor,
+    base: torch.Tensor,
+    scales: torch.Tensor,
+    push: torch.Tensor,
+    costs: torch.Tensor,
+    trellis: Trellis,
+    states: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `Sweep` on any device: the reference."""
+    n_scales, n_rows = scales.shape
+    edges = torch.empty_like(aims, dtype=torch.uint8)
+    choice = torch.empty(n_rows, dtype=torch.int64, device=aims.device)
+    for start in range(0, n_rows, PIECE // n_scales):
+        rows = slice(start, start + PIECE // n_scales)
+        given = _Block(aims[:, None, rows], base[:, None, rows], push, costs, trellis)
+        scale = scales[:, rows]
+        if states is None:  # paths with free ends tell which scales are worth more
+            promising = given.code(scale, None, False)[1].argsort(dim=0, stable=True)[:CLOSED]
+            found, error = given.code(scale.gather(0, promising), None, True)
+        else:
+            promising = torch.arange(n_scales, device=aims.device)[:, None].expand_as(scale)
+            found, error = given.code(scale, states[:, rows].long(), True)
+        best = error.argmin(0, keepdim=True)
+        choice[rows] = promising.gather(0, best)[0]
+        edges[:, rows] = found.gather(1, best.expand(BLOCK, 1, -1))[:, 0]
+    return edges, choice
+
+
+@dataclass(frozen=True)
+class _Block:
+    """As of `Sweep`; aims and base float32 [32, 1, n_rows]."""
+
+    aims: torch.Tensor
+    base: torch.Tensor
+    push: torch.Tensor
+    costs: torch.Tensor
+    trellis: Trellis
+
+    def code(self, scales: torch.Tensor, states: torch.Tensor | None, close: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Edges uint8 [32, n, n_rows] and errors float32 [n, n_rows] for scales [n, n_rows].
+
+        states: int64 [n_chains, n_rows], or None: to be found where chains are to be closed, or any.
+        """
+        trellis, error = self.trellis, torch.zeros_like(scales)
+        aims = self.aims.repeat(1, len(scales), 1)
+        edges = torch.empty_like(aims, dtype=torch.uint8)
+        length = trellis.walk.shape[1]
+        for number in range(len(trellis.walk)):
+            here, end = slice(number * length, (number + 1) * length), (number + 1) * length
+            state = None if states is None else states[number].expand_as(scales)
+            path, cost = self._path(here, aims[here], scales, state)
+            if close and states is None:
+                ends = path[-1].long() % trellis.n_states, path[0].long() >> trellis.bits
+                (path, cost), (other, its) = (self._path(here, aims[here], scales, state) for state in ends)
+                path, cost = torch.where(its < cost, other, path), torch.minimum(cost, its)
+            edges[here] = path
+            error += cost
+            change = trellis.levels[path.int()] * scales - self.base[here]
+            aims[end:] += torch.tensordot(self.push[here, end:], change, ([0], [0]))
+        return edges, error
+
+    def _path(
+        self, here: slice, aims: torch.Tensor, scales: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Edges uint8 [length, n, n_rows] and cost of a chain that begins and ends in `state` int64 [n, n_rows]."""
+        trellis, n_states = self.trellis, self.trellis.n_states
+        push, costs, base = self.push[here, here], self.costs[here], self.base[here, ..., None]
+        states = torch.arange(n_states, device=aims.device)
+        into = states[:, None] + torch.arange(0, 64, n_states, device=aims.device)  # [to, k]: the edges into each state
+        before = into >> trellis.bits
+        values = trellis.levels[into] * scales[..., None, None]
+        aims = aims[..., None].repeat(1, 1, 1, n_states)  # of the path that leads to each state
+        cost = torch.zeros_like(aims[0])
+        if state is not None:
+            cost.masked_fill_(states != state[..., None], _NEVER)
+        taken = []
+        for i, each in enumerate(costs):
+            totals = cost[..., before] + each * (aims[i][..., before] - values).square()
+            k = totals.argmin(-1, keepdim=True)
+            cost, edge = totals.gather(-1, k)[..., 0], (k * n_states)[..., 0] + states
+            taken.append(edge)
+            change = values.gather(-1, k)[..., 0] - base[i]
+            if i + 1 < len(aims):
+                later = aims[i + 1 :]
+                paths = (edge >> trellis.bits).expand_as(later)
+                aims[i + 1 :] = torch.addcmul(later.gather(-1, paths), push[i, i + 1 :, None, None, None], change)
+        at = (cost.argmin(-1) if state is None else state)[..., None]
+        path, cost = torch.empty_like(aims[..., 0], dtype=torch.uint8), cost.gather(-1, at)[..., 0]
+        for i in reversed(range(len(taken))):
+            edge = taken[i].gather(-1, at)
+            path[i], at = edge[..., 0], edge >> trellis.bits
+        return path, cost

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""Error feedback for window codes: the sweep against brute force and against its own formula, and whole matrices."""
+
+import itertools
+
+import pytest
+import torch
+from test_solve import problem, solve
+
+from gguf_splitq import types
+from gguf_splitq.coding import formats, solver, windows
+
+torch.set_num_threads(1)  # the problems are too small to share
+
+NAMES = ["sq4w", "sq3w", "sq2w"]
+
+
+def block(name: str, n_rows: int, n_scales: int, seed: int = 0) -> tuple:
+    """What a sweep is given, for a block whose Hessian is not diagonal."""
+    trellis, rng = windows.Trellis.of(types.get(name)), torch.Generator().manual_seed(seed)
+    weight, hessian = problem(n_rows, 32, seed)
+    factor = torch.linalg.cholesky(solver.backwards(solver.damped(hessian)))
+    scales = 0.02 / 44 * (0.3 * torch.randn(n_scales, n_rows, generator=rng)).exp()
+    base = weight.T + 0.01 * torch.randn(32, n_rows, generator=rng)
+    return weight.T.contiguous(), base, scales, solver.pushes(factor), solver.costs(factor), trellis
+
+
+def rows_of(name: str, weight: torch.Tensor, hessian: torch.Tensor) -> windows._Rows:
+    kind = types.get(name)
+    trellis = windows.Trellis.of(kind)
+    h, order, factor, _ = solver.factored(hessian, solver.DAMPING, lambda diagonal: windows._order(diagonal, trellis))
+    push, costs = solver.pushes(factor), solver.costs(factor)
+    return windows._Rows(weight, h, formats.for_type(kind), order, push, costs, trellis)
+
+
+def errors(edges: torch.Tensor, scale: torch.Tensor, given: tuple) -> torch.Tensor:
+    """float64 [n_rows]: what codes of a block cost, column after column."""
+    aims, base, _, push, costs, trellis = given
+    aims, total = aims.double().clone(), 0
+    for i in range(32):
+        value = trellis.levels[edges[i].int()].double() * scale
+        total = total + costs[i].double() * (aims[i] - value) ** 2
+        aims[i + 1 :] += push[i, i + 1 :, None].double() * (value - base[i])
+    return total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edges_are_the_windows_of_the_codes_they_carry(name):
+    kind, rng = types.get(name), torch.Generator().manual_seed(0)
+    trellis = windows.Trellis.of(kind)
+    codes = torch.randint(1 << kind.code_bits, (50, 32), generator=rng, dtype=torch.uint8)
+    expected = torch.from_numpy(kind.windows(codes.numpy()))
+    codes_of, windows_of = torch.empty_like(codes), torch.empty_like(codes)
+    for chain in trellis.walk:
+        state = torch.zeros(50, dtype=torch.int64)
+        for column in [*chain, *chain]:  # the second time round the state is that of the closed chain
+            edge = state << kind.code_bits | codes[:, column].long()
+            found, state = trellis.windows[edge], edge % trellis.n_states
+            codes_of[:, column], windows_of[:, column] = torch.from_numpy(kind.codes(found.numpy())), found
+    assert torch.equal(windows_of, expected) and torch.equal(codes_of, codes)
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sweep_closes_its_chains_and_takes_the_best_scale(name, states):
+    given = block(name, 40, 4)
+    trellis, scales = given[5], given[2]
+    n_chains, length = trellis.walk.shape
+    held = torch.randint(trellis.n_states, (n_chains, 40), dtype=torch.uint8) if states else None
+    edges, choice = windows.in_torch(*given, held)
+    chains = edges.view(n_chains, length, -1).int()
+    assert torch.equal(chains[:, 1:] >> trellis.bits, chains[:, :-1] % trellis.n_states)
+    assert torch.equal(chains[:, 0] >> trellis.bits, chains[:, -1] % trellis.n_states)
+    if states:
+        assert torch.equal(chains[:, 0] >> trellis.bits, held.int())
+    found = errors(edges, scales.gather(0, choice[None])[0], given)
+    assert all(((edges >= 0) & (edges < 64)).flatten())
+    for number in range(len(scales)):
+        alone = *given[:2], scales[number : number + 1], *given[3:]
+        other = errors(windows.in_torch(*alone, held)[0], scales[number], given)
+        better = (other < found * (1 - 1e-4)).double().mean()
+        assert better == 0 if states else better < 0.2  # of free chains only the most promising are closed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_of_a_diagonal_hessian_are_the_best_there_are(name):
+    """A column's error then depends on nothing else: Viterbi's algorithm finds the least. Here with every state."""
+    aims, base, scales, _, costs, trellis = block(name, 6, 1)
+    given = aims, base, scales, torch.zeros(32, 32), costs, trellis
+    n_chains, length = trellis.walk.shape
+    tries = []
+    for state in range(trellis.n_states):
+        held = torch.full((n_chains, 6), state, dtype=torch.uint8)
+        edges = windows.in_torch(*given, held)[0].view(n_chains, length, -1)
+        value = trellis.levels[edges.int()] * scales[0]
+        cost = costs.view(n_chains, length, 1) * (aims.view_as(value) - value) ** 2
+        tries.append(cost.sum(1, dtype=torch.float64))
+        # no change of one code is better
+        codes = (edges % (1 << trellis.bits)).long()
+        for i, new in itertools.product(range(length), range(1 << trellis.bits)):
+            changed = codes.clone()
+            changed[:, i] = new
+            windowed, at = torch.empty_like(codes), torch.full((n_chains, 6), state)
+            for j in range(length):
+                windowed[:, j] = at << trellis.bits | changed[:, j]
+                at = windowed[:, j] % trellis.n_states
+            other = costs.view(n_chains, length, 1) * (aims.view_as(value) - trellis.levels[windowed] * scales[0]) ** 2
+            closed = at == state
+            assert (other.sum(1, dtype=torch.float64) >= tries[-1] * (1 - 1e-5))[closed].all()
+    free = errors(windows.in_torch(*given, None)[0], scales[0], given)
+    least = torch.stack(tries).min(0).values.sum(0)
+    assert (free >= least * (1 - 1e-5)).all() and float((free / least).mean()) < 1.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_feedback_costs_what_its_formula_says(name):
+    """The columns' costs add up to the whole error, so that scales are compared by what they cost."""
+    weight, hessian = problem(20, 32)
+    rows = rows_of(name, weight, hessian)
+    before = rows.error()
+    rows.feedback()
+    given = rows.weight[rows.order], rows.weight[rows.order], None, rows.push, rows.costs, rows.trellis
+    total = errors(rows.edges[rows.order], rows.fmt.scale(rows.params)[:, 0], given).sum()
+    assert float(total) == pytest.approx(rows.error(), rel=1e-3)
+    assert rows.error() < 0.7 * before
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", NAMES)
+def test_no_step_after_feedback_raises_the_error(name, seed):
+    weight, hessian = problem(24, 192, seed)
+    rows = rows_of(name, weight, hessian)
+    rows.feedback()
+    found, chance = [rows.error()], torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        for step in (rows.refit, lambda: rows.search(chance)):
+            step()
+            found.append(rows.error())
+            assert torch.equal(rows.units, rows.trellis.levels[rows.edges.int()])
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(found))
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_better_than_the_scalar_code_of_as_many_bytes(runtime_library, name):
+    window, scalar = (solve(each, *problem(48, 256)).errors["polish"] for each in (name, name[:3]))
+    assert window < 0.9 * scalar
+
+
+def test_pieces_of_rows_and_of_scales_are_joined(monkeypatch):
+    weight, hessian = problem(12, 64)
+    kind = types.get("sq3w")
+    first = windows.solve(weight, hessian, kind)
+    monkeypatch.setattr(solver, "WEIGHTS", 5 * 64)
+    monkeypatch.setattr(windows, "PIECE", 18)
+    again = windows.solve(weight, hessian, kind)
+    assert torch.equal(first.packed, again.packed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trained_scales_keep_the_codes(name):
+    kind = types.get(name)
+    packed = windows.solve(*problem(4, 64), kind).packed.numpy()
+    fmt = formats.for_type(kind)
+    found, params = fmt.unpack(packed)
+    value = fmt.levels[found.int()].unflatten(1, (2, -1)) * fmt.scale(params)[..., None]
+    assert torch.equal(value.flatten(1), torch.from_numpy(kind.decode(packed)))
+    assert (fmt.pack(found, params).numpy() == packed).all()
