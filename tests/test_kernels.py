@@ -175,7 +175,7 @@ def test_encoders_use_what_the_processor_has(unforced, tensor_type, processor):
     assert got == tensor_type.encode_numpy(rows, None).tobytes()
 
 
-PRODUCTS = [t for t in types.CUSTOM if t.name in ("sq4", "sq3", "sq2")]
+PRODUCTS = [t for t in types.CUSTOM if t.name in ("sq4", "sq3", "sq2", "sq4w", "sq3w", "sq2w")]
 
 
 def activations(shape: tuple, rng) -> tuple[np.ndarray, np.ndarray]:

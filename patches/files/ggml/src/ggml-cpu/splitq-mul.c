@@ -34,7 +34,8 @@
 
 // LANES blocks of one row of activations, for few tokens. Vector v of weights holds blocks UNITS*(LANES/4*v + c) .. + UNITS - 1
 // in its 128-bit part c, so q has for each vector its 2*UNITS pieces of 16/UNITS weights of each block, and the sums of
-// block UNITS*(LANES/4*v + c) + i arrive in lane 4*c + UNITS*v + i, in which order bias and d are.
+// block UNITS*(LANES/4*v + c) + i arrive in lane 4*c + UNITS*v + i, in which order bias and d are. A piece of 16 weights is
+// 16*p .. 16*p + 15; of words of 8 bytes it is 8*p .. 8*p + 7 and 16 further.
 struct few {
     int8_t  q[32*LANES];
     int32_t bias[LANES];
@@ -49,8 +50,8 @@ struct many {
 };
 
 // Activations of blocks [LANES*first, LANES*last) of a row of nb blocks; past its end they are zero.
-static void pack_few(const float * x, int nb, int units, int first, int last, struct few * y) {
-    const int parts = LANES/4, pieces = 2*units;
+static void pack_few(const float * x, int nb, int units, int word, int first, int last, struct few * y) {
+    const int parts = LANES/4, pieces = 2*units, step = word == 8 ? 8 : 16, further = 24 - step;
     for (int g = first; g < last; ++g) {
         block_q8_0 q8[LANES];
         const int n = MIN(nb - LANES*g, LANES);
@@ -61,7 +62,8 @@ static void pack_few(const float * x, int nb, int units, int first, int last, st
             int32_t sum = 0;
             for (int p = 0; p < pieces; ++p) {
                 int8_t * to = y[g].q + 16*(parts*(pieces*v + p) + c);
-                units == 1 ? memcpy(to, q8[b].qs + 16*p, 16) : memcpy(to + 8*i, q8[b].qs + 8*p, 8);
+                memcpy(to + 8*i, q8[b].qs + (units == 1 ? step : 8)*p, 8);
+                if (units == 1) { memcpy(to + 8, q8[b].qs + step*p + further, 8); }
             }
             for (int j = 0; j < 32; ++j) { sum += q8[b].qs[j]; }
             y[g].bias[4*c + units*v + i] = -BIAS*sum;
@@ -83,28 +85,46 @@ static void pack_many(const float * x, int first, int last, struct many * y) {
 }
 
 // A panel: for each block its words of 4 bytes, word w of row r at 4*(LANES*w + r), then the scale bytes, if any, of all rows.
-// Rows that are not there are zero. size: bytes of a block.
-SPLITQ_ALWAYS_INLINE void interleave_rows(const char * row, size_t stride, const int rows, int nb, const size_t size, uint8_t * to) {
+// Of types with words of 8 bytes these come first, each in two vectors: rows 0, 1, 4, 5, 8 .. in one, 2, 3, 6, 7, 10 .. in the
+// other. Rows that are not there are zero. size: bytes of a block.
+SPLITQ_ALWAYS_INLINE void interleave_rows(const char * row, size_t stride, const int rows, int nb, const size_t size, const size_t word, uint8_t * to) {
     for (int b = 0; b < nb; ++b, row += size, to += LANES*size) {
-        for (size_t w = 0; w < size/4; ++w) {
-            uint32_t word[LANES] = { 0 };
+        size_t at = 0;
+        for (; word == 8 && at + 8 <= size; at += 8) {
+            uint64_t words[LANES] = { 0 };
             SPLITQ_UNROLL_16
-            for (int r = 0; r < rows; ++r) { memcpy(&word[r], row + stride*r + 4*w, 4); }
-            memcpy(to + 4*LANES*w, word, sizeof(word));
+            for (int r = 0; r < rows; ++r) { memcpy(&words[r/2%2*(LANES/2) + r/4*2 + r%2], row + stride*r + at, 8); }
+            memcpy(to + LANES*at, words, sizeof(words));
         }
-        for (int r = 0; size % 4 && r < LANES; ++r) { to[LANES*(size - 1) + r] = r < rows ? (uint8_t) row[stride*r + size - 1] : 0; }
+        for (; at + 4 <= size; at += 4) {
+            uint32_t words[LANES] = { 0 };
+            SPLITQ_UNROLL_16
+            for (int r = 0; r < rows; ++r) { memcpy(&words[r], row + stride*r + at, 4); }
+            memcpy(to + LANES*at, words, sizeof(words));
+        }
+        for (int r = 0; at < size && r < LANES; ++r) { to[LANES*at + r] = r < rows ? (uint8_t) row[stride*r + at] : 0; }
     }
 }
 
-static void interleave(const char * row, size_t stride, int rows, int nb, size_t size, uint8_t * to) {
-    rows == LANES ? interleave_rows(row, stride, LANES, nb, size, to) : interleave_rows(row, stride, rows, nb, size, to);
+static void interleave(const char * row, size_t stride, int rows, int nb, size_t size, size_t word, uint8_t * to) {
+    rows == LANES ? interleave_rows(row, stride, LANES, nb, size, word, to) : interleave_rows(row, stride, rows, nb, size, word, to);
 }
+
+// What differs between codes and windows.
+#define vec_codes             vec_t
+#define vec_windows           vec_w
+#define load_table_codes(name)   load_tables(table_##name, sizeof(splitq_levels_##name))
+#define load_table_windows(name) load_windows(splitq_windows_##name)
+#define dot_token_codes       dot_token
+#define dot_token_windows     dot_token_w
+#define arrange_codes         arrange
+#define arrange_windows       arrange_w
 
 // mul_rows_<type>: rows times one token. A last group that is not whole is read beyond the row's end, which meets
 // activations of zero, or from a copy where that would be beyond `end`, the end of the tensor.
 // mul_panel_<type>: LANES rows times n tokens, n constant, 1 or even; y: a token's blocks after the other's.
-#define SPLITQ_KERNELS(name, units, scale)                                                                            \
-    static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_t table, const struct few * y, vec_f sum) { \
+#define SPLITQ_KERNELS(name, units, scale, kind)                                                                      \
+    static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_##kind table, const struct few * y, vec_f sum) { \
         for (int g = 0; g < groups; ++g, x += LANES, ++y) {                                                           \
             vec_i part[4/units];                                                                                      \
             vec_d d = zero_d();                                                                                       \
@@ -125,7 +145,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
                                                                                                                       \
     static void mul_rows_##name(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct few * y, float * out) { \
         const int groups = (nb + LANES - 1)/LANES;                                                                    \
-        const vec_t table = load_tables(table_##name, sizeof(splitq_levels_##name));                                  \
+        const vec_##kind table = load_table_##kind(name);                                                             \
         for (int64_t r = 0; r < rows; ++r, row += stride) {                                                           \
             const splitq_block_##name * x = (const void *) row;                                                       \
             if ((const char *) (x + LANES*groups) <= end) {                                                           \
@@ -141,7 +161,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
                                                                                                                       \
     SPLITQ_ALWAYS_INLINE void mul_panel_##name(const uint8_t * x, int nb, const struct many * y, const int n, float * const * out) { \
         const size_t size = sizeof(splitq_block_##name);                                                              \
-        const vec_t table = load_tables(table_##name, sizeof(splitq_levels_##name));                                  \
+        const vec_##kind table = load_table_##kind(name);                                                             \
         vec_f sum[TOKENS];                                                                                            \
         for (int t = 0; t < n; ++t) { sum[t] = zero_f(); }                                                            \
         for (int b = 0; b < nb; ++b, x += LANES*size, ++y) {                                                          \
@@ -150,10 +170,10 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
             const vec_f d = scale(load_d(x + LANES*(size - 1)));                                                      \
             if (n == 1) {                                                                                             \
                 SPLITQ_PANEL_PREFETCH(x, LANES*size)                                                                  \
-                sum[0] = fma_f(mul_f(to_f(dot_token(set_i(y->bias), w, y->q)), set_f(y->d)), d, sum[0]);              \
+                sum[0] = fma_f(mul_f(to_f(dot_token_##kind(set_i(y->bias), w, y->q)), set_f(y->d)), d, sum[0]);       \
                 continue;                                                                                             \
             }                                                                                                         \
-            arrange(w);                                                                                               \
+            arrange_##kind(w);                                                                                        \
             SPLITQ_UNROLL_8                                                                                           \
             for (int t = 0; t < n; t += 2) {                                                                          \
                 const struct many * y0 = y + (size_t) nb*t, * y1 = y0 + nb;                                           \
@@ -176,28 +196,38 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         return 1;                                                                                                     \
     }
 
-SPLITQ_KERNELS(sq4,  1, scale_f)
-SPLITQ_KERNELS(sq3,  2, scale_f)
-SPLITQ_KERNELS(sq2,  2, scale_f)
-SPLITQ_KERNELS(sdr4, 1, scale_sdr4)
+SPLITQ_KERNELS(sq4,  1, scale_f, codes)
+SPLITQ_KERNELS(sq3,  2, scale_f, codes)
+SPLITQ_KERNELS(sq2,  2, scale_f, codes)
+SPLITQ_KERNELS(sdr4, 1, scale_sdr4, codes)
+SPLITQ_KERNELS(sq4w, 1, scale_f, windows)
+SPLITQ_KERNELS(sq3w, 2, scale_f, windows)
+SPLITQ_KERNELS(sq2w, 2, scale_f, windows)
 
 struct kernels {
+    int word; // bytes that are kept together when rows are interleaved
     int units;
     void (*mul_rows)(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct few * y, float * out);
     int  (*mul_panel)(const uint8_t * x, int nb, const struct many * y, int n, float * const * out);
 };
 
 static const struct kernels * kernels_of(enum ggml_type type) {
-    static const struct kernels sq4  = { 1, mul_rows_sq4,  mul_panel_some_sq4 };
-    static const struct kernels sq3  = { 2, mul_rows_sq3,  mul_panel_some_sq3 };
-    static const struct kernels sq2  = { 2, mul_rows_sq2,  mul_panel_some_sq2 };
-    static const struct kernels sdr4 = { 1, mul_rows_sdr4, mul_panel_some_sdr4 };
-    static const struct kernels columns = { 0 }; // see columns-mul.h
+    static const struct kernels sq4  = { 4, 1, mul_rows_sq4,  mul_panel_some_sq4 };
+    static const struct kernels sq3  = { 4, 2, mul_rows_sq3,  mul_panel_some_sq3 };
+    static const struct kernels sq2  = { 4, 2, mul_rows_sq2,  mul_panel_some_sq2 };
+    static const struct kernels sdr4 = { 4, 1, mul_rows_sdr4, mul_panel_some_sdr4 };
+    static const struct kernels sq4w = { 8, 1, mul_rows_sq4w, mul_panel_some_sq4w };
+    static const struct kernels sq3w = { 8, 2, mul_rows_sq3w, mul_panel_some_sq3w };
+    static const struct kernels sq2w = { 8, 2, mul_rows_sq2w, mul_panel_some_sq2w };
+    static const struct kernels columns = { .word = 4 }; // see columns-mul.h
     switch (type) {
         case GGML_TYPE_SPLITQ_SQ4:  return &sq4;
         case GGML_TYPE_SPLITQ_SQ3:  return &sq3;
         case GGML_TYPE_SPLITQ_SQ2:  return &sq2;
         case GGML_TYPE_SPLITQ_SDR4: return &sdr4;
+        case GGML_TYPE_SPLITQ_SQ4W: return &sq4w;
+        case GGML_TYPE_SPLITQ_SQ3W: return &sq3w;
+        case GGML_TYPE_SPLITQ_SQ2W: return &sq2w;
         default: return ggml_splitq_has_columns(type) ? &columns : NULL;
     }
 }
@@ -219,7 +249,7 @@ bool splitq_mul_can_interleave(const struct ggml_tensor * x) {
 void splitq_mul_interleave(struct ggml_tensor * x, const void * data) {
     const size_t row_size = ggml_row_size(x->type, x->ne[0]), size = ggml_row_size(x->type, SPLITQ_QK);
     for (int64_t r = 0; r < x->ne[1]*x->ne[2]; r += LANES) {
-        interleave((const char *) data + r*row_size, row_size, LANES, x->ne[0]/SPLITQ_QK, size, (uint8_t *) x->data + r*row_size);
+        interleave((const char *) data + r*row_size, row_size, LANES, x->ne[0]/SPLITQ_QK, size, kernels_of(x->type)->word, (uint8_t *) x->data + r*row_size);
     }
     x->extra = (void *) (uintptr_t) &interleaved;
 }
@@ -371,13 +401,13 @@ static void pack(const struct layout * l, const struct job * job, const struct g
     const bool rows = row_by_row(l, job->count);
     const int64_t n = rows ? (l->nb + LANES - 1)/LANES : l->nb;
     const int first = n*ith/nth, last = n*(ith + 1)/nth;
-    const int units = kernels_of(dst->src[0]->type)->units;
+    const struct kernels * k = kernels_of(dst->src[0]->type);
     const struct columns_side side = l->columns ? side_of(job, dst) : (struct columns_side) { 0 };
     for (int64_t t = 0; t < job->count; ++t) {
         if (l->columns) {
             columns_pack(&side, row_of(job, dst, t), first, last, t, job->count, job->packed);
         } else if (rows) {
-            pack_few(row_of(job, dst, t), l->nb, units, first, last, (struct few *) (job->packed + l->few*t));
+            pack_few(row_of(job, dst, t), l->nb, k->units, k->word, first, last, (struct few *) (job->packed + l->few*t));
         } else {
             struct many * y = (struct many *) (job->packed + l->many*t);
             pack_many(row_of(job, dst, t), first, last, y);
@@ -402,7 +432,7 @@ static void mul(const struct layout * l, const struct job * job, const struct gg
     }
     if (!l->interleaved) {
         for (int64_t r = 0; r < last - first; r += LANES) {
-            interleave(row + r*x->nb[1], x->nb[1], MIN(LANES, last - first - r), l->nb, row_size/l->nb, (uint8_t *) panels + r*row_size);
+            interleave(row + r*x->nb[1], x->nb[1], MIN(LANES, last - first - r), l->nb, row_size/l->nb, k->word, (uint8_t *) panels + r*row_size);
         }
     }
     const char * panel = l->interleaved ? row : panels;

@@ -7,7 +7,7 @@
 //   vec_b    4*LANES bytes
 //   vec_i, vec_f   LANES int32, floats
 //   vec_d    LANES scale bytes
-//   vec_t    the levels, for looking up codes
+//   vec_t    the levels, for looking up codes; vec_w: for windows
 //   dot            adds the products of 4 neighbouring bytes; levels carry the BIAS
 //   dot_token      a block of LANES rows, as unpacked below, times a block of one token
 //   pair, arrange, dot_pair   the same for two tokens, after pairing their activations and arranging the rows
@@ -15,6 +15,12 @@
 //   unpack_<type>  rows as stored: the levels of vector v's blocks, see struct few; adds their scale bytes to d, returns it
 //   panel_<type>   interleaved rows: w[i] has levels 4*i .. 4*i + 3 of a block of LANES rows
 //   scale_f, scale_sdr4        scale bytes as floats, 2^4 times too large
+//
+// For window codes, whose words of 64 bits have 8 columns at each bit position, the rest follows below from
+//   set_8          8 activations, repeated
+//   evens, odds    every other 32-bit value of a, then of b, in each 128 bits
+//   high_first, high_second    the high bits of sq3w's rows 0, 1, 4, 5, 8 .. and 2, 3, 6, 7, 10 .., for levels_3w
+//   levels_4w, levels_3w, levels_2w    of 64-bit words q: level[i] has those of columns 8*i .. 8*i + 7
 #pragma once
 
 #include "ggml-sdr.h"
@@ -56,6 +62,7 @@ typedef __m512i vec_i;
 typedef __m512  vec_f;
 typedef __m128i vec_d;
 typedef struct { vec_b places[3]; } vec_t;
+typedef __m512i vec_w;
 
 static inline vec_d load_d(const uint8_t * p)    { return _mm_loadu_si128((const __m128i *) p); }
 static inline vec_b load_b(const void * p)       { return _mm512_loadu_si512(p); }
@@ -92,10 +99,16 @@ static inline vec_i reduce_1(const vec_i p[4]) {
     return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
 
+static inline vec_b evens(vec_b a, vec_b b) {
+    return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0x88));
+}
+
+static inline vec_b odds(vec_b a, vec_b b) {
+    return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0xdd));
+}
+
 static inline vec_i reduce_2(const vec_i p[2]) {
-    const __m512 a = _mm512_castsi512_ps(p[0]);
-    const __m512 b = _mm512_castsi512_ps(p[1]);
-    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
+    return _mm512_add_epi32(evens(p[0], p[1]), odds(p[0], p[1]));
 }
 
 // Scale bytes as halves, 2^4 times too large.
@@ -119,12 +132,14 @@ static inline vec_f scale_sdr4(vec_d d) {
     at(0*size + first, span), at(1*size + first, span), at(2*size + first, span), at(3*size + first, span), \
     at(4*size + first, span), at(5*size + first, span), at(6*size + first, span), at(7*size + first, span) }
 #define QH(byte, span) AT4(byte, span), 0, 0, 0, 0
+#define QH_TWICE(byte, span) AT4(byte, span), AT4(byte, span)
 #define PAIR2(a, b, span) AT(a, span), AT(b, span), AT(a, span), AT(b, span)
 #define SAME4(a, span) AT(a, span), AT(a, span), AT(a, span), AT(a, span)
 #define SAME16(a, span) SAME4(a, span), SAME4(a, span), SAME4(a, span), SAME4(a, span)
 
 static const char at_qs_sq3[64] = EACH8(AT8, 13, 104, 0);
 static const char at_qh_sq3[64] = EACH8(QH,  13, 104, 8);
+static const char at_qh_sq3w[64] = EACH8(QH_TWICE, 13, 104, 8);
 static const char at_qs_sq2[64] = EACH8(AT8,  9,  72, 0);
 static const char at_d_sq4[64]  = { SAME4(12, 64), SAME4(29, 64), SAME4(46, 64), SAME4(63, 64) }; // of the second load
 static const char at_d_sdr4[64] = { SAME16(12, 64), SAME16(29, 64), SAME16(46, 64), SAME16(63, 64) };                   // the same
@@ -273,6 +288,64 @@ static inline void panel_sq2(const uint8_t * x, vec_t table, vec_b w[8]) {
     }
 }
 
+static inline vec_w load_windows(const int8_t * levels) {
+    return _mm512_xor_si512(load_b(levels), _mm512_set1_epi8((char) BIAS));
+}
+
+static inline vec_b set_8(const int8_t * y) {
+    int64_t eight;
+    memcpy(&eight, y, sizeof(eight));
+    return _mm512_set1_epi64(eight);
+}
+
+static inline vec_b high_first(vec_b qh)  { return _mm512_unpacklo_epi32(qh, qh); }
+static inline vec_b high_second(vec_b qh) { return _mm512_unpackhi_epi32(qh, qh); }
+
+static inline void levels_4w(vec_b q, vec_w table, vec_b level[2]) {
+    level[0] = _mm512_permutexvar_epi8(q, table);
+    level[1] = _mm512_permutexvar_epi8(_mm512_ror_epi64(q, 4), table);
+}
+
+// high: qh twice in 64 bits, of which bits 4*k + i and the next one belong to bits 4 and 5 of byte k.
+static inline vec_b with_high_bits(vec_b q, vec_b high, int i) {
+    const vec_b at   = _mm512_add_epi8(_mm512_set1_epi64(0x1814100c080400fc), _mm512_set1_epi8((char) i));
+    const vec_b bits = _mm512_multishift_epi64_epi8(at, high);
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), q, bits, 0xca);
+}
+
+static inline void levels_3w(vec_b q, vec_b high, vec_w table, vec_b level[4]) {
+    level[0] = _mm512_permutexvar_epi8(with_high_bits(q, high, 0), table);
+    level[1] = _mm512_permutexvar_epi8(with_high_bits(_mm512_ror_epi64(q, 2), high, 1), table);
+    level[2] = _mm512_permutexvar_epi8(with_high_bits(_mm512_ror_epi64(q, 4), high, 2), table);
+    level[3] = _mm512_permutexvar_epi8(with_high_bits(_mm512_ror_epi64(q, 6), high, 3), table);
+}
+
+static inline void levels_2w(vec_b q, vec_w table, vec_b level[4]) {
+    level[0] = _mm512_permutexvar_epi8(q, table);
+    level[1] = _mm512_permutexvar_epi8(_mm512_ror_epi64(q, 2), table);
+    level[2] = _mm512_permutexvar_epi8(_mm512_ror_epi64(q, 4), table);
+    level[3] = _mm512_permutexvar_epi8(_mm512_ror_epi64(q, 6), table);
+}
+
+static inline vec_d unpack_sq4w(const splitq_block_sq4w * x, int v, vec_w table, vec_b level[2], vec_d d) {
+    const vec_b high = load_b((const char *) x + 4);
+    levels_4w(load_4bit_codes(x), table, level);
+    return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(1, v), load_b(at_d_sq4), high));
+}
+
+static inline vec_d unpack_sq3w(const splitq_block_sq3w * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    const vec_b low  = load_b(x);
+    const vec_b high = load_b((const char *) x + 40);
+    levels_3w(pick(low, high, at_qs_sq3), pick(low, high, at_qh_sq3w), table, level);
+    return _mm_or_si128(d, _mm512_castsi512_si128(_mm512_maskz_permutex2var_epi8(lanes_of(2, v), low, load_b(at_d_sq3), high)));
+}
+
+static inline vec_d unpack_sq2w(const splitq_block_sq2w * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    const vec_b high = load_b((const char *) x + 8);
+    levels_2w(pick(load_b(x), high, at_qs_sq2), table, level);
+    return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(2, v), load_b(at_d_sq2), high));
+}
+
 #elif defined(SPLITQ_AVX2) && defined(__F16C__)
 
 #define LANES  8
@@ -293,6 +366,7 @@ typedef __m256i  vec_i;
 typedef __m256   vec_f;
 typedef uint64_t vec_d;
 typedef __m256i  vec_t;
+typedef struct { vec_b turns[4]; } vec_w;
 
 static inline vec_d load_d(const uint8_t * p) {
     vec_d d;
@@ -338,10 +412,16 @@ static inline vec_i reduce_1(const vec_i p[4]) {
     return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
 }
 
+static inline vec_b evens(vec_b a, vec_b b) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
+}
+
+static inline vec_b odds(vec_b a, vec_b b) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0xdd));
+}
+
 static inline vec_i reduce_2(const vec_i p[2]) {
-    const __m256 a = _mm256_castsi256_ps(p[0]);
-    const __m256 b = _mm256_castsi256_ps(p[1]);
-    return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
+    return _mm256_add_epi32(evens(p[0], p[1]), odds(p[0], p[1]));
 }
 
 // Scale bytes as halves, 2^4 times too large.
@@ -387,10 +467,10 @@ static inline vec_d unpack_sdr4(const splitq_block_sdr4 * x, int v, vec_t table,
     return d;
 }
 
-// Four fields of 8 bytes, a qs each.
+// The first 8 bytes of four blocks.
 #define SPLITQ_FOUR_QS(x) _mm256_setr_m128i( \
-    _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *) x[0].qs)), (const __m64 *) x[1].qs)), \
-    _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *) x[2].qs)), (const __m64 *) x[3].qs)))
+    _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *) &x[0])), (const __m64 *) &x[1])), \
+    _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *) &x[2])), (const __m64 *) &x[3])))
 
 #define SPLITQ_FOUR_D(x, v) ((vec_d) (x[0].d | x[1].d << 8) << 16*v | (vec_d) (x[2].d | x[3].d << 8) << (16*v + 32))
 
@@ -461,6 +541,82 @@ static inline void panel_sq2(const uint8_t * x, vec_t table, vec_b w[8]) {
     }
 }
 
+// A shuffle gives 0 for a negative index: three further ones turn the levels of the first 16 indices into those of the next.
+static inline vec_w load_windows(const int8_t * levels) {
+    vec_w table = { { load_tables(levels, 16) } };
+    for (int i = 1; i < 4; ++i) { table.turns[i] = _mm256_xor_si256(load_tables(levels + 16*i, 16), load_tables(levels + 16*(i - 1), 16)); }
+    return table;
+}
+
+static inline vec_b look_up_64(vec_w table, vec_b index) {
+    vec_b found = _mm256_shuffle_epi8(table.turns[0], index);
+    for (int i = 1; i < 4; ++i) {
+        found = _mm256_xor_si256(found, _mm256_shuffle_epi8(table.turns[i], _mm256_sub_epi8(index, _mm256_set1_epi8((char) (16*i)))));
+    }
+    return found;
+}
+
+static inline vec_b low_6(vec_b q) {
+    return _mm256_and_si256(q, _mm256_set1_epi8(63));
+}
+
+static inline vec_b rotated(vec_b q, const int bits) {
+#if defined(SPLITQ_AVX512)
+    return bits == 4 ? _mm256_ror_epi64(q, 4) : _mm256_ror_epi64(q, 6);
+#else
+    return _mm256_or_si256(_mm256_srli_epi64(q, bits), _mm256_slli_epi64(q, 64 - bits));
+#endif
+}
+
+static inline vec_b set_8(const int8_t * y) {
+    int64_t eight;
+    memcpy(&eight, y, sizeof(eight));
+    return _mm256_set1_epi64x(eight);
+}
+
+// Byte k of a row's 64 bits: bits 4*k .. 4*k + 7 of its qh.
+static inline vec_b half_a_byte_later(vec_b qh)  { return _mm256_or_si256(_mm256_srli_epi32(qh, 4), _mm256_slli_epi32(qh, 28)); }
+static inline vec_b high_first(vec_b qh)  { return _mm256_unpacklo_epi8(qh, half_a_byte_later(qh)); }
+static inline vec_b high_second(vec_b qh) { return _mm256_unpackhi_epi8(qh, half_a_byte_later(qh)); }
+
+static inline void levels_4w(vec_b q, vec_w table, vec_b level[2]) {
+    level[0] = look_up_64(table, low_6(q));
+    level[1] = look_up_64(table, low_6(rotated(q, 4)));
+}
+
+static inline void levels_3w(vec_b q, vec_b high, vec_w table, vec_b level[4]) {
+    for (int i = 0; i < 4; ++i) {
+        const vec_b low  = i < 3 ? _mm256_srli_epi16(q, 2*i) : rotated(q, 6); // four bits are in one byte, but for the last
+        const vec_b bits = _mm256_slli_epi16(high, 4 - i);
+        level[i] = look_up_64(table, _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), _mm256_and_si256(bits, _mm256_set1_epi8(48))));
+    }
+}
+
+static inline void levels_2w(vec_b q, vec_w table, vec_b level[4]) {
+    const vec_b later = rotated(q, 4);
+    level[0] = look_up_64(table, low_6(q));
+    level[1] = look_up_64(table, low_6(_mm256_srli_epi16(q, 2)));
+    level[2] = look_up_64(table, low_6(later));
+    level[3] = look_up_64(table, low_6(_mm256_srli_epi16(later, 2)));
+}
+
+static inline vec_d unpack_sq4w(const splitq_block_sq4w * x, int v, vec_w table, vec_b level[2], vec_d d) {
+    levels_4w(_mm256_setr_m128i(_mm_loadu_si128((const __m128i *) x[0].q), _mm_loadu_si128((const __m128i *) x[1].q)), table, level);
+    return d | (vec_d) x[0].d << 8*v | (vec_d) x[1].d << (8*v + 32);
+}
+
+static inline vec_d unpack_sq3w(const splitq_block_sq3w * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    int32_t high[4];
+    for (int i = 0; i < 4; ++i) { memcpy(&high[i], x[i].qh, 4); }
+    levels_3w(SPLITQ_FOUR_QS(x), high_first(_mm256_setr_epi32(high[0], high[1], 0, 0, high[2], high[3], 0, 0)), table, level);
+    return d | SPLITQ_FOUR_D(x, v);
+}
+
+static inline vec_d unpack_sq2w(const splitq_block_sq2w * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    levels_2w(SPLITQ_FOUR_QS(x), table, level);
+    return d | SPLITQ_FOUR_D(x, v);
+}
+
 #elif defined(SPLITQ_NEON) && defined(__ARM_FEATURE_DOTPROD)
 
 #define LANES  4
@@ -472,6 +628,7 @@ typedef int32x4_t   vec_i;
 typedef float32x4_t vec_f;
 typedef uint32_t    vec_d;
 typedef int8x16_t   vec_t;
+typedef int8x16x4_t vec_w;
 
 static inline vec_d load_d(const uint8_t * p) {
     vec_d d;
@@ -662,6 +819,118 @@ static inline void panel_sq2(const uint8_t * x, vec_t table, vec_b w[8]) {
         codes_2bit(x + 4*LANES*i, x + 4*LANES*i + 8, code);
         for (int p = 0; p < 4; ++p) { w[i + 2*p] = vqtbl1q_s8(table, code[p]); }
     }
+}
+
+static inline vec_w load_windows(const int8_t * levels) {
+    return (vec_w) {{ vld1q_s8(levels), vld1q_s8(levels + 16), vld1q_s8(levels + 32), vld1q_s8(levels + 48) }};
+}
+
+static inline vec_b look_up_64(vec_w table, uint8x16_t index) {
+    return vqtbl4q_s8(table, vandq_u8(index, vdupq_n_u8(63)));
+}
+
+#define SPLITQ_ROTATED(q, bits) vreinterpretq_u8_u64(vsliq_n_u64( \
+    vshrq_n_u64(vreinterpretq_u64_u8(q), bits), vreinterpretq_u64_u8(q), 64 - (bits)))
+
+static inline vec_b set_8(const int8_t * y) {
+    return vreinterpretq_s8_s64(vld1q_dup_s64((const int64_t *) y));
+}
+
+static inline vec_b evens(vec_b a, vec_b b) { return vreinterpretq_s8_s32(vuzp1q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b))); }
+static inline vec_b odds(vec_b a, vec_b b)  { return vreinterpretq_s8_s32(vuzp2q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b))); }
+
+// Byte k of a row's 64 bits: bits 4*k .. 4*k + 7 of its qh.
+static inline vec_b half_a_byte_later(vec_b qh) {
+    const uint32x4_t word = vreinterpretq_u32_s8(qh);
+    return vreinterpretq_s8_u32(vsliq_n_u32(vshrq_n_u32(word, 4), word, 28));
+}
+
+static inline vec_b high_first(vec_b qh)  { return vzip1q_s8(qh, half_a_byte_later(qh)); }
+static inline vec_b high_second(vec_b qh) { return vzip2q_s8(qh, half_a_byte_later(qh)); }
+
+static inline void levels_4w(vec_b words, vec_w table, vec_b level[2]) {
+    const uint8x16_t q = vreinterpretq_u8_s8(words);
+    level[0] = look_up_64(table, q);
+    level[1] = look_up_64(table, SPLITQ_ROTATED(q, 4));
+}
+
+static inline void levels_3w(vec_b words, vec_b high, vec_w table, vec_b level[4]) {
+    const uint8x16_t q = vreinterpretq_u8_s8(words), h = vreinterpretq_u8_s8(high);
+    level[0] = look_up_64(table, vsliq_n_u8(q, h, 4));
+    level[1] = look_up_64(table, vsliq_n_u8(vshrq_n_u8(q, 2), vshrq_n_u8(h, 1), 4)); // four bits are in one byte, but for the last
+    level[2] = look_up_64(table, vsliq_n_u8(vshrq_n_u8(q, 4), vshrq_n_u8(h, 2), 4));
+    level[3] = look_up_64(table, vsliq_n_u8(SPLITQ_ROTATED(q, 6), vshrq_n_u8(h, 3), 4));
+}
+
+static inline void levels_2w(vec_b words, vec_w table, vec_b level[4]) {
+    const uint8x16_t q = vreinterpretq_u8_s8(words), later = SPLITQ_ROTATED(q, 4);
+    level[0] = look_up_64(table, q);
+    level[1] = vqtbl4q_s8(table, vshrq_n_u8(q, 2));
+    level[2] = look_up_64(table, later);
+    level[3] = vqtbl4q_s8(table, vshrq_n_u8(later, 2));
+}
+
+static inline vec_d unpack_sq4w(const splitq_block_sq4w * x, int v, vec_w table, vec_b level[2], vec_d d) {
+    levels_4w(load_b(x->q), table, level);
+    return d | (vec_d) x->d << 8*v;
+}
+
+static inline vec_d unpack_sq3w(const splitq_block_sq3w * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    uint32_t high[2];
+    memcpy(&high[0], x[0].qh, 4);
+    memcpy(&high[1], x[1].qh, 4);
+    const uint32x2_t qh = vset_lane_u32(high[1], vdup_n_u32(high[0]), 1);
+    levels_3w(vreinterpretq_s8_u8(vcombine_u8(vld1_u8(x[0].q), vld1_u8(x[1].q))), high_first(vreinterpretq_s8_u32(vcombine_u32(qh, qh))), table, level);
+    return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
+}
+
+static inline vec_d unpack_sq2w(const splitq_block_sq2w * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    levels_2w(vreinterpretq_s8_u8(vcombine_u8(vld1_u8(x[0].q), vld1_u8(x[1].q))), table, level);
+    return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
+}
+
+#endif
+
+#if defined(LANES)
+
+// Interleaved words of 64 bits, see interleave_rows: w[i] has levels 8*i .. 8*i + 7 of rows 0, 1, 4, 5, 8 .., and w[4 + i] of
+// rows 2, 3, 6, 7, 10 ...
+static inline void panel_sq4w(const uint8_t * x, vec_w table, vec_b w[8]) {
+    for (int i = 0; i < 4; ++i) { levels_4w(load_b(x + 4*LANES*i), table, w + i/2*2 + i%2*4); }
+}
+
+static inline void panel_sq3w(const uint8_t * x, vec_w table, vec_b w[8]) {
+    const vec_b qh = load_b(x + 8*LANES);
+    levels_3w(load_b(x),           high_first(qh),  table, w);
+    levels_3w(load_b(x + 4*LANES), high_second(qh), table, w + 4);
+}
+
+static inline void panel_sq2w(const uint8_t * x, vec_w table, vec_b w[8]) {
+    for (int i = 0; i < 2; ++i) { levels_2w(load_b(x + 4*LANES*i), table, w + 4*i); }
+}
+
+static inline vec_i dot_token_w(vec_i sum, const vec_b w[8], const int8_t * y) {
+    vec_i part[2] = { zero_i(), zero_i() };
+    for (int i = 0; i < 4; ++i) {
+        const vec_b eight = set_8(y + 8*i);
+        part[0] = dot(part[0], w[i],     eight);
+        part[1] = dot(part[1], w[4 + i], eight);
+    }
+    return add_i(sum, reduce_2(part));
+}
+
+static inline void arrange_w(vec_b w[8]) {
+    vec_b to[8];
+    for (int i = 0; i < 4; ++i) {
+#if defined(SPLITQ_PAIRS_TOKENS) // takes them as they are
+        to[2*i] = w[i];
+        to[2*i + 1] = w[4 + i];
+#else
+        to[2*i] = evens(w[i], w[4 + i]);
+        to[2*i + 1] = odds(w[i], w[4 + i]);
+#endif
+    }
+    memcpy(w, to, sizeof(to));
 }
 
 #endif
