@@ -22,7 +22,7 @@ import torch
 
 from ..types.claq import Claq
 from ..types.columns import PLAIN, Layout, Side
-from . import solver
+from . import solver, sweeps
 from .kmeans import kmeans
 from .solver import Solution
 
@@ -230,7 +230,7 @@ class _Matrix:
             ratio = h / h.diagonal()
             aims = torch.addmm(found, ratio.T, aims - found)
             change = self._sweep(aims, found, -ratio, self._nearest, columns.tolist()) - base
-            change *= solver.gains(h, here, change) > 0
+            change *= sweeps.gains(h, here, change) > 0
             self.value[columns] += change
             pull.addmm_(self.h[columns].T, change, alpha=-1)
 
@@ -266,19 +266,13 @@ class _Matrix:
     ) -> torch.Tensor:
         """Code column after column at its aim; what it changes from `base` moves the aims of the later ones.
 
-        aims, base: float32 [n, n_rows], of these columns; aims is overwritten. push: as `solver._sweep` has it. Returns
-        the values, float32 [n, n_rows].
+        aims, base: float32 [n, n_rows], of these columns; aims is overwritten. push: as `sweeps.Sweeps.sweep` takes it.
+        Returns the values, float32 [n, n_rows].
         """
         found, changes = torch.empty_like(aims), torch.empty_like(aims)
         parts = [part.numpy() for part in (aims, base, found, changes)]
 
-        def run(start: int, end: int) -> None:
-            if end - start > solver.LEAF:  # half by half, so that most changes are pushed on in large groups
-                half = (start + end) // 2
-                run(start, half)
-                aims[half:end].addmm_(push[start:half, half:end].T, changes[start:half])
-                run(half, end)
-                return
+        def leaf(start: int, end: int) -> None:
             for i in range(start, end):
                 aim, old, new, change = (part[i] for part in parts)
                 new[:] = code(columns[i], aim)
@@ -286,7 +280,7 @@ class _Matrix:
                 if i + 1 < end:
                     aims[i + 1 : end].addr_(push[i, i + 1 : end], changes[i])
 
-        run(0, len(aims))
+        sweeps.in_halves(leaf, aims, push, changes, 0, len(aims))
         return found
 
     def _cluster(self, c: int, aim: np.ndarray) -> np.ndarray:

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..runtime import native
+from . import sweeps, sweeps_c
 
 DAMPING = 1e-3  # of the Hessian's mean diagonal; GPTQ uses ten times as much
 MOST_DAMPING = 1.0
@@ -37,7 +39,6 @@ COPIES = 2  # of the parameters, the unchanged ones included
 SPREAD = 0.05  # standard deviation of the relative change in a copy
 WEIGHTS = 1 << 22  # coded at a time, in whole rows, to bound the memory
 BYTES = 360  # per weight of these; measured
-LEAF = 16  # columns whose changes are pushed on one by one
 
 
 class Format(Protocol):
@@ -187,7 +188,7 @@ def backwards(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def pushes(factor: torch.Tensor) -> torch.Tensor:
-    """How a change of a column moves the best value of each later one: float32 [earlier, later], for `_sweep`.
+    """How a change of a column moves the best value of each later one: float32 [earlier, later], for `sweeps.Sweeps`.
 
     factor: lower Cholesky factor of the Hessian with its columns in the reverse order of coding. With H = C^T G C, C
     unit lower triangular and G diagonal, an error e of a row costs sum_i G_i (e_i + sum_j<i C_ij e_j)^2: given the
@@ -202,62 +203,6 @@ def costs(factor: torch.Tensor) -> torch.Tensor:
     return factor.diagonal().flip(0).square().float()
 
 
-def _sweep(
-    aims: torch.Tensor,
-    base: torch.Tensor,
-    push: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor,
-    fmt: Format,
-    numbers: torch.Tensor,
-) -> torch.Tensor:
-    """Round column after column to its aim; what it changes from `base` moves the aims of the later ones.
-
-    aims, base, scale, offset: float32 [n_cols, n_rows]; aims is overwritten. push: float32 [n_cols, n_cols], of which
-    the upper triangle counts. numbers: int [n_cols], which columns these are. Returns the level of each code, float32
-    [n_cols, n_rows].
-    """
-    # Levels are whole: the ceiling of twice the weight at scale 1 tells which one is nearest.
-    both = fmt.levels, fmt.wide_levels
-    first, last = (2 * int(end(levels[i] for levels in both)) for i, end in ((0, min), (-1, max)))
-    halves = torch.arange(first, last + 1, device=aims.device) / 2
-    tables, wide = [_nearest(halves, levels) for levels in both], (numbers < fmt.wide).tolist()
-    double = 2 * _inverse(scale)
-    shift = -offset * double - first
-    units, changes = torch.empty_like(aims), torch.empty_like(aims)
-    position, index = torch.empty_like(aims[0]), torch.empty_like(aims[0], dtype=torch.int64)
-    parts = (aims, base, scale, offset, double, shift, units, changes)
-    columns = list(zip(*(part.unbind() for part in parts), strict=True))
-
-    def code(start: int, end: int) -> None:
-        if end - start > LEAF:  # half by half, so that most changes are pushed on in large groups
-            half = (start + end) // 2
-            code(start, half)
-            aims[half:end].addmm_(push[start:half, half:end].T, changes[start:half])
-            code(half, end)
-            return
-        for i in range(start, end):
-            aim, old, scale, offset, double, shift, unit, change = columns[i]
-            torch.addcmul(shift, aim, double, out=position)
-            index.copy_(position.ceil_().clamp_(0, last - first))
-            torch.index_select(tables[wide[i]], 0, index, out=unit)
-            torch.addcmul(offset, unit, scale, out=change).sub_(old)
-            if i + 1 < end:
-                aims[i + 1 : end].addr_(push[i, i + 1 : end], change)
-
-    code(0, len(aims))
-    return units
-
-
-def _inverse(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale; 0 for scale 0, where every code is as good as the one of the level nearest to 0."""
-    return torch.where(scale == 0, 0, 1 / scale)
-
-
-def _nearest(units: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    return levels[torch.bucketize(units, (levels[1:] + levels[:-1]) / 2, out_int32=True)]
-
-
 class Rows:
     """Rows being coded. Matrices are transposed, so that a column of the weight is contiguous.
 
@@ -269,11 +214,13 @@ class Rows:
     ) -> None:
         """Fitted, and rounded to nearest. order, push: as `prepare` gives them."""
         self.weight, self.h, self.fmt, self.order, self.push = weight.T.contiguous(), h, fmt, order, push
+        self.levels, self.inner = sweeps.Levels.of(fmt.levels, fmt.wide_levels, fmt.wide), _inner(h.device)
         self.params = fmt.fit(weight, h.diagonal())
         self.block = torch.arange(len(h), device=h.device) // fmt.block_size  # of each column
         scale, offset = self.columns_of(self.params, self.block)
-        units = (self.weight - offset) * _inverse(scale)
-        self.units = torch.cat([_nearest(units[: fmt.wide], fmt.wide_levels), _nearest(units[fmt.wide :], fmt.levels)])
+        units = (self.weight - offset) * sweeps.inverse(scale)
+        parts = (units[: fmt.wide], fmt.wide_levels), (units[fmt.wide :], fmt.levels)
+        self.units = torch.cat([sweeps.nearest(*part) for part in parts])
 
     def columns_of(self, params: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and offset of columns that lie in these blocks, float32 [n, n_rows]."""
@@ -296,9 +243,8 @@ class Rows:
     def feedback(self) -> None:
         """Code all columns, in their order."""
         order, weight = self.order, self.weight[self.order]
-        units = _sweep(
-            weight.clone(), weight, self.push, *self.columns_of(self.params, self.block[order]), self.fmt, order
-        )
+        scales = self.fmt.scale(self.params).T, self.fmt.offset(self.params).T
+        units = self.inner.sweep(weight.clone(), weight, self.push, *scales, self.block[order], order, self.levels)
         self.units = torch.empty_like(units)
         self.units[order] = units
 
@@ -320,7 +266,7 @@ class Rows:
                     steps = _least_squares(h, here, unit * scale, offset, fmt.has_offset)
                     new = fmt.stretch(1 + steps[0], 1 + steps[1], old)
                 change = _value(unit, *self.columns_of(new, block)) - _value(unit, scale, offset)
-                better = gains(h, here, change) > 0
+                better = sweeps.gains(h, here, change) > 0
                 self.params[better, blocks] = new[better]
                 pull[end:].addmm_(self.h[end:, inside], torch.where(better, change, 0), alpha=-1)
 
@@ -346,31 +292,24 @@ class Rows:
             factors = 1 + SPREAD * torch.randn((2, *scale.shape), generator=chance).to(device)
             changed = fmt.nearest(scale * factors[0], offset * factors[1], params)
             params = torch.cat([old, changed[n_rows:]])
-            scale, offset = self.columns_of(params, block)
-
-            aims, base, here = (part.repeat(1, COPIES) for part in (aims, base, here))
-            units = _sweep(aims.clone(), aims, pushes(factor), scale, offset, fmt, columns)
-            found, ratio = _value(units, scale, offset), h / h.diagonal()
-            units = _sweep(torch.addmm(found, ratio.T, aims - found), found, -ratio, scale, offset, fmt, columns)
-            change = _value(units, scale, offset) - base
-
-            gain, copy = gains(h, here, change).view(COPIES, n_rows).max(0)
-            better = (gain > 0).nonzero()[:, 0]
-            best = copy[better] * n_rows + better
-            self.params[better[:, None], blocks] = params[best]
-            self.units[columns[:, None], better] = units[:, best]
-            kept = torch.zeros_like(self.weight[: len(columns)]).index_copy_(1, better, change[:, best])
+            scale, offset = (of(params).view(COPIES, n_rows, -1).transpose(1, 2) for of in (fmt.scale, fmt.offset))
+            found = self.inner.search(aims, base, here, pushes(factor), h, scale, offset, block, columns, self.levels)
+            better = (found.copy >= 0).nonzero()[:, 0]
+            self.params[better[:, None], blocks] = params[found.copy[better] * n_rows + better]
+            self.units[columns[:, None], better] = found.units[:, better]
+            kept = torch.where(found.copy >= 0, found.change, 0)
             value[columns] += kept
             pull.addmm_(wide.T, kept, alpha=-1)
 
 
+def _inner(device: torch.device) -> sweeps.Sweeps:
+    """What sweeps matrices on this device."""
+    library = native.library() if device.type == "cpu" else None
+    return sweeps_c.Sweeps(library) if library else sweeps.Reference()
+
+
 def _value(unit: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     return unit * scale + offset
-
-
-def gains(h: torch.Tensor, pull: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """float32 [n_rows]: by how much a change of the weights [n_cols, n_rows] lowers the error; pull = H (W - Q)."""
-    return (change * (2 * pull - h @ change)).sum(0)
 
 
 def _least_squares(

@@ -27,7 +27,7 @@ import torch
 
 from ..types import windows
 from ..types.windows import Window
-from . import solver
+from . import solver, sweeps
 from .formats import WindowFormat
 from .solver import Solution
 
@@ -196,7 +196,7 @@ class _Rows(solver.Rows):
             )  # fmt: skip
             found = trellis.levels[edges.int()] * self.fmt.scale(params).T.repeat_interleave(BLOCK, 0)
             change = found - base
-            better = solver.gains(h, here, change) > 0
+            better = sweeps.gains(h, here, change) > 0
             self.params[:, blocks] = torch.where(better[:, None], params, self.params[:, blocks])
             self.edges[columns] = torch.where(better, edges, self.edges[columns])
             change = torch.where(better, change, 0)

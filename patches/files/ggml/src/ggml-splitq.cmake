@@ -9,6 +9,8 @@ target_sources(ggml-base PRIVATE
     ggml-splitq.c
     ggml-splitq.h
     ggml-splitq-hook.h
+    ggml-splitq-solve.c
+    ggml-splitq-solve.h
     ggml-windows.c
     ggml-windows.h)
 

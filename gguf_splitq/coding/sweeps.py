@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""The solver's inner loops: columns of many rows coded one after the other.
+
+This is what they compute, in PyTorch for any device; `sweeps_c` does the same on CPUs, many times sooner. Matrices have
+a column of weights in each row, [n_cols, n_rows], so that what is done to a column is done to neighbours in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+LEAF = 16  # columns whose changes are pushed on one by one
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What a weight at scale 1 and offset 0 is rounded to. Levels are whole, so the ceiling of twice the weight tells.
+
+    tables: float32 [2 * (last level - first level) + 1], of plain columns and of the first `wide` ones: entry i is the
+    level nearest to (first + i) / 2, first being twice the first level.
+    """
+
+    tables: tuple[torch.Tensor, torch.Tensor]
+    first: int
+    wide: int
+
+    @classmethod
+    def of(cls, levels: torch.Tensor, wide_levels: torch.Tensor, wide: int) -> Levels:
+        """levels: float32 [n_levels], whole and rising."""
+        both = levels, wide_levels
+        first, last = (2 * int(end(each[i] for each in both)) for i, end in ((0, min), (-1, max)))
+        halves = torch.arange(first, last + 1, device=levels.device) / 2
+        return cls((nearest(halves, levels), nearest(halves, wide_levels)), first, wide)
+
+
+class Found(NamedTuple):
+    """copy: int [n_rows], -1 where nothing was better. units, change: float32 [n_cols, n_rows], of the other rows."""
+
+    copy: torch.Tensor
+    units: torch.Tensor
+    change: torch.Tensor
+
+
+class Sweeps(Protocol):
+    """An implementation. scale, offset: float32 [..., n_blocks, n_rows]; block: int64 [n_cols], which of these a column
+    has; numbers: int64 [n_cols], which columns these are of all; the rest is float32 [n_cols, n_rows] if not said
+    otherwise. Rows are independent of each other.
+    """
+
+    def sweep(
+        self, aims: torch.Tensor, base: torch.Tensor, push: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor,
+        block: torch.Tensor, numbers: torch.Tensor, levels: Levels,
+    ) -> torch.Tensor:  # fmt: skip
+        """Round column after column to its aim; what it changes from `base` moves the aims of the later ones.
+
+        aims is overwritten. push: float32 [n_cols, n_cols], of which the upper triangle counts. Returns the level of
+        each code.
+        """
+
+    def search(
+        self, aims: torch.Tensor, value: torch.Tensor, pull: torch.Tensor, push: torch.Tensor, h: torch.Tensor,
+        scale: torch.Tensor, offset: torch.Tensor, block: torch.Tensor, numbers: torch.Tensor, levels: Levels,
+    ) -> Found:  # fmt: skip
+        """The best of several scales for a group of columns: swept by `push`, then each column given all others.
+
+        scale, offset: float32 [n_copies, n_blocks, n_rows]. value: what is stored now; pull: h (weight - value), of
+        which h [n_cols, n_cols] is the part of these columns. aims: where the error is least.
+        """
+
+
+class Reference:
+    """In PyTorch, on any device."""
+
+    def sweep(
+        self, aims: torch.Tensor, base: torch.Tensor, push: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor,
+        block: torch.Tensor, numbers: torch.Tensor, levels: Levels,
+    ) -> torch.Tensor:  # fmt: skip
+        scale, offset = scale[block], offset[block]
+        wide = (numbers < levels.wide).tolist()
+        double = 2 * inverse(scale)
+        shift = -offset * double - levels.first
+        units, changes = torch.empty_like(aims), torch.empty_like(aims)
+        position, index = torch.empty_like(aims[0]), torch.empty_like(aims[0], dtype=torch.int64)
+        parts = (aims, base, scale, offset, double, shift, units, changes)
+        columns = list(zip(*(part.unbind() for part in parts), strict=True))
+
+        def leaf(start: int, end: int) -> None:
+            for i in range(start, end):
+                aim, old, scale, offset, double, shift, unit, change = columns[i]
+                table = levels.tables[wide[i]]
+                torch.addcmul(shift, aim, double, out=position)
+                index.copy_(position.ceil_().clamp_(0, len(table) - 1))
+                torch.index_select(table, 0, index, out=unit)
+                torch.addcmul(offset, unit, scale, out=change).sub_(old)
+                if i + 1 < end:
+                    aims[i + 1 : end].addr_(push[i, i + 1 : end], change)
+
+        in_halves(leaf, aims, push, changes, 0, len(aims))
+        return units
+
+    def search(
+        self, aims: torch.Tensor, value: torch.Tensor, pull: torch.Tensor, push: torch.Tensor, h: torch.Tensor,
+        scale: torch.Tensor, offset: torch.Tensor, block: torch.Tensor, numbers: torch.Tensor, levels: Levels,
+    ) -> Found:  # fmt: skip
+        copies, n_rows = len(scale), aims.shape[1]
+        scale, offset = scale.transpose(0, 1).flatten(1), offset.transpose(0, 1).flatten(1)
+        aims, value, pull = (part.repeat(1, copies) for part in (aims, value, pull))
+        rest = block, numbers, levels
+        units = self.sweep(aims.clone(), aims, push, scale, offset, *rest)
+        found, ratio = units * scale[block] + offset[block], h / h.diagonal()
+        units = self.sweep(torch.addmm(found, ratio.T, aims - found), found, -ratio, scale, offset, *rest)
+        change = units * scale[block] + offset[block] - value
+        gain, copy = gains(h, pull, change).view(copies, n_rows).max(0)
+        best = copy * n_rows + torch.arange(n_rows, device=copy.device)
+        return Found(torch.where(gain > 0, copy, -1), units[:, best], change[:, best])
+
+
+def in_halves(
+    leaf: Callable[[int, int], None],
+    aims: torch.Tensor,
+    push: torch.Tensor,
+    changes: torch.Tensor,
+    start: int,
+    end: int,
+) -> None:
+    """Call leaf(first, behind) for LEAF columns after the other, so that most changes are pushed on in large groups."""
+    if end - start <= LEAF:
+        return leaf(start, end)
+    half = (start + end) // 2
+    in_halves(leaf, aims, push, changes, start, half)
+    aims[half:end].addmm_(push[start:half, half:end].T, changes[start:half])
+    in_halves(leaf, aims, push, changes, half, end)
+
+
+def inverse(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale; 0 for scale 0, where every code is as good as the one of the level nearest to 0."""
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def nearest(units: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """The level nearest to each of `units`; levels rise."""
+    return levels[torch.bucketize(units, (levels[1:] + levels[:-1]) / 2, out_int32=True)]
+
+
+def gains(h: torch.Tensor, pull: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """float32 [n_rows]: by how much a change of the weights [n_cols, n_rows] lowers the error; pull = H (W - Q)."""
+    return (change * (2 * pull - h @ change)).sum(0)
