@@ -24,7 +24,7 @@ from gguf_splitq.runtime import building
 from . import public
 from .common import BUILD, DEMO, convert, parser, quantize, run, save, show
 
-OURS = ["sq4", "sdr4", "sq3", "sq2"]
+OURS = ["sq4w", "sq4", "sdr4", "sq3w", "sq3", "sq2w", "sq2"]
 PEERS = ["Q8_0", "Q5_K", "Q4_K", "IQ4_NL", "IQ4_XS", "Q4_0", "Q3_K", "Q2_K"]
 FORMATS = {"type": "", "bpw": ".2f", "cosine": ".5f", "lowest": ".4f", "neighbour": ".1%"}
 LENGTH = 200, 800  # characters of a paragraph; a text of more than 512 tokens is refused

@@ -31,13 +31,15 @@ from gguf_splitq.runtime import building, patching
 
 from .common import BUILD, chosen, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
 
-COLUMNS = ["cq4", "cq3", "cq2", "cq3.5", "cq2.5", "sq3c", "sq2c", "sq3.5", "sq2.5"]
-OURS = ["sq4", "sq3", "sq2", "sdr4", "sq4x", *COLUMNS]
+WINDOWS = ["sq4w", "sq3w", "sq2w"]
+WITH_SCALES = ["sq4wc", "sq3wc", "sq2wc"]
+COLUMNS = ["cq4", "cq3", "cq2", "cq3.5", "cq2.5", "sq3c", "sq2c", "sq3.5", "sq2.5", *WITH_SCALES]
+OURS = [*WINDOWS, "sq4", "sq3", "sq2", "sdr4", "sq4x", *COLUMNS]
 PEERS = ["Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_XS"]
 NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XS"}  # llama-quantize refuses them without
 USES_NO_DATA = {"sq4x", *COLUMNS}  # or next to none without its covariances
-FED = ["sq4", "sq3", "sq2", "sdr4", *COLUMNS, "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
-TUNED = ["sq4", "sq3", "sq2"]  # with --tune
+FED = [*WINDOWS, "sq4", "sq3", "sq2", "sdr4", *COLUMNS, "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
+TUNED = [*WINDOWS, "sq4", "sq3", "sq2"]  # with --tune
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [2.5, 3.0, 3.5, 4.0]
 NEAR = 0.1  # bits per weight: what counts as the same stored size
@@ -211,6 +213,13 @@ def claims_of(rows: list[dict]) -> list[dict]:
     limits["sdr4", "Q4_0"] = limits["cq3", "IQ3_XXS"] = limits["cq2", "IQ2_XS"] = 1.0
     for (ours, peer), limit in limits.items():
         ratio((ours, "feedback"), (peer, "imatrix"), at_most=limit)
+    for bits, limit in {4: 0.78, 3: 0.73, 2: 0.68}.items():
+        ratio((f"sq{bits}w", "feedback"), (f"sq{bits}", "feedback"), at_most=limit)
+    ratio(("sq4w", "feedback"), ("Q4_K", "feedback"), at_most=1.0)
+    for type, peer in {"sq3w": "IQ3_S", "sq2w": "IQ2_XS"}.items():
+        ratio((type, "feedback"), (peer, "imatrix"), at_most=0.5)
+    for type, peer in {"sq4w": "IQ4_XS", "sq3w": "Q3_K", "sq2w": "IQ2_XS"}.items():
+        ratio((type, "none"), (peer, "imatrix"), at_most=1.0)
     for type in FED:
         ratio((type, "feedback"), (type, "imatrix"), at_most=0.8 if type in UNPATCHED else 1.0)
     for bpw in (3.5, 2.5):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Coding a matrix for sq2c and sq3c against a Hessian; codebooks.py is for the other types with a side tensor.
+"""Coding a matrix for types with scales of columns against a Hessian; codebooks.py is for those with codebooks.
 
-Columns are divided by their scales, wide ones come first, and all are then coded as blocks by solver.py, where an
+Columns are divided by their scales and then coded as blocks, by windows.py or, wide ones first, by solver.py, where an
 input's second moment is multiplied by its column's scale. Without a Hessian: free.py.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ import torch
 from ..types.columns import PLAIN, Layout, Side
 from ..types.splitquant import MAX_ABS
 from ..types.sqc import ScaledColumns
-from . import codebooks, formats, solver
+from ..types.windowsc import WindowColumns
+from . import codebooks, formats, solver, windows
 from .solver import Solution
 
 SIZE = 8  # a column's scale, in root mean squares of its weights: keeps block scales inside the range of their bytes
@@ -32,27 +35,50 @@ def solve(
     Raises InputError as `solver.solve` does.
     """
     n_rows, n_cols = weight.shape
-    scale = torch.from_numpy(scales(weight.numpy()))
-    size = scale.float()
-    hessian = hessian.float().double() * size * size[:, None]  # float32 as in a file of Hessians: the same bytes
-    hessian.diagonal().clamp_min_(LEAST * hessian.diagonal().mean())
-    order = torch.arange(len(size))
-    inverse = torch.where(size > 0, 1 / size, 0)
+    scale, inverse, hessian = _scaled(weight, hessian)
+    order = torch.arange(n_cols)
     if layout.wide:
         price = codebooks.prices(solver.prepare(hessian, solver.DAMPING)[0]) * inverse**2
         order = torch.from_numpy(codebooks.order(layout, [weight.T.contiguous()], price))
     solved = solver.solve(
         weight[:, order] * inverse[order], hessian[order][:, order], formats.ColumnFormat(kind, layout), passes=passes
     )
-    codes, d = np.split(solved.packed.numpy(), [len(size)], 1)
+    codes, d = np.split(solved.packed.numpy(), [n_cols], 1)
     packed, side = kind.pack(codes, Side(order.numpy(), scale[order].numpy()), layout, d)
     value = kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0)
     return Solution(torch.from_numpy(packed), torch.from_numpy(value), solved.errors, solved.damping, side)
 
 
+def solve_windows(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    kind: WindowColumns,
+    layout: Layout = PLAIN,
+    passes: int = windows.PASSES,
+) -> Solution:
+    """`solve` for sq4wc, sq3wc and sq2wc, which have no layout but the plain one."""
+    scale, inverse, hessian = _scaled(weight, hessian)
+    solved = windows.solve(weight * inverse, hessian, kind.plain, passes=passes)
+    return replace(solved, weight=solved.weight * scale.float(), side=kind.side_of(len(weight), scale.numpy()))
+
+
 def coding_bytes(n_rows: int, n_cols: int) -> int:
     """Bytes of memory that `solve` takes: the Hessian and the rows once more, with scaled columns and in order."""
     return solver.coding_bytes(n_rows, n_cols) + n_cols * (24 * n_cols + 20 * n_rows)
+
+
+def windows_coding_bytes(n_rows: int, n_cols: int) -> int:
+    """Bytes of memory that `solve_windows` takes: the Hessian and the rows once more, with scaled columns."""
+    return windows.coding_bytes(n_rows, n_cols) + n_cols * (16 * n_cols + 12 * n_rows)
+
+
+def _scaled(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales of the columns float16 [n_cols], their inverses float32, and the Hessian of columns divided by them."""
+    scale = torch.from_numpy(scales(weight.numpy()))
+    size = scale.float()
+    hessian = hessian.float().double() * size * size[:, None]  # float32 as in a file of Hessians: the same bytes
+    hessian.diagonal().clamp_min_(LEAST * hessian.diagonal().mean())
+    return scale, torch.where(size > 0, 1 / size, 0), hessian
 
 
 def scales(weight: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 from ..types.claq import Claq
 from ..types.columns import PLAIN, Layout, Side
 from ..types.sqc import ScaledColumns
+from ..types.windowsc import WindowColumns
 from . import codebooks
 from .codebooks import PIECE, Cluster, Codebooks
 from .columns import scales
@@ -26,14 +27,25 @@ PASSES = 2  # of scales of rows and new codebooks: there is little to gain
 _CODE, _OUTLIER = 0x7F, 0x80  # of the bytes that codes are kept in
 
 
+def in_windows(
+    weight: torch.Tensor, kind: WindowColumns, layout: Layout = PLAIN, importance: torch.Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """sq4wc, sq3wc, sq2wc: as `in_blocks`, columns staying where they are."""
+    matrix = _Slices(weight)
+    scale, size, inverse = _column_scales(matrix)
+    relevance = None if importance is None else importance.numpy() * size**2
+    packed = np.empty((matrix.n_rows, kind.row_bytes(matrix.n_cols)), np.uint8)
+    for rows in matrix.rows:
+        packed[rows] = kind.plain.encode(matrix.weight[rows].float().numpy() * inverse, relevance)
+    return packed, kind.side_of(matrix.n_rows, scale)
+
+
 def in_blocks(
     weight: torch.Tensor, kind: ScaledColumns, layout: Layout = PLAIN, importance: torch.Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """sq2c, sq3c: each block for itself, columns divided by their scales. Arguments and result: see `families.code`."""
     matrix = _Slices(weight)
-    scale = np.concatenate([scales(part.T.numpy()) for part in matrix])
-    size = scale.astype(np.float32)
-    inverse = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
+    scale, size, inverse = _column_scales(matrix)
     price = torch.ones(len(size)) if importance is None else importance
     order = codebooks.order(layout, matrix, price)
     # An input that nothing is known of is taken to be the larger, the smaller its column.
@@ -106,6 +118,13 @@ def with_codebooks(
     exact = books.scale[c] * books.levels[c, codes[rows, columns]] * books.row_numpy[rows]
     rest = matrix.weight[torch.from_numpy(rows), torch.from_numpy(c)].float().numpy() - exact
     return books.pack(codes, rows, columns, codebooks.half(rest))
+
+
+def _column_scales(matrix: _Slices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[n_cols]: scales of columns in float16 and in float32, and their inverses, 0 for 0."""
+    scale = np.concatenate([scales(part.T.numpy()) for part in matrix])
+    size = scale.astype(np.float32)
+    return scale, size, np.divide(1, size, out=np.zeros_like(size), where=size > 0)
 
 
 class _Slices:

@@ -21,7 +21,7 @@ from ..types import TensorType
 from . import Entry
 
 MOST_BYTES = 1 << 26  # of a plan; what is longer is a model given by mistake, not to be read whole
-CANDIDATES = ("sq2", "sq3", "sq4", "q5_k", "q6_k", "q8_0")
+CANDIDATES = ("sq2w", "sq3w", "sq4w", "q5_k", "q6_k", "q8_0")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Mix:
 
 def base(bpw: float) -> str:
     """The type of tensors that could not be measured: the largest of ours within the budget."""
-    return next((name for name in ("sq4", "sq3") if types.get(name).bpw <= bpw), "sq2")
+    return next((name for name in ("sq4w", "sq3w") if types.get(name).bpw <= bpw), "sq2w")
 
 
 def label(bpw: float) -> str:

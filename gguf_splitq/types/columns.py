@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the types with a side tensor share: cq4, cq3, cq2 (claq.py), sq2c and sq3c (sqc.py).
+"""What the types with a side tensor share: cq4, cq3, cq2 (claq.py), sq2c, sq3c (sqc.py), sq4wc, sq3wc, sq2wc (windowsc.py).
 
 A column is an input feature. What belongs to it, and not to a row, is in a tensor of its own: X.columns beside
 X.weight. Stored column i is input feature order[i]. The codes of the first `wide` blocks of 32 stored columns have
@@ -37,7 +37,7 @@ from .base import TensorType
 
 MAGIC = 0x51414C43
 SIDE_TYPE = 24  # GGML_TYPE_I8
-IDS = range(105, 110)
+IDS = frozenset({*range(105, 110), *range(113, 116)})
 MOST_COLUMNS = 1 << 16  # what u16 can number
 # What llama.cpp does with a matrix instead of multiplying with it as it is stored, and parts of the names of those that
 # are large enough: GET_ROWS in LLM_TENSOR_INFOS of src/llama-arch.cpp, TENSOR_ALLOW_RESHAPE in src/models at the pin,
@@ -175,6 +175,10 @@ class ColumnType(TensorType):
 
         d: as `pack_codes` takes it.
         """
+        return self.pack_codes(codes, d), self.pack_side(codes, side, layout)
+
+    def pack_side(self, codes: np.ndarray, side: Side, layout: Layout) -> np.ndarray:
+        """The side tensor, uint8 [side_bytes]. codes: [n_rows, n_cols], of which only wide columns are looked at."""
         n_rows, n_cols = codes.shape
         wide, panels, words = 32 * layout.wide, -(-n_rows // PANEL), self.wide_bits - self.code_bits
         upper = np.zeros((panels * PANEL, layout.wide, 4 * words), np.uint8)
@@ -189,7 +193,7 @@ class ColumnType(TensorType):
             part = np.asarray(contents[name] if math.prod(shape) else np.empty(shape), kind)
             assert part.shape == shape, f"{part.shape} where {shape} is due"
             out += part.tobytes().ljust(_padded(part.nbytes), b"\0")
-        return self.pack_codes(codes, d), np.frombuffer(bytes(out), np.uint8)
+        return np.frombuffer(bytes(out), np.uint8)
 
     def contents(self, side: Side, layout: Layout) -> dict[str, np.ndarray]:
         """Sections by name, but for header and extra."""
