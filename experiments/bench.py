@@ -49,7 +49,13 @@ DECODE_SMALL = [
 ]
 PROMPT = [("sq4", "Q4_K_S", 1.1), ("sq3", "Q4_K_S", 1.1), ("sq2", "Q4_K_S", 1.1)]
 PROMPT_WINDOWS = [("sq4w", "sq4", 0.95), ("sq3w", "sq3", 0.95), ("sq2w", "sq2", 0.95)]
-PROMPT_SMALL = [("sdr4", "Q4_0", 1.0), ("cq3", "IQ3_XXS", 1.0), ("cq2", "IQ3_XXS", 1.0), ("sq2.5", "IQ3_XXS", 1.0), *PROMPT_WINDOWS]
+PROMPT_SMALL = [
+    ("sdr4", "Q4_0", 1.0),
+    ("cq3", "IQ3_XXS", 1.0),
+    ("cq2", "IQ3_XXS", 1.0),
+    ("sq2.5", "IQ3_XXS", 1.0),
+    *PROMPT_WINDOWS,
+]
 READ_FRACTION = 0.8  # of the memory's plain read rate, reached by sq4's decode
 CONVERSION = 0.3  # of the time that llama-quantize Q4_K_S takes
 ONE_BILLION = 60.0  # seconds for a checkpoint of 1 B parameters; SplitQuantV2 reports 126 on an Apple M4

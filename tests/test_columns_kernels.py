@@ -18,6 +18,7 @@ from gguf_splitq.types.columns import Layout, Side
 from gguf_splitq.types.splitquant import SCALES, codebooks
 
 TYPES = {"cq4": 105, "cq3": 106, "cq2": 107, "sq2c": 108, "sq3c": 109}  # ggml_type
+TYPES |= {"sq4wc": 113, "sq3wc": 114, "sq2wc": 115}
 
 
 class Matrix:
@@ -27,8 +28,9 @@ class Matrix:
     """
 
     def __init__(self, name: str, columns: int, rows: int, wide: int, outliers: int, rng, scale=0.01):
-        own = name.startswith("cq")  # codebooks
-        kind, layout = types.get(name), Layout(int(wide) * (name != "cq4"), int(outliers) * own)
+        own, windows = name.startswith("cq"), name.endswith("wc")  # codebooks; levels that neighbours share
+        kind = types.get(name)
+        layout = Layout(int(wide) * (kind.wide_bits > kind.code_bits), int(outliers) * own)
         bits = kind.bits(columns, layout)
         codes = (rng.integers(0, 16, (rows, columns)) % (1 << bits)).astype(np.uint8)
         self.order = rng.permutation(columns) if layout.wide else np.arange(columns)
@@ -39,6 +41,13 @@ class Matrix:
         value = rng.normal(0, 1, layout.outliers).astype("<f2")
         side = Side(self.order, self.scale)
         d = None
+        if windows:
+            stored = rng.integers(0, 256, (rows, kind.row_bytes(columns)), dtype=np.uint8)
+            stored.reshape(rows, -1, kind.block_bytes)[..., -1] &= 0xDF
+            self.weights, self.side = stored.tobytes(), kind.side_of(rows, self.scale).tobytes()
+            self.levels, self.added = kind.plain.decode_numpy(stored).astype(np.float64), np.zeros((rows, columns))
+            self.dense = self.levels * self.scale.astype(np.float64)
+            return
         if own:
             row = rng.uniform(0.5, 2, rows).astype("<f2")
             levels = np.stack([np.resize(np.sort(rng.integers(-127, 128, 1 << n)), 16) for n in bits])
@@ -93,13 +102,17 @@ def check(got: np.ndarray, exact: np.ndarray, full: np.ndarray, kernels: bool) -
     check_products(got, exact if kernels else full, full)
 
 
-@pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
-@pytest.mark.parametrize("blocks, rows, tokens, wide, outliers", [
+# blocks, rows, tokens, wide blocks, outliers
+PRODUCTS = [
     (1, 1, 1, 0, 0), (18, 150, 1, 3, 300), (33, 70, 2, 5, 0), (16, 33, 4, 16, 500), (18, 37, 17, 7, 200),
-    (40, 130, 33, 3, 900), (7, 19, 600, 2, 60),
-    (20, 33, 3, 1, 3500),
-])  # fmt: skip
-@pytest.mark.parametrize("name", TYPES)
+    (40, 130, 33, 3, 900), (7, 19, 600, 2, 60), (20, 33, 3, 1, 3500),
+]  # fmt: skip
+# The kernels of windows are those of types without a side tensor: what is new is how activations are packed.
+ALL_PRODUCTS = [(name, *case) for name in TYPES for case in (PRODUCTS[1:6:2] if name[-2:] == "wc" else PRODUCTS)]
+
+
+@pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
+@pytest.mark.parametrize("name, blocks, rows, tokens, wide, outliers", ALL_PRODUCTS)
 def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide, outliers, interleaved):  # noqa: F811
     rng = np.random.default_rng(rows + tokens)
     rows = -(-rows // 16) * 16 if interleaved else rows
@@ -144,7 +157,7 @@ def test_experts(driver, has_products, name, tokens, used, experts, shared, inte
         check(got, full, full, False)
 
 
-@pytest.mark.parametrize("name", ["cq2", "sq2c"])
+@pytest.mark.parametrize("name", ["cq2", "sq2c", "sq2wc"])
 def test_scales_too_small_for_a_half_do_not_vanish(driver, has_products, name):  # noqa: F811
     rng = np.random.default_rng(0)
     matrix = Matrix(name, 64, 16, 0, 0, rng, scale=1e-6)
@@ -267,11 +280,14 @@ HOSTILE_SQ2C = {
 }  # fmt: skip
 ALL_HOSTILE = [pytest.param("cq2", *case, id=f"cq2 {name}") for name, case in HOSTILE.items()]
 ALL_HOSTILE += [pytest.param("sq2c", *case, id=f"sq2c {name}") for name, case in HOSTILE_SQ2C.items()]
+ALL_HOSTILE += [pytest.param("sq2wc", put(12, "<I", 1), "wide", id="sq2wc wide blocks")]
 
 
 @pytest.fixture(scope="module")
 def matrices():
-    return {name: Matrix(name, COLUMNS, ROWS, 1, OUTLIERS, np.random.default_rng(0)) for name in ("cq2", "sq2c")}
+    return {
+        name: Matrix(name, COLUMNS, ROWS, 1, OUTLIERS, np.random.default_rng(0)) for name in ("cq2", "sq2c", "sq2wc")
+    }
 
 
 @pytest.fixture

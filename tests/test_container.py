@@ -29,7 +29,7 @@ def encoded(kind, stack):
     if kind in types.CUSTOM:
         return [(name, shape, kind.gguf_id, kind.encode_numpy(crafted.weights(*shape).reshape(-1, 256)).tobytes())]
     is_cq = kind.name.startswith("cq")
-    layout = columns.Layout(int(kind.code_bits < 4), 9 if is_cq else 0)
+    layout = columns.Layout(int(kind.code_bits < kind.wide_bits), 9 if is_cq else 0)
     pairs = []
     for _ in range(int(np.prod(stack))):
         d = None if is_cq else rng.integers(0, 64, (20, 8)).astype(np.uint8)

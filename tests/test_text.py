@@ -35,7 +35,7 @@ def test_lines_end_alike(tmp_path):
     ("name", "data", "causes"),
     [
         ("a.parquet", b"PAR1\x15\x04", ["a Parquet file", "read_parquet('a.parquet').to_json('a.jsonl'"]),
-        ("a.txt", gzip.compress(WORDS.encode()), ["compressed by gzip", "unpack"]),
+        ("a.txt", gzip.compress(WORDS.encode(), mtime=0), ["compressed by gzip", "unpack"]),
         ("a.docx", b"PK\3\4rest", ["zip archive"]),
         ("a.pdf", b"%PDF-1.7\n", ["a PDF", "pdftotext"]),
         ("a.txt", WORDS.encode("latin-1"), ["not UTF-8 at byte 2 (line 1)", "iconv -f LATIN1"]),

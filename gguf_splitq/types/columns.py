@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the types with a side tensor share: cq4, cq3, cq2 (claq.py), sq2c, sq3c (sqc.py), sq4wc, sq3wc, sq2wc (windowsc.py).
+"""What the types with a side tensor share: those of claq.py, sqc.py and windowsc.py.
 
 A column is an input feature. What belongs to it, and not to a row, is in a tensor of its own: X.columns beside
 X.weight. Stored column i is input feature order[i]. The codes of the first `wide` blocks of 32 stored columns have

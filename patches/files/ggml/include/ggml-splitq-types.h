@@ -20,7 +20,10 @@
     X(CQ3,  cq3,  106,  32, "3 bpw and codebooks")                                      \
     X(CQ2,  cq2,  107,  32, "2 bpw and codebooks")                                      \
     X(SQ2C, sq2c, 108,  32, "2.25 bpw and columns")                                     \
-    X(SQ3C, sq3c, 109,  32, "3.25 bpw and columns")
+    X(SQ3C, sq3c, 109,  32, "3.25 bpw and columns")                                     \
+    X(SQ4WC, sq4wc, 113, 32, "4.25 bpw and columns")                                    \
+    X(SQ3WC, sq3wc, 114, 32, "3.25 bpw and columns")                                    \
+    X(SQ2WC, sq2wc, 115, 32, "2.25 bpw and columns")
 
 #define GGML_SPLITQ_TYPES(X) GGML_SPLITQ_ROW_TYPES(X) GGML_SPLITQ_COLUMN_TYPES(X)
 

@@ -14,17 +14,24 @@ _Static_assert(sizeof(splitq_block_sq2c) ==  9, "sq2c block size");
 
 int columns_bits(enum ggml_type type) {
     switch (type) {
+        case GGML_TYPE_SPLITQ_SQ4WC:
         case GGML_TYPE_SPLITQ_CQ4:  return 4;
+        case GGML_TYPE_SPLITQ_SQ3WC:
         case GGML_TYPE_SPLITQ_SQ3C:
         case GGML_TYPE_SPLITQ_CQ3:  return 3;
+        case GGML_TYPE_SPLITQ_SQ2WC:
         case GGML_TYPE_SPLITQ_SQ2C:
         case GGML_TYPE_SPLITQ_CQ2:  return 2;
-        default:                  return 0;
+        default:                    return 0;
     }
 }
 
 bool columns_has_codebooks(enum ggml_type type) {
     return type == GGML_TYPE_SPLITQ_CQ4 || type == GGML_TYPE_SPLITQ_CQ3 || type == GGML_TYPE_SPLITQ_CQ2;
+}
+
+bool columns_has_windows(enum ggml_type type) {
+    return type == GGML_TYPE_SPLITQ_SQ4WC || type == GGML_TYPE_SPLITQ_SQ3WC || type == GGML_TYPE_SPLITQ_SQ2WC;
 }
 
 bool ggml_splitq_has_columns(enum ggml_type type) {
@@ -87,7 +94,7 @@ const char * ggml_splitq_check_columns(enum ggml_type type, int64_t columns, int
     if (header[1] != rows || header[2] != columns) {
         return "has a header that is not of the weight's shape";
     }
-    if (header[3] > columns/COLUMNS_QK || (header[3] && columns_bits(type) == 4)) {
+    if (header[3] > columns/COLUMNS_QK || (header[3] && (columns_bits(type) == 4 || columns_has_windows(type)))) {
         return "has more wide blocks than the weight can have";
     }
     if (header[4] && !columns_has_codebooks(type)) {
@@ -120,10 +127,31 @@ const char * ggml_splitq_check_columns(enum ggml_type type, int64_t columns, int
     return NULL;
 }
 
+// The same for a type of windows; size: bytes of a block.
+static void decode_windows(enum ggml_type type, const struct columns_side * side, const uint8_t * panel, int lanes, int lane, size_t size, float * y) {
+    for (uint32_t b = 0; b < side->columns/COLUMNS_QK; ++b, panel += lanes*size, y += COLUMNS_QK) {
+        uint8_t block[sizeof(splitq_block_sq4wc)];
+        size_t at = 0;
+        for (; at + 8 <= size; at += 8) { memcpy(block + at, panel + lanes*at + 8*splitq_window_lane(lane, lanes), 8); }
+        for (; at + 4 <= size; at += 4) { memcpy(block + at, panel + lanes*at + 4*lane, 4); }
+        block[at] = panel[lanes*at + lane];
+        switch (type) {
+            case GGML_TYPE_SPLITQ_SQ4WC: splitq_dequantize_row_sq4w(block, y, COLUMNS_QK); break;
+            case GGML_TYPE_SPLITQ_SQ3WC: splitq_dequantize_row_sq3w(block, y, COLUMNS_QK); break;
+            default:                     splitq_dequantize_row_sq2w(block, y, COLUMNS_QK); break;
+        }
+        for (int c = 0; c < COLUMNS_QK; ++c) { y[c] *= GGML_FP16_TO_FP32(side->scale[COLUMNS_QK*b + c]); }
+    }
+}
+
 void columns_decode_row(enum ggml_type type, const struct columns_side * side, const void * x, int lanes, uint32_t r, float * y) {
     static const int8_t * const fixed[] = { splitq_levels_sq2, splitq_levels_sq3, splitq_levels_sq4 };
     const int  bits = columns_bits(type), size = (int) ggml_row_size(type, COLUMNS_QK), lane = r % lanes;
     const bool codebooks = columns_has_codebooks(type);
+    if (columns_has_windows(type)) {
+        decode_windows(type, side, x, lanes, lane, size, y);
+        return;
+    }
     const uint8_t * block = x;
     for (uint32_t b = 0; b < side->columns/COLUMNS_QK; ++b, block += lanes*size) {
         const int more = b < side->wide ? columns_more_bits(bits, codebooks) : 0, all = bits + more;

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT
 // Tensor types after CLAQ (arXiv 2405.17233): every column, an input feature, has something of its own; cq4, cq3 and cq2 a
-// codebook, sq3c and sq2c, which are sq3 and sq2 otherwise, a scale. Codes are in the weight tensor, and sq3c's and sq2c's
-// scale bytes; all else is in a side tensor of bytes, X.columns beside X.weight, that the model loader attaches.
+// codebook, sq3c and sq2c, which are sq3 and sq2 otherwise, a scale, as sq4wc, sq3wc and sq2wc, whose blocks are those of sq4w,
+// sq3w and sq2w. Codes and scale bytes are in the weight tensor; all else is in a side tensor of bytes, X.columns beside
+// X.weight, that the model loader attaches.
 // docs/format.md of gguf-splitq draws the same bytes.
 #pragma once
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
+#include "ggml-windows.h"
 #include "ggml.h"
 
 #ifdef __cplusplus
@@ -40,9 +42,14 @@ typedef struct {
     uint8_t d;
 } splitq_block_sq2c;
 
+typedef splitq_block_sq4w splitq_block_sq4wc;
+typedef splitq_block_sq3w splitq_block_sq3wc;
+typedef splitq_block_sq2w splitq_block_sq2wc;
+
 // The side tensor of one matrix. Stored column i is input feature order[i];
 // weight[r, order[i]] = row[r] * scale[i] * level(i)[code], an outlier's value added; of sq3c and sq2c, with d and the levels
-// of the sq type of as many bits, d * scale[i] * level[code].
+// of the sq type of as many bits, d * scale[i] * level[code]; of window types, which have neither order nor wide blocks, the
+// weight without a side tensor, times scale[i].
 struct columns_side {
     uint32_t rows, columns;
     uint32_t wide;               // how many leading blocks have longer codes, their upper bits in extra
@@ -60,6 +67,7 @@ struct columns_side {
 
 GGML_API int  columns_bits(enum ggml_type type); // 0 for other types
 GGML_API bool columns_has_codebooks(enum ggml_type type);
+GGML_API bool columns_has_windows(enum ggml_type type);
 
 // Where things are in the side tensor `data` of one matrix, which ggml_splitq_check_columns (ggml.h) has accepted.
 GGML_API struct columns_side columns_side_at(enum ggml_type type, const void * data);

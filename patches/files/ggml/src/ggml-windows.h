@@ -71,6 +71,12 @@ static inline void splitq_windows_of_sq2w(const splitq_block_sq2w * b, uint64_t 
     for (int i = 0; i < 4; ++i) { windows[i] = splitq_ror(b->q, 2*i) & 0x3f3f3f3f3f3f3f3f; }
 }
 
+// Of `lanes` interleaved rows: in whose place row r has its words of 64 bits. They fill two vectors, with rows 0, 1, 4, 5, 8 ..
+// and with rows 2, 3, 6, 7, 10 ..
+static inline int splitq_window_lane(int r, int lanes) {
+    return lanes == 1 ? 0 : r/2%2*(lanes/2) + r/4*2 + r%2;
+}
+
 GGML_API void splitq_quantize_row_sq4w(const float * x, void * y, int64_t k);
 GGML_API void splitq_quantize_row_sq3w(const float * x, void * y, int64_t k);
 GGML_API void splitq_quantize_row_sq2w(const float * x, void * y, int64_t k);

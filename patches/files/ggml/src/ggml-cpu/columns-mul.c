@@ -50,9 +50,8 @@ static float * plain_of(const struct columns_side * side, const char * packed, i
     return (float *) (uintptr_t) blocks_of(side, packed, count) + side->columns*group + t - group;
 }
 
-// As q8_0, but with a float for a scale: activations times scales of columns can be too small for a half.
-static void quantize_block(const float x[COLUMNS_QK], struct token_block * y) {
-    int32_t bits[COLUMNS_QK], most = 0, sum = 0;
+float columns_quantize(const float * x, int8_t * q, int32_t * sum) {
+    int32_t bits[COLUMNS_QK], most = 0;
     memcpy(bits, x, sizeof(bits));
     for (int j = 0; j < COLUMNS_QK; ++j) {
         const int32_t magnitude = bits[j] & 0x7fffffff;
@@ -61,14 +60,14 @@ static void quantize_block(const float x[COLUMNS_QK], struct token_block * y) {
     float max;
     memcpy(&max, &most, sizeof(max));
     const float inverse = max > 0 ? 127/max : 0;
+    *sum = 0;
     for (int j = 0; j < COLUMNS_QK; ++j) {
         const float rounded = x[j]*inverse + 0x1.8p23f; // the integer is in its lowest bits
         memcpy(&bits[j], &rounded, sizeof(rounded));
-        y->q[j] = (int8_t) bits[j];
-        sum += (int8_t) bits[j];
+        q[j] = (int8_t) bits[j];
+        *sum += (int8_t) bits[j];
     }
-    y->bias = -BIAS*sum;
-    y->d    = max/127;
+    return max/127;
 }
 
 void columns_pack(const struct columns_side * side, const float * x, int first, int last, int64_t t, int64_t count, char * packed) {
@@ -80,7 +79,8 @@ void columns_pack(const struct columns_side * side, const float * x, int first, 
         for (int j = 0; j < COLUMNS_QK; ++j) { v[j] = x[side->order ? side->order[COLUMNS_QK*b + j] : COLUMNS_QK*b + j]; }
         for (int j = 0; side->outliers && j < COLUMNS_QK; ++j) { plain[width*(COLUMNS_QK*b + j)] = v[j]; }
         for (int j = 0; j < COLUMNS_QK; j += LANES) { store_f(v + j, mul_f(load_f(v + j), load_half(side->scale + COLUMNS_QK*b + j))); }
-        quantize_block(v, y + b);
+        y[b].d = columns_quantize(v, y[b].q, &y[b].bias);
+        y[b].bias *= -BIAS;
         if (t % 2) { pair(y[b - (int) side->columns/COLUMNS_QK].q, y[b].q); }
     }
 }

@@ -11,6 +11,10 @@ extern "C" {
 // Bytes of a token's activations.
 size_t columns_token_size(int64_t columns);
 
+// 32 floats as q8_0, but with a float for a scale, which it returns: activations times scales of columns can be too small for
+// a half. sum: of the integers.
+float columns_quantize(const float * x, int8_t * q, int32_t * sum);
+
 // Packs blocks [first, last) of token t of `count`, which share `packed`: scaled, in the order of the stored columns, as
 // 8-bit integers; for outliers also as they are.
 void columns_pack(const struct columns_side * side, const float * x, int first, int last, int64_t t, int64_t count, char * packed);

@@ -49,51 +49,61 @@ struct many {
     float   d;
 };
 
+// A block of activations as q8_0; times the scales of columns, if there are any.
+static float quantize(const float * x, const ggml_half * scale, int8_t * q) {
+    if (scale) {
+        float scaled[32];
+        int32_t sum;
+        for (int j = 0; j < 32; ++j) { scaled[j] = x[j]*to_float(scale[j]); }
+        return columns_quantize(scaled, q, &sum);
+    }
+    block_q8_0 q8;
+    quantize_row_q8_0(x, &q8, 32);
+    memcpy(q, q8.qs, 32);
+    return to_float(q8.d);
+}
+
 // Activations of blocks [LANES*first, LANES*last) of a row of nb blocks; past its end they are zero.
-static void pack_few(const float * x, int nb, int units, int word, int first, int last, struct few * y) {
+static void pack_few(const float * x, const ggml_half * scale, int nb, int units, int word, int first, int last, struct few * y) {
     const int parts = LANES/4, pieces = 2*units, step = word == 8 ? 8 : 16, further = 24 - step;
     for (int g = first; g < last; ++g) {
-        block_q8_0 q8[LANES];
-        const int n = MIN(nb - LANES*g, LANES);
-        memset(q8, 0, sizeof(q8));
-        quantize_row_q8_0(x + 32*LANES*g, q8, 32*n);
+        int8_t q8[LANES][32] = { 0 };
+        float  d[LANES] = { 0 };
+        for (int b = 0, at = 32*LANES*g; b < MIN(nb - LANES*g, LANES); ++b, at += 32) { d[b] = quantize(x + at, scale ? scale + at : NULL, q8[b]); }
         for (int b = 0; b < LANES; ++b) {
             const int v = b/(units*parts), c = b/units%parts, i = b%units;
             int32_t sum = 0;
             for (int p = 0; p < pieces; ++p) {
                 int8_t * to = y[g].q + 16*(parts*(pieces*v + p) + c);
-                memcpy(to + 8*i, q8[b].qs + (units == 1 ? step : 8)*p, 8);
-                if (units == 1) { memcpy(to + 8, q8[b].qs + step*p + further, 8); }
+                memcpy(to + 8*i, q8[b] + (units == 1 ? step : 8)*p, 8);
+                if (units == 1) { memcpy(to + 8, q8[b] + step*p + further, 8); }
             }
-            for (int j = 0; j < 32; ++j) { sum += q8[b].qs[j]; }
+            for (int j = 0; j < 32; ++j) { sum += q8[b][j]; }
             y[g].bias[4*c + units*v + i] = -BIAS*sum;
-            y[g].d[4*c + units*v + i]    = to_float(q8[b].d)*0x1p-4f; // see scale_f
+            y[g].d[4*c + units*v + i]    = d[b]*0x1p-4f; // see scale_f
         }
     }
 }
 
-static void pack_many(const float * x, int first, int last, struct many * y) {
+static void pack_many(const float * x, const ggml_half * scale, int first, int last, struct many * y) {
     for (int b = first; b < last; ++b) {
-        block_q8_0 q8;
-        quantize_row_q8_0(x + 32*b, &q8, 32);
+        y[b].d = quantize(x + 32*b, scale ? scale + 32*b : NULL, y[b].q)*0x1p-4f; // see scale_f
         int32_t sum = 0;
-        for (int j = 0; j < 32; ++j) { sum += q8.qs[j]; }
-        memcpy(y[b].q, q8.qs, 32);
+        for (int j = 0; j < 32; ++j) { sum += y[b].q[j]; }
         y[b].bias = -BIAS*sum;
-        y[b].d    = to_float(q8.d)*0x1p-4f; // see scale_f
     }
 }
 
 // A panel: for each block its words of 4 bytes, word w of row r at 4*(LANES*w + r), then the scale bytes, if any, of all rows.
-// Of types with words of 8 bytes these come first, each in two vectors: rows 0, 1, 4, 5, 8 .. in one, 2, 3, 6, 7, 10 .. in the
-// other. Rows that are not there are zero. size: bytes of a block.
+// Of types with words of 8 bytes these come first, each in two vectors, see splitq_window_lane. Rows that are not there are
+// zero. size: bytes of a block.
 SPLITQ_ALWAYS_INLINE void interleave_rows(const char * row, size_t stride, const int rows, int nb, const size_t size, const size_t word, uint8_t * to) {
     for (int b = 0; b < nb; ++b, row += size, to += LANES*size) {
         size_t at = 0;
         for (; word == 8 && at + 8 <= size; at += 8) {
             uint64_t words[LANES] = { 0 };
             SPLITQ_UNROLL_16
-            for (int r = 0; r < rows; ++r) { memcpy(&words[r/2%2*(LANES/2) + r/4*2 + r%2], row + stride*r + at, 8); }
+            for (int r = 0; r < rows; ++r) { memcpy(&words[splitq_window_lane(r, LANES)], row + stride*r + at, 8); }
             memcpy(to + LANES*at, words, sizeof(words));
         }
         for (; at + 4 <= size; at += 4) {
@@ -225,9 +235,12 @@ static const struct kernels * kernels_of(enum ggml_type type) {
         case GGML_TYPE_SPLITQ_SQ3:  return &sq3;
         case GGML_TYPE_SPLITQ_SQ2:  return &sq2;
         case GGML_TYPE_SPLITQ_SDR4: return &sdr4;
-        case GGML_TYPE_SPLITQ_SQ4W: return &sq4w;
-        case GGML_TYPE_SPLITQ_SQ3W: return &sq3w;
-        case GGML_TYPE_SPLITQ_SQ2W: return &sq2w;
+        case GGML_TYPE_SPLITQ_SQ4WC: // scales of columns are in the activations
+        case GGML_TYPE_SPLITQ_SQ4W:  return &sq4w;
+        case GGML_TYPE_SPLITQ_SQ3WC:
+        case GGML_TYPE_SPLITQ_SQ3W:  return &sq3w;
+        case GGML_TYPE_SPLITQ_SQ2WC:
+        case GGML_TYPE_SPLITQ_SQ2W:  return &sq2w;
         default: return ggml_splitq_has_columns(type) ? &columns : NULL;
     }
 }
@@ -284,7 +297,8 @@ struct job {
 struct layout {
     int64_t nb;                     // blocks in a row
     int64_t chunk;                  // rows of a unit of work
-    bool    interleaved, columns;
+    bool    interleaved;
+    bool    side, columns;          // whether there is a side tensor; whether columns-mul.c multiplies
     bool    alone;                  // a single token: each thread packs it for itself and takes its share of the rows
     size_t  few, many;              // bytes of a token's activations
     size_t  tokens, packed, panels; // offsets
@@ -304,7 +318,8 @@ static struct layout layout_of(const struct ggml_tensor * op, int n_threads) {
     const struct ggml_tensor * ids = op->op == GGML_OP_MUL_MAT_ID ? op->src[2] : NULL;
     struct layout l;
     l.nb   = x->ne[0]/SPLITQ_QK;
-    l.columns = ggml_splitq_has_columns(x->type);
+    l.side    = ggml_splitq_has_columns(x->type);
+    l.columns = l.side && !columns_has_windows(x->type);
     l.few  = sizeof(struct few)*((l.nb + LANES - 1)/LANES);
     l.many = l.columns ? columns_token_size(x->ne[0]) : sizeof(struct many)*l.nb;
     l.interleaved = is_interleaved(x);
@@ -402,15 +417,15 @@ static void pack(const struct layout * l, const struct job * job, const struct g
     const int64_t n = rows ? (l->nb + LANES - 1)/LANES : l->nb;
     const int first = n*ith/nth, last = n*(ith + 1)/nth;
     const struct kernels * k = kernels_of(dst->src[0]->type);
-    const struct columns_side side = l->columns ? side_of(job, dst) : (struct columns_side) { 0 };
+    const struct columns_side side = l->side ? side_of(job, dst) : (struct columns_side) { 0 };
     for (int64_t t = 0; t < job->count; ++t) {
         if (l->columns) {
             columns_pack(&side, row_of(job, dst, t), first, last, t, job->count, job->packed);
         } else if (rows) {
-            pack_few(row_of(job, dst, t), l->nb, k->units, k->word, first, last, (struct few *) (job->packed + l->few*t));
+            pack_few(row_of(job, dst, t), side.scale, l->nb, k->units, k->word, first, last, (struct few *) (job->packed + l->few*t));
         } else {
             struct many * y = (struct many *) (job->packed + l->many*t);
-            pack_many(row_of(job, dst, t), first, last, y);
+            pack_many(row_of(job, dst, t), side.scale, first, last, y);
             for (int b = first; t % 2 && b < last; ++b) { pair(y[b - l->nb].q, y[b].q); }
         }
     }
@@ -496,7 +511,7 @@ int splitq_mul_forward_fused(const struct ggml_compute_params * params, struct g
     }
     const struct share share = share_of(params, a, &l);
     mul_share(a, &l, share);
-    mul_share(b, &l, l.columns ? share_of(params, b, &l) : share); // columns' scales are in the activations
+    mul_share(b, &l, l.side ? share_of(params, b, &l) : share); // columns' scales are in the activations
     const float * gate = a->data, * up = b->data;
     ggml_vec_swiglu_f32((int) (share.last - share.first), (float *) nodes[2]->data + share.first, gate + share.first, up + share.first);
     return 2;
