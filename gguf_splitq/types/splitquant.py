@@ -95,7 +95,7 @@ def unpack_2bit(packed: np.ndarray) -> np.ndarray:
     return np.concatenate([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
 
 
-def _scale_below(y: np.ndarray) -> np.ndarray:
+def scale_below(y: np.ndarray) -> np.ndarray:
     """int [n]: index of the largest positive scale not above y (float32, >= 0)."""
     subnormal = (np.minimum(y, 8 * _ULP) * (1 / _ULP)).astype(np.int32)
     normal = (y.view(np.uint32) >> 20).astype(np.int32) - ((127 - 18) << 3) + 8  # 2**-18 has index 8
@@ -115,7 +115,7 @@ class SplitQuant(TensorType):
 
         book = codebooks()[self.name]
         levels, lookup = np.array(book.levels, np.float32), self._lookup()
-        base = _scale_below(np.abs(w).max(1) / np.float32(127))
+        base = scale_below(np.abs(w).max(1) / np.float32(127))
         best = np.zeros(len(w), np.uint8)
         least = tree_sum(weight * w * w)
         for step in range(-book.steps_down, book.steps_up + 1):

@@ -13,8 +13,8 @@ Block of 32 weights: 64-bit words of codes, then the scale byte `d` of splitquan
     sq2w  column 8 i + k:         byte k of ror(q, 2 i), low 6 bits
     sq3w  column 8 i + k:         byte k of ror(q, 2 i), low 4 bits; bits p, p + 1 of qh above them, p = 4 k + i
 
-So of a window the lowest bits are the weight's own, the others belong to the codes that follow in the chain, which closes
-on itself. The tables are read from patches/files/ggml/src/ggml-windows-tables.h, which the C side includes.
+So of a window the lowest bits are the weight's own, the others belong to the codes that follow in the chain, which
+closes on itself. The tables are read from patches/files/ggml/src/ggml-windows-tables.h, which the C side includes.
 
 Source: a bit-shift trellis as in QTIP, arXiv 2406.11235; one so small that its table is one register, chains that close
 within a block, the tables and the bytes are this project's.
@@ -24,13 +24,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
 from ..resources import folder
 from .base import TensorType
-from .splitquant import MAX_ABS, SCALES, pack_2bit, unpack_2bit
+from .splitquant import MAX_ABS, SCALES, pack_2bit, scale_below, tree_sum, unpack_2bit
+
+# Constants of the encoder, explained in ggml-windows.c, which has the same.
+_STEPS = range(-3, 3)
+_KEPT = 4
+_SPREAD = np.float32(1.25)
+_UNIT = np.float32(128)
+_REACH = np.float32(255)
+_NEVER = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,21 @@ class Window(TensorType):
     code_bits: int = 4
 
     @property
+    def n_states(self) -> int:
+        """States of the trellis: what the upper bits of a window can be."""
+        return 64 >> self.code_bits
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """int32 [64], levels. Edge e = s << code_bits | c: code c, the codes that follow in the chain being s; it
+        leads to state e % n_states."""
+        codes, first = np.zeros((64, 32), np.uint8), self.chain[0, :3]
+        codes[:, first] = np.arange(64)[:, None] >> np.arange(3) * self.code_bits & (1 << self.code_bits) - 1
+        return tables()[self.name].levels[self.windows(codes)[:, first[0]]].astype(np.int32)
+
+    @property
     def chain(self) -> np.ndarray:
-        """int [n_chains, length]: the columns of a block in the order of their chain; each one's window reaches on to the next."""
+        """int [n_chains, length]: the columns in the order of their chain; a window reaches on to the next ones."""
         step = 2 if self.code_bits == 4 else 4
         return np.arange(32).reshape(-1, step, 8).transpose(0, 2, 1).reshape(-1, 8 * step)
 
@@ -79,6 +100,75 @@ class Window(TensorType):
         if self.code_bits == 3:
             return windows & 3 | windows >> 4 << 2 & 4
         return windows & (1 << self.code_bits) - 1
+
+    def encode_blocks(self, blocks: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+        w = np.clip(blocks, np.float32(-MAX_ABS), np.float32(MAX_ABS)) + np.float32(0)
+        weight = np.ones(w.shape, np.float32) if importance is None else importance
+        weight = np.where((weight > 0).any(1, keepdims=True), weight, np.float32(1))
+        share = np.maximum(np.rint(weight / weight.max(1, keepdims=True) * _UNIT), np.float32(1))
+
+        base = self._least_scale(w, share)
+        tried = np.stack([np.clip(base + step, 1, 127) + mirror for step in _STEPS for mirror in (0, 128)])
+        scale, ends = self._search(w, share, tried)
+        codes = self._path(self._metric(w, share, scale), ends)
+        error = w - SCALES[scale, None] * tables()[self.name].levels.astype(np.float32)[self.windows(codes)]
+        zero = ~(tree_sum(weight * error * error) < tree_sum(weight * w * w))
+        codes[zero], scale[zero] = 0, 0
+        return self.pack(codes, scale.astype(np.uint8))
+
+    def _least_scale(self, w: np.ndarray, share: np.ndarray) -> np.ndarray:
+        """int [n]: the scale byte around which to search, from the weights' fourth moment."""
+        power = tree_sum(share * ((w * w) * (w * w))) / tree_sum(share)
+        return scale_below(np.sqrt(np.sqrt(power)) / (_SPREAD * np.float32(tables()[self.name].rms)))
+
+    def _metric(self, w: np.ndarray, share: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """int32 [chain length, n, n_chains, 64]: what each edge adds to the error, less what level 0 would, in units of
+        the scale squared and of a 128th of the largest importance."""
+        x = np.clip(w * (np.float32(1) / SCALES[scale])[:, None], -_REACH, _REACH)
+        slope, square = (part.astype(np.int32)[:, self.chain.T, None] for part in (-np.rint(share * x), share))
+        return np.moveaxis(slope * (2 * self.edges) + square * self.edges**2, 1, 0)
+
+    def _forward(self, cost: np.ndarray, edge: np.ndarray) -> np.ndarray:
+        """Costs [..., n_states], metric of the next edges [..., 64] -> costs of each way [..., ways, n_states]."""
+        ways = np.repeat(cost, 1 << self.code_bits, axis=-1) + edge
+        return ways.reshape(*cost.shape[:-1], -1, self.n_states)
+
+    def _search(self, w: np.ndarray, share: np.ndarray, tried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of scale bytes [n_tried, n] the best [n], and the states [n, n_chains] that its chains begin and end in."""
+        last = np.zeros((*tried.shape, len(self.chain), self.n_states), np.int32)
+        for cost, scale in zip(last, tried, strict=True):
+            for edge in self._metric(w, share, scale)[::-1]:
+                cost[:] = self._forward(cost, edge).min(-2)
+        free = last.min(-1).sum(-1)
+        order = np.argsort(free.astype(np.float32) * np.square(SCALES[tried]), axis=0, kind="stable")
+
+        block, least = np.arange(len(w)), np.full(len(w), np.inf, np.float32)
+        best, ends = np.zeros(len(w), tried.dtype), np.zeros((len(w), len(self.chain)), np.int64)
+        for kept in order[:_KEPT]:
+            scale, cost = tried[kept, block], np.zeros_like(last[0])
+            for edge in self._metric(w, share, scale):
+                target = np.arange(64) % self.n_states
+                cost = (cost[..., target] + edge).reshape(*cost.shape, -1).min(-1)
+            closed = last[kept, block] + cost
+            error = (closed.min(-1).sum(-1) - free[kept, block]).astype(np.float32) * np.square(SCALES[scale])
+            better = error < least
+            least[better], best[better], ends[better] = error[better], scale[better], closed.argmin(-1)[better]
+        return best, ends
+
+    def _path(self, metric: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """uint8 codes [n, 32], by column: the least path that begins and ends in the states [n, n_chains]."""
+        cost = np.where(np.arange(self.n_states) == ends[..., None], 0, _NEVER).astype(np.int32)
+        ways = []
+        for edge in metric[::-1]:
+            cost = self._forward(cost, edge)
+            ways.append(cost.argmin(-2))
+            cost = cost.min(-2)
+        codes, state = np.empty((len(ends), 32), np.uint8), ends
+        for way, columns in zip(ways[::-1], self.chain.T, strict=True):
+            edge = np.take_along_axis(way, state[..., None], -1)[..., 0] * self.n_states + state
+            codes[:, columns] = edge & (1 << self.code_bits) - 1
+            state = edge >> self.code_bits
+        return codes
 
     def decode_blocks(self, data: np.ndarray) -> np.ndarray:
         codes, scale = self.unpack(data)

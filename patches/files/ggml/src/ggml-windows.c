@@ -2,12 +2,85 @@
 // Reference encoder and decoder of sq4w, sq3w and sq2w.
 
 #include "ggml-windows.h"
+#include "ggml-splitq-encode.h"
 #include "ggml-impl.h"
 
 #include <assert.h>
+#include <math.h>
 #include <string.h>
+#if defined(SPLITQ_X86)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
+#define STEPS_DOWN 3
+#define TRIED      12
+#define KEPT       4
+#define SPREAD     1.25f
+#define UNIT       128.0f
+#define REACH      255.0f
+#define NEVER      (1 << 30)
+#define ROUND      12582912.0f // 3*2^22: adding it rounds to a whole number, in the lowest bits
+
+typedef struct {
+    float   spread;
+    int32_t twice[64], square[64], both[64]; // by edge: 2*level, level^2, and the two as 16 bits each
+} splitq_trellis;
+
+// The column of weight i, chain after chain.
+static SPLITQ_INLINE int column(const int bits, int i) {
+    const int step = bits == 4 ? 2 : 4;
+    return i/(8*step)*(8*step) + i%step*8 + i%(8*step)/step;
+}
+
+static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
+    splitq_trellis trellis = { .spread = SPREAD*rms };
+    for (int e = 0; e < 64; ++e) {
+        const int level = levels[bits == 3 ? (e & 3) | (e >> 3 & 3) << 2 | (e >> 2 & 1) << 4 | e >> 5 << 5 : e];
+        trellis.twice [e] = 2*level;
+        trellis.square[e] = level*level;
+        trellis.both  [e] = (trellis.twice[e] & 0xffff) | trellis.square[e] << 16;
+    }
+    return trellis;
+}
+
+#define LANES 4
+#include "ggml-windows-lanes.h"
+#undef SPLITQ_BEST_LANES
+#if defined(SPLITQ_X86)
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#define LANES 8
+#include "ggml-windows-lanes.h"
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vnni")
+#define LANES 16
+#include "ggml-windows-lanes.h"
+#pragma GCC pop_options
+#define SPLITQ_BEST_LANES (__builtin_cpu_supports("avx512vnni") ? 16 : __builtin_cpu_supports("avx2") ? 8 : 4)
+#define WINDOWS_ENCODE(lanes, ...) ((lanes) == 16 ? windows_encode_16(__VA_ARGS__) : (lanes) == 8 ? windows_encode_8(__VA_ARGS__) : windows_encode_4(__VA_ARGS__))
+#else
+#define SPLITQ_BEST_LANES 4
+#define WINDOWS_ENCODE(lanes, ...) windows_encode_4(__VA_ARGS__)
+#endif
+#if !defined(SPLITQ_LANES) // tests choose
+#define SPLITQ_LANES SPLITQ_BEST_LANES
+#endif
+
+#define CODE_BITS_sq4w 4
+#define CODE_BITS_sq3w 3
+#define CODE_BITS_sq2w 2
 #define SPLITQ_WINDOWS(name, rms, ...)                                                      \
+    static void encode_##name(const float * x, void * y, int64_t nrows, int64_t k, const float * imatrix) { \
+        assert(k % SPLITQ_QK == 0);                                                         \
+        const splitq_trellis trellis = make_trellis(splitq_windows_##name, rms, CODE_BITS_##name); \
+        WINDOWS_ENCODE(SPLITQ_LANES, x, y, nrows*(k/SPLITQ_QK), k/SPLITQ_QK, imatrix, &trellis, CODE_BITS_##name); \
+    }                                                                                       \
+    void splitq_quantize_row_##name(const float * x, void * y, int64_t k) {                 \
+        encode_##name(x, y, 1, k, NULL);                                                    \
+    }                                                                                       \
     void splitq_dequantize_row_##name(const void * x, float * y, int64_t k) {               \
         assert(k % SPLITQ_QK == 0);                                                         \
         const splitq_block_##name * b = x;                                                  \
@@ -22,3 +95,12 @@
     }
 #include "ggml-windows-tables.h"
 #undef SPLITQ_WINDOWS
+
+void splitq_windows_quantize(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
+    switch (type) {
+        case GGML_TYPE_SPLITQ_SQ4W: encode_sq4w(src, dst, nrows, n_per_row, imatrix); break;
+        case GGML_TYPE_SPLITQ_SQ3W: encode_sq3w(src, dst, nrows, n_per_row, imatrix); break;
+        case GGML_TYPE_SPLITQ_SQ2W: encode_sq2w(src, dst, nrows, n_per_row, imatrix); break;
+        default: GGML_ABORT("not a window type: %d", type);
+    }
+}
