@@ -6,6 +6,7 @@
 #include "ggml-cpu.h"
 #include "ggml-sdr.h"
 #include "ggml-splitq.h"
+#include "ggml-windows.h"
 #include "sdr.h"
 #include "splitq.h"
 
