@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..runtime import native
 from ..types import windows
 from ..types.windows import Window
 from . import solver, sweeps
@@ -34,11 +35,11 @@ from .solver import Solution
 PASSES = 2  # of search and refit
 BLOCK = 32
 BLOCKS = 4  # searched at a time
-CLOSED = 2  # scales of a block whose free chains are closed
-FIRST = range(-4, 5)  # scale steps around the one that the root mean square asks for
-FEEDBACK = range(-2, 3)  # around the fitted one
+CLOSED = 4  # scales of a block whose free chains are closed
+FIRST = range(-5, 10)  # scale steps around the one that the root mean square asks for; larger ones for outliers
+FEEDBACK = range(-3, 4)  # around the fitted one
 SEARCH = range(-1, 2)
-PIECE = 1 << 14  # rows times scales that PyTorch runs at a time
+PIECE = 1 << 12  # rows times scales that PyTorch runs at a time
 BYTES = 360  # per weight of a piece of rows
 
 _NEVER = 1e30  # what a path costs that begins in a forbidden state
@@ -112,6 +113,7 @@ def solve(
     fmt, trellis = WindowFormat(kind, weight.device), Trellis.of(kind, weight.device)
     h, order, factor, damping = solver.factored(hessian, damping, lambda diagonal: _order(diagonal, trellis))
     push, costs = solver.pushes(factor), solver.costs(factor)
+    del factor
     return solver.polished(weight, lambda piece: _Rows(piece, h, fmt, order, push, costs, trellis), passes, damping)
 
 
@@ -151,7 +153,7 @@ class _Rows(solver.Rows):
         size = (self.weight.view(-1, BLOCK, len(weight)).square() * share).sum(1).sqrt().T.contiguous()
         scale = size / windows.tables()[fmt.type.name].rms
         self.params = fmt.nearest(scale, torch.zeros_like(scale), torch.empty(0))
-        self._code(torch.zeros_like(push), h.diagonal()[order], FIRST)
+        self._code(None, h.diagonal()[order], FIRST)
 
     def codes(self) -> torch.Tensor:
         return self.trellis.windows[self.edges.int()].T.contiguous()
@@ -161,7 +163,7 @@ class _Rows(solver.Rows):
         self.params, self.edges = self.params.clone(), self.edges.clone()
         self._code(self.push, self.costs, FEEDBACK)
 
-    def _code(self, push: torch.Tensor, costs: torch.Tensor, steps: range) -> None:
+    def _code(self, push: torch.Tensor | None, costs: torch.Tensor, steps: range) -> None:
         order, blocks = self.order, self.block[self.order[::BLOCK]]
         self.edges[order], self.params[:, blocks] = _sweep(
             self.weight[order], push, costs, self.params[:, blocks], _scales(steps, (0, 128)), self.fmt, self.trellis,
@@ -212,7 +214,7 @@ def _scales(steps: range, mirrors: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def _sweep(
     weight: torch.Tensor,
-    push: torch.Tensor,
+    push: torch.Tensor | None,
     costs: torch.Tensor,
     params: torch.Tensor,
     tried: list[tuple[int, int]],
@@ -222,11 +224,12 @@ def _sweep(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Code block after block; what is changed of the weights moves the aims of the later ones.
 
-    weight: float32 [n_cols, n_rows], in the order of coding, as push and costs are. params: uint8 [n_rows, n_blocks],
-    around which scales are tried. states: uint8 [n_blocks, n_chains, n_rows], or None. Returns edges uint8 [n_cols,
-    n_rows] and the new params.
+    weight: float32 [n_cols, n_rows], in the order of coding, as push (None: of zeros) and costs are. params: uint8
+    [n_rows, n_blocks], around which scales are tried. states: uint8 [n_blocks, n_chains, n_rows], or None. Returns
+    edges uint8 [n_cols, n_rows] and the new params.
     """
     edges, chosen, aims = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(params), weight.clone()
+    code = _sweeper(weight.device)
     steps, mirrors = (torch.tensor(part, device=weight.device)[:, None] for part in zip(*tried, strict=True))
     for number in range(params.shape[1]):
         here, end = slice(number * BLOCK, (number + 1) * BLOCK), (number + 1) * BLOCK
@@ -234,12 +237,36 @@ def _sweep(
         tries = ((old & 127) + steps).clamp(0, 127) + (old & 128 ^ mirrors)
         scales = fmt.scale(tries)
         state = None if states is None else states[number]
-        edges[here], choice = in_torch(aims[here], weight[here], scales, push[here, here], costs[here], trellis, state)
+        pushed = torch.zeros(BLOCK, BLOCK, device=weight.device) if push is None else push[here, here]
+        edges[here], choice = code(aims[here], weight[here], scales, pushed, costs[here], trellis, state)
         chosen[:, number] = tries.gather(0, choice[None])[0]
-        if end < len(weight):
+        if push is not None and end < len(weight):
             change = trellis.levels[edges[here].int()] * scales.gather(0, choice[None]) - weight[here]
             aims[end:].addmm_(push[here, end:].T, change)
     return edges, chosen
+
+
+def _sweeper(device: torch.device) -> Sweep:
+    """The fastest one there is."""
+    return in_c if device.type == "cpu" and native.library() else in_torch
+
+
+def in_c(
+    aims: torch.Tensor,
+    base: torch.Tensor,
+    scales: torch.Tensor,
+    push: torch.Tensor,
+    costs: torch.Tensor,
+    trellis: Trellis,
+    states: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `Sweep` by the built runtime, on one thread. It adds in another order than the reference: see docs."""
+    lib = native.library()
+    assert lib
+    arrays = [part.contiguous().numpy() for part in (trellis.levels, aims, base, scales, push, costs)]
+    held = None if states is None else states.contiguous().numpy()
+    edges, choice = native.sweep(lib, trellis.bits, CLOSED, arrays, held)
+    return torch.from_numpy(edges), torch.from_numpy(choice)
 
 
 def in_torch(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,6 +27,20 @@ class _TypeTraits(ctypes.Structure):
         ("is_quantized", ctypes.c_bool),
         ("to_float", ctypes.c_void_p),
         ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
+class _Sweep(ctypes.Structure):
+    """`splitq_sweep` of ggml-windows-solve.h."""
+
+    _fields_ = [
+        ("bits", ctypes.c_int32),
+        ("n_scales", ctypes.c_int32),
+        ("closed", ctypes.c_int32),
+        ("n_rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("levels", "aims", "base", "scales", "push", "costs", "states")),
+        ("edges", ctypes.c_void_p),
+        ("choice", ctypes.c_void_p),
     ]
 
 
@@ -50,6 +65,8 @@ def library() -> ctypes.CDLL | None:
     lib.splitq_errors.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
     ]  # fmt: skip
+    lib.splitq_windows_sweep.restype = None
+    lib.splitq_windows_sweep.argtypes = [ctypes.POINTER(_Sweep)]
     return lib
 
 
@@ -91,3 +108,22 @@ def errors(lib: ctypes.CDLL, gguf_id: int, data: np.ndarray, rows: np.ndarray) -
     sums = (ctypes.c_double * 3)()
     lib.splitq_errors(gguf_id, data.ctypes.data, rows.ctypes.data, rows.size, sums)
     return tuple(sums)
+
+
+def sweep(
+    lib: ctypes.CDLL, bits: int, closed: int, given: Sequence[np.ndarray], states: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A block of window codes as `Sweep` of coding/windows.py has it: edges and choice.
+
+    given: levels, aims, base, scales, push and costs, float32; states: uint8. All are contiguous.
+    """
+    levels, aims, base, scales, push, costs = given
+    edges, choice = np.empty(aims.shape, np.uint8), np.empty(aims.shape[1], np.int64)
+    lib.splitq_windows_sweep(
+        _Sweep(
+            bits, len(scales), closed, aims.shape[1], *(array.ctypes.data for array in (levels, aims, base, scales)),
+            push.ctypes.data if push.any() else None,  # without takes a fraction of the time
+            costs.ctypes.data, None if states is None else states.ctypes.data, edges.ctypes.data, choice.ctypes.data,
+        )
+    )  # fmt: skip
+    return edges, choice

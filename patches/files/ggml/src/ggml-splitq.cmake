@@ -12,11 +12,13 @@ target_sources(ggml-base PRIVATE
     ggml-splitq-solve.c
     ggml-splitq-solve.h
     ggml-windows.c
-    ggml-windows.h)
+    ggml-windows.h
+    ggml-windows-solve.c
+    ggml-windows-solve.h)
 
 if (NOT MSVC)
     # the encoders must give the bytes of their NumPy twins: no fused multiply-add
-    set_source_files_properties(ggml-splitq.c ggml-sdr.c ggml-windows.c PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+    set_source_files_properties(ggml-splitq.c ggml-sdr.c ggml-windows.c ggml-windows-solve.c PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 endif()
 
 # for every variant of the CPU back end
