@@ -349,7 +349,7 @@ static inline vec_d unpack_sq2w(const splitq_block_sq2w * x, int v, vec_w table,
 #elif defined(SPLITQ_AVX2) && defined(__F16C__)
 
 #define LANES  8
-#define TOKENS 4
+#define TOKENS 16
 
 #if defined(SPLITQ_AVX512)
 #define BIAS 128
@@ -542,18 +542,20 @@ static inline void panel_sq2(const uint8_t * x, vec_t table, vec_b w[8]) {
 }
 
 // A shuffle gives 0 for a negative index: three further ones turn the levels of the first 16 indices into those of the next.
+// By adding and by xor in turn, or gcc 12 regroups them, finds all before it joins any, and runs out of registers.
 static inline vec_w load_windows(const int8_t * levels) {
-    vec_w table = { { load_tables(levels, 16) } };
-    for (int i = 1; i < 4; ++i) { table.turns[i] = _mm256_xor_si256(load_tables(levels + 16*i, 16), load_tables(levels + 16*(i - 1), 16)); }
-    return table;
+    vec_b part[4];
+    for (int i = 0; i < 4; ++i) { part[i] = load_tables(levels + 16*i, 16); }
+    return (vec_w) { { part[0], _mm256_xor_si256(part[1], part[0]), _mm256_sub_epi8(part[2], part[1]), _mm256_xor_si256(part[3], part[2]) } };
+}
+
+static inline vec_b turn_of(vec_w table, vec_b index, const int i) {
+    return _mm256_shuffle_epi8(table.turns[i], _mm256_sub_epi8(index, _mm256_set1_epi8((char) (16*i))));
 }
 
 static inline vec_b look_up_64(vec_w table, vec_b index) {
-    vec_b found = _mm256_shuffle_epi8(table.turns[0], index);
-    for (int i = 1; i < 4; ++i) {
-        found = _mm256_xor_si256(found, _mm256_shuffle_epi8(table.turns[i], _mm256_sub_epi8(index, _mm256_set1_epi8((char) (16*i)))));
-    }
-    return found;
+    const vec_b first = _mm256_xor_si256(_mm256_shuffle_epi8(table.turns[0], index), turn_of(table, index, 1));
+    return _mm256_xor_si256(_mm256_add_epi8(first, turn_of(table, index, 2)), turn_of(table, index, 3));
 }
 
 static inline vec_b low_6(vec_b q) {
