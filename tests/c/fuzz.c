@@ -6,6 +6,7 @@
 #include "ggml-columns.c"
 #include "ggml-splitq.c"
 #include "ggml-sdr.c"
+#include "ggml-windows.c"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -148,9 +149,12 @@ static void blocks(void) {
         { GGML_TYPE_SPLITQ_SQ3,  N/SPLITQ_QK*sizeof(splitq_block_sq3),  splitq_dequantize_row_sq3  },
         { GGML_TYPE_SPLITQ_SQ2,  N/SPLITQ_QK*sizeof(splitq_block_sq2),  splitq_dequantize_row_sq2  },
         { GGML_TYPE_SPLITQ_SQ4X, sizeof(splitq_block_sq4x),             splitq_dequantize_row_sq4x },
-        { GGML_TYPE_SPLITQ_SDR4, N/SPLITQ_QK*sizeof(splitq_block_sdr4), splitq_dequantize_row_sdr4    },
+        { GGML_TYPE_SPLITQ_SDR4, N/SPLITQ_QK*sizeof(splitq_block_sdr4), splitq_dequantize_row_sdr4 },
+        { GGML_TYPE_SPLITQ_SQ4W, N/SPLITQ_QK*sizeof(splitq_block_sq4w), splitq_dequantize_row_sq4w },
+        { GGML_TYPE_SPLITQ_SQ3W, N/SPLITQ_QK*sizeof(splitq_block_sq3w), splitq_dequantize_row_sq3w },
+        { GGML_TYPE_SPLITQ_SQ2W, N/SPLITQ_QK*sizeof(splitq_block_sq2w), splitq_dequantize_row_sq2w },
     };
-    const int k = below(5);
+    const int k = below(sizeof(families)/sizeof(families[0]));
     void  * data = allocated(families[k].size);
     float * y = allocated(N*sizeof(float));
     fill(data, families[k].size);

@@ -2,9 +2,9 @@
 // Runs the Metal kernels on the CPU: a thread for each of a threadgroup's, and just enough of Metal's library.
 // tests/test_metal.py compiles this with splitq.h and upstream's mul_mm.metal, of which it keeps no instantiation but ours.
 //
-//   metal decode BITS HALF       stdin: blocks; stdout: their weights, float32 or float16
-//   metal mul_mv BITS COLUMNS ROWS MATRICES TOKENS REPEATS    stdin: float32 activations of each of MATRICES*REPEATS batches,
-//   metal mul_mm BITS ...                                     blocks of each matrix; stdout: float32 results
+//   metal decode TYPE HALF       stdin: blocks; stdout: their weights, float32 or float16
+//   metal mul_mv TYPE COLUMNS ROWS MATRICES TOKENS REPEATS    stdin: float32 activations of each of MATRICES*REPEATS batches,
+//   metal mul_mm TYPE ...                                     blocks of each matrix; stdout: float32 results
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -105,9 +105,9 @@ static vector<char> read_all() {
     return data;
 }
 
-template<short bits, typename T> static void decode() {
+template<short bits, bool windows, typename T> static void decode() {
     const vector<char> data = read_all();
-    auto * blocks = (const splitq_block<bits> *) data.data();
+    auto * blocks = (const splitq_block<bits, windows> *) data.data();
     for (size_t i = 0; i < 2*(data.size()/sizeof(*blocks)); ++i) {
         matrix<T, 4, 4> weights;
         splitq_dequantize(blocks + i/2, i%2, weights);
@@ -130,10 +130,10 @@ template<typename F> static void dispatch(uint x, uint y, uint z, ushort simdgro
     }
 }
 
-template<short bits> static void multiply(bool mm, char ** argv) {
+template<short bits, bool windows> static void multiply(bool mm, char ** argv) {
     const int columns = atoi(argv[0]), rows = atoi(argv[1]), matrices = atoi(argv[2]), tokens = atoi(argv[3]), repeats = atoi(argv[4]);
     const int batches = matrices*repeats;
-    const uint64_t row = columns/32*sizeof(splitq_block<bits>), token = sizeof(float)*columns;
+    const uint64_t row = columns/32*sizeof(splitq_block<bits, windows>), token = sizeof(float)*columns;
     const vector<char> data = read_all();
     const char * y = data.data(), * x = y + token*tokens*batches;
     vector<float> dst(batches*tokens*rows);
@@ -150,34 +150,34 @@ template<short bits> static void multiply(bool mm, char ** argv) {
             .r2 = (int16_t) repeats, .r3 = 1,
         };
         dispatch((tokens + 31)/32, (rows + 63)/64, batches, 4, [&](uint3 group, ushort t) {
-            kernel_mul_mm<half, half4x4, simdgroup_half8x8, half, half2x4, simdgroup_half8x8, splitq_block<bits>, 2,
+            kernel_mul_mm<half, half4x4, simdgroup_half8x8, half, half2x4, simdgroup_half8x8, splitq_block<bits, windows>, 2,
                           splitq_dequantize, float, float4x4, float, float2x4>(
                 const_cast<ggml_metal_kargs_mul_mm &>(args), x, y, (char *) dst.data(), shmem, group, t, simdgroup);
         });
     } else {
         ggml_metal_kargs_mul_mv args = {
-            .ne00 = columns, .ne01 = rows, .ne02 = matrices, .nb00 = sizeof(splitq_block<bits>), .nb01 = row, .nb02 = row*rows,
+            .ne00 = columns, .ne01 = rows, .ne02 = matrices, .nb00 = sizeof(splitq_block<bits, windows>), .nb01 = row, .nb02 = row*rows,
             .nb03 = row*rows*matrices, .ne10 = columns, .ne11 = tokens, .ne12 = batches, .nb10 = sizeof(float), .nb11 = token,
             .nb12 = token*tokens, .nb13 = token*tokens*batches, .ne0 = rows, .ne1 = tokens, .nr0 = N_R0_SPLITQ,
             .r2 = (int16_t) repeats, .r3 = 1,
         };
         const uint group_rows = N_SG_SPLITQ*N_R0_SPLITQ;
         dispatch((rows + group_rows - 1)/group_rows, tokens, batches, N_SG_SPLITQ, [&](uint3 group, ushort) {
-            splitq_mul_mv<bits>(args, x, y, (char *) dst.data(), shmem, group, lane, simdgroup);
+            splitq_mul_mv<bits, windows>(args, x, y, (char *) dst.data(), shmem, group, lane, simdgroup);
         });
     }
     fwrite(dst.data(), sizeof(float), dst.size(), stdout);
 }
 
-template<short bits> static void run(char ** argv) {
+template<short bits, bool windows> static void run(char ** argv) {
     if (strcmp(argv[1], "decode")) {
-        multiply<bits>(!strcmp(argv[1], "mul_mm"), argv + 3);
+        multiply<bits, windows>(!strcmp(argv[1], "mul_mm"), argv + 3);
     } else {
-        atoi(argv[3]) ? decode<bits, half>() : decode<bits, float>();
+        atoi(argv[3]) ? decode<bits, windows, half>() : decode<bits, windows, float>();
     }
 }
 
 int main(int, char ** argv) {
-    const int bits = atoi(argv[2]);
-    bits == 4 ? run<4>(argv) : bits == 3 ? run<3>(argv) : run<2>(argv);
+#define SPLITQ_RUN(name, bits, windows) if (!strcmp(argv[2], #name)) { run<bits, windows>(argv); }
+    SPLITQ_EACH(SPLITQ_RUN)
 }

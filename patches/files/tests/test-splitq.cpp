@@ -187,6 +187,7 @@ static int fused(int runs, bool repack) {
     const ggml_type types[] = {
         GGML_TYPE_SPLITQ_SQ4, GGML_TYPE_SPLITQ_SQ3, GGML_TYPE_SPLITQ_SQ2, GGML_TYPE_SPLITQ_SDR4, GGML_TYPE_SPLITQ_CQ4,
         GGML_TYPE_SPLITQ_CQ3, GGML_TYPE_SPLITQ_CQ2, GGML_TYPE_SPLITQ_SQ3C, GGML_TYPE_SPLITQ_SQ2C,
+        GGML_TYPE_SPLITQ_SQ4W, GGML_TYPE_SPLITQ_SQ3W, GGML_TYPE_SPLITQ_SQ2W, GGML_TYPE_SPLITQ_SQ2WC,
     };
     const int64_t shapes[][2] = { { 2048, 512 }, { 512, 512 }, { 1024, 96 }, { 256, 768 }, { 96, 1024 } }; // n_embd, n_ff
     int failures = 0;

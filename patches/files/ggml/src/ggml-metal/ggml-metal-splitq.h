@@ -12,22 +12,25 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#define GGML_METAL_SPLITQ_CASES \
+    case GGML_TYPE_SPLITQ_SQ4:  case GGML_TYPE_SPLITQ_SQ3:  case GGML_TYPE_SPLITQ_SQ2: \
+    case GGML_TYPE_SPLITQ_SQ4W: case GGML_TYPE_SPLITQ_SQ3W: case GGML_TYPE_SPLITQ_SQ2W:
+
 // Whether Metal has no kernel for weights of this type.
 static inline bool ggml_metal_splitq_denies(enum ggml_type type) {
+    switch (type) {
 #if defined(GGML_METAL_SPLITQ)
-    return type >= GGML_TYPE_SPLITQ_SQ4X;
-#else
-    return type >= GGML_TYPE_SPLITQ_SQ4;
+        GGML_METAL_SPLITQ_CASES return false;
 #endif
+        default: return type >= GGML_TYPE_SPLITQ_SQ4;
+    }
 }
-
-#define GGML_METAL_SPLITQ_CASES case GGML_TYPE_SPLITQ_SQ4: case GGML_TYPE_SPLITQ_SQ3: case GGML_TYPE_SPLITQ_SQ2:
 
 // How splitq_mul_mv is launched.
 static inline void ggml_metal_splitq_mul_mv(int * simdgroups, int * rows, size_t * threadgroup_memory) {
     *simdgroups = N_SG_SPLITQ;
     *rows = N_R0_SPLITQ;
-    *threadgroup_memory = 16*sizeof(float);
+    *threadgroup_memory = 64*sizeof(float);
 }
 
 #endif

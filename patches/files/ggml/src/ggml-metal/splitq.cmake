@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 # Metal kernels of gguf-splitq; ggml/src/ggml-metal/CMakeLists.txt includes this. Where they are wanted, all kernel files get
 # upstream's dequantize.h with ours behind it, whose includes are resolved here, for the embedded library has none.
-option(GGML_METAL_SPLITQ "ggml: Metal kernels for sq4, sq3 and sq2, which no device has run yet" OFF)
+option(GGML_METAL_SPLITQ "ggml: Metal kernels for sq4 to sq2 and sq4w to sq2w, which no device has run yet" OFF)
 
 if (GGML_METAL_SPLITQ)
     add_compile_definitions(GGML_METAL_SPLITQ)
-    set(SPLITQ_INCLUDED ggml-metal-splitq.h ../ggml-splitq-levels.h)
+    set(SPLITQ_INCLUDED ggml-metal-splitq.h ../ggml-splitq-levels.h ../ggml-windows-tables.h)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS kernels/dequantize.h kernels/splitq.h ${SPLITQ_INCLUDED})
 
     file(READ kernels/dequantize.h SPLITQ_UPSTREAM)
