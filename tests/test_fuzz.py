@@ -70,7 +70,7 @@ def quantized(folder):
         stored.append((f"blk.0.{kind.name}.weight", (2, 256), kind.gguf_id))
         rows.append(kind.encode_numpy(crafted.weights(2, 256)).tobytes())
     for kind in types.COLUMNS:
-        layout = columns.Layout(int(kind.code_bits < 4), 9 if kind.name.startswith("cq") else 0)
+        layout = columns.Layout(int(kind.wide_bits > kind.code_bits), 9 if kind.name.startswith("cq") else 0)
         codes = rng.integers(0, 4, (20, 64)).astype(np.uint8)
         d = None if kind.name.startswith("cq") else rng.integers(0, 64, (20, 2)).astype(np.uint8)
         packed, side = kind.pack(codes, random_side(kind, layout, rng, 20, 64), layout, d)
