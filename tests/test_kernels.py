@@ -271,7 +271,7 @@ def perplexity(programs, model, *options, environment=None, threads=2) -> tuple[
     return float(re.search(r"Final estimate: PPL = ([\d.]+)", output)[1]), "CPU_SPLITQ model buffer" in output
 
 
-@pytest.mark.parametrize("name", ["sq3", "sdr4"])
+@pytest.mark.parametrize("name", ["sq3", "sdr4", "sq2w"])
 def test_interleaved_and_mapped_weights_give_the_same_perplexity(demo_f16, runtime_programs, tmp_path, name):
     model = convert(demo_f16, name, tmp_path / f"{name}.gguf")
     fast, interleaved = perplexity(runtime_programs, model)
