@@ -245,7 +245,7 @@ def lloyd(
     return tables, error.sum(1)
 
 
-def starts(code: Code, count: int, symmetric: bool, rng: np.random.Generator) -> np.ndarray:
+def starts(code: Code, count: int, rng: np.random.Generator) -> np.ndarray:
     """float32 [n, count]."""
     n = code.n
     quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)])
@@ -254,8 +254,6 @@ def starts(code: Code, count: int, symmetric: bool, rng: np.random.Generator) ->
         kind = len(out) % 8
         if kind < 5:
             order = ((2 * rng.integers(n // 2) + 1) * i + rng.integers(n)) % n
-            if symmetric:  # so that indices n/2 apart have opposite quantiles
-                order = np.where(order < n // 2, order, n + n // 2 - 1 - order)
         elif kind < 7:  # a linear map over GF(2)
             order = np.zeros(n, int)
             for bit, mask in enumerate(rng.integers(1, n, code.window)):
@@ -266,6 +264,25 @@ def starts(code: Code, count: int, symmetric: bool, rng: np.random.Generator) ->
         if len(np.unique(order)) == n:
             out.append(quantiles[order])
     return np.stack(out, 1).astype(np.float32)
+
+
+def relabelled(code: Code, levels: torch.Tensor) -> torch.Tensor:
+    """The same codes under other names, by the linear map that brings T[i ^ n/2] nearest to -1 - T[i].
+
+    Good tables are nearly antisymmetric under some T[i ^ mask]; which mask that is depends on the names alone.
+    """
+    size, low = 1 << code.bits, (1 << code.window % code.bits) - 1  # of the last code a window holds the lower bits
+    value = np.arange(size)
+    columns = np.stack(np.meshgrid(*[value] * code.bits, indexing="ij"), -1).reshape(-1, code.bits)
+    images = np.bitwise_xor.reduce(columns[:, None] * (value[:, None] >> np.arange(code.bits) & 1), -1)
+    images = images[(np.sort(images, 1) == value).all(1) & ((images & low) == (images[:, value & low] & low)).all(1)]
+    i, renamed = np.arange(code.n), 0
+    for shift in range(0, code.window, code.bits):
+        renamed = renamed | (images[:, i >> shift & size - 1] << shift & code.n - 1)
+    names = torch.tensor(renamed, device=levels.device)
+    uneven = torch.stack([(levels[to] + levels[to[i ^ code.n // 2]] + 1).abs().sum(0) for to in names])
+    best = names[uneven.argmin(0)]
+    return levels.gather(0, best.T)
 
 
 def disturbed(levels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -295,7 +312,6 @@ def train(code: Code, blocks: dict, chosen_by: dict, options: argparse.Namespace
     small, medium, large = mixed(blocks, few), mixed(blocks, 4 * few), mixed(blocks, 16 * few)
 
     def fresh(levels: torch.Tensor) -> Tables:
-        levels = mirrored(levels, symmetric)
         return normal(Tables(levels, levels.square().mean(0).sqrt()))
 
     def best(tables: Tables, error: torch.Tensor, count: int) -> tuple[Tables, torch.Tensor]:
@@ -314,22 +330,23 @@ def train(code: Code, blocks: dict, chosen_by: dict, options: argparse.Namespace
 
     pool = None
     while pool is None or time.time() - begin < seconds / 3:
-        new = lloyd(
-            code, fresh(torch.tensor(starts(code, at_once, symmetric, rng), device=device)), small, 6, symmetric
-        )
+        new = lloyd(code, fresh(torch.tensor(starts(code, at_once, rng), device=device)), small, 6, symmetric)
         tried += at_once
         pool = best(*(joined(pool, new) if pool else new), at_once)
     say("starts", pool[1], small)
 
-    pool = best(*lloyd(code, best(*pool, at_once // 2)[0], medium, 6, symmetric), at_once // 4)
+    pool = best(*lloyd(code, best(*pool, at_once // 2)[0], medium, 6, False), at_once // 4)
     while time.time() - begin < seconds * 2 / 3:
         parents = torch.arange(at_once // 2, device=device) % len(pool[1])
-        new = lloyd(code, fresh(disturbed(pool[0].levels[:, parents], rng)), medium, 6, symmetric)
+        new = lloyd(code, fresh(disturbed(pool[0].levels[:, parents], rng)), medium, 6, False)
         tried += at_once // 2
         pool = best(*joined(pool, new), at_once // 4)
     say("disturbed", pool[1], medium)
 
-    tables, error = lloyd(code, best(*pool, at_once // 8)[0], large, 8, symmetric)
+    tables = best(*pool, at_once // 8)[0]
+    if symmetric:
+        tables = fresh(mirrored(relabelled(code, tables.levels), True))
+    tables, error = lloyd(code, tables, large, 8, symmetric)
     while len(error) > 1 and time.time() - begin < seconds:
         tables, error = lloyd(code, best(tables, error, max(2, len(error) // 2))[0], large, 8, symmetric, 4)
     say("all blocks", error, large)
