@@ -2,6 +2,7 @@
 """Error feedback for window codes: the sweep against brute force and against its own formula, and whole matrices."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_solve import problem, solve
 
 from gguf_splitq import types
 from gguf_splitq.coding import formats, solver, windows
+from gguf_splitq.errors import EnvironmentFailed
 
 torch.set_num_threads(1)  # the problems are too small to share
 
@@ -152,7 +154,7 @@ def test_pieces_of_rows_and_of_scales_are_joined(monkeypatch):
     kind = types.get("sq3w")
     first = windows.solve(weight, hessian, kind)
     monkeypatch.setattr(solver, "WEIGHTS", 5 * 64)
-    monkeypatch.setattr(windows, "PIECE", 18)
+    monkeypatch.setattr(windows, "PIECE", 90)
     again = windows.solve(weight, hessian, kind)
     assert torch.equal(first.packed, again.packed)
 
@@ -166,3 +168,10 @@ def test_trained_scales_keep_the_codes(name):
     value = fmt.levels[found.int()].unflatten(1, (2, -1)) * fmt.scale(params)[..., None]
     assert torch.equal(value.flatten(1), torch.from_numpy(kind.decode(packed)))
     assert (fmt.pack(found, params).numpy() == packed).all()
+
+
+def test_a_gpu_without_triton_is_one_message(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "gguf_splitq.coding.windows_triton", raising=False)
+    with pytest.raises(EnvironmentFailed, match="need Triton on a GPU.*pip install triton"):
+        windows._sweeper(torch.device("cuda"))

@@ -108,10 +108,12 @@ def solve(
     return polished(weight, lambda piece: Rows(piece, h, fmt, order, push), passes, damping)
 
 
-def polished(weight: torch.Tensor, start: Callable[[torch.Tensor], Rows], passes: int, damping: float) -> Solution:
-    """All stages for all rows, a piece of them at a time. start: some of the rows -> them, rounded to nearest."""
+def polished(
+    weight: torch.Tensor, start: Callable[[torch.Tensor], Rows], passes: int, damping: float, times: int = 1
+) -> Solution:
+    """All stages for all rows, WEIGHTS `times` at once. start: some of the rows -> them, rounded to nearest."""
     stages, parts = [], []
-    for piece in weight.split(max(1, WEIGHTS // weight.shape[1])):
+    for piece in weight.split(max(1, times * WEIGHTS // weight.shape[1])):
         rows, chance = start(piece), torch.Generator().manual_seed(0)
         nearest, rounded = rows.error(), copy.copy(rows)
         rows.feedback()

@@ -19,12 +19,14 @@ an edge, state << code bits | code, has a level. A block is coded for all rows a
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from ..errors import EnvironmentFailed
 from ..runtime import native
 from ..types import windows
 from ..types.windows import Window
@@ -41,6 +43,7 @@ FEEDBACK = range(-3, 4)  # around the fitted one
 SEARCH = range(-1, 2)
 PIECE = 1 << 12  # rows times scales that PyTorch runs at a time
 BYTES = 360  # per weight of a piece of rows
+ON_GPU = 16  # times as many weights in a piece of rows: a sweep of few rows takes as long as one of thousands
 
 _NEVER = 1e30  # what a path costs that begins in a forbidden state
 
@@ -114,7 +117,10 @@ def solve(
     h, order, factor, damping = solver.factored(hessian, damping, lambda diagonal: _order(diagonal, trellis))
     push, costs = solver.pushes(factor), solver.costs(factor)
     del factor
-    return solver.polished(weight, lambda piece: _Rows(piece, h, fmt, order, push, costs, trellis), passes, damping)
+    times = ON_GPU if weight.is_cuda else 1
+    return solver.polished(
+        weight, lambda piece: _Rows(piece, h, fmt, order, push, costs, trellis), passes, damping, times
+    )
 
 
 def coding_bytes(n_rows: int, n_cols: int) -> int:
@@ -247,7 +253,15 @@ def _sweep(
 
 
 def _sweeper(device: torch.device) -> Sweep:
-    """The fastest one there is."""
+    """The fastest one there is. Raises EnvironmentFailed on a GPU without Triton: PyTorch takes 100 times as long."""
+    if device.type == "cuda":
+        try:
+            from .windows_triton import sweep
+        except ImportError as error:
+            raise EnvironmentFailed(
+                f"window types need Triton on a GPU ({error}): run `pip install triton`, or use --device cpu"
+            ) from None
+        return functools.partial(sweep, closed=CLOSED)
     return in_c if device.type == "cpu" and native.library() else in_torch
 
 
