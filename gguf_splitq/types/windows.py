@@ -23,6 +23,7 @@ within a block, the tables and the bytes are this project's.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -34,7 +35,7 @@ from .splitquant import MAX_ABS, SCALES, pack_2bit, scale_below, tree_sum, unpac
 
 # Constants of the encoder, explained in ggml-windows.c, which has the same.
 _STEPS = range(-3, 3)
-_KEPT = 4
+_KEPT = {4: 4, 3: 3, 2: 5}
 _SPREAD = np.float32(1.25)
 _UNIT = np.float32(128)
 _REACH = np.float32(255)
@@ -102,73 +103,76 @@ class Window(TensorType):
         return windows & (1 << self.code_bits) - 1
 
     def encode_blocks(self, blocks: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-        w = np.clip(blocks, np.float32(-MAX_ABS), np.float32(MAX_ABS)) + np.float32(0)
-        weight = np.ones(w.shape, np.float32) if importance is None else importance
+        order = self.chain.ravel()
+        w = (np.clip(blocks, np.float32(-MAX_ABS), np.float32(MAX_ABS)) + np.float32(0))[:, order]
+        weight = np.ones(w.shape, np.float32) if importance is None else importance[:, order]
         weight = np.where((weight > 0).any(1, keepdims=True), weight, np.float32(1))
         share = np.maximum(np.rint(weight / weight.max(1, keepdims=True) * _UNIT), np.float32(1))
 
-        base = self._least_scale(w, share)
-        tried = np.stack([np.clip(base + step, 1, 127) + mirror for step in _STEPS for mirror in (0, 128)])
-        scale, ends = self._search(w, share, tried)
-        codes = self._path(self._metric(w, share, scale), ends)
-        error = w - SCALES[scale, None] * tables()[self.name].levels.astype(np.float32)[self.windows(codes)]
-        zero = ~(tree_sum(weight * error * error) < tree_sum(weight * w * w))
-        codes[zero], scale[zero] = 0, 0
-        return self.pack(codes, scale.astype(np.uint8))
-
-    def _least_scale(self, w: np.ndarray, share: np.ndarray) -> np.ndarray:
-        """int [n]: the scale byte around which to search, from the weights' fourth moment."""
         power = tree_sum(share * ((w * w) * (w * w))) / tree_sum(share)
-        return scale_below(np.sqrt(np.sqrt(power)) / (_SPREAD * np.float32(tables()[self.name].rms)))
+        base = scale_below(np.sqrt(np.sqrt(power)) / (_SPREAD * np.float32(tables()[self.name].rms)))
+        tried = np.stack([np.clip(base + step, 1, 127) + mirror for step in _STEPS for mirror in (0, 128)])
+        reach = (SCALES[tried[0]] * _REACH)[:, None]
+        scale, ends = self._search(share * np.clip(w, -reach, reach), share, tried)
+        edges = self._path(share * np.clip(w, -reach, reach), share, scale, ends)
 
-    def _metric(self, w: np.ndarray, share: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """int32 [chain length, n, n_chains, 64]: what each edge adds to the error, less what level 0 would, in units of
-        the scale squared and of a 128th of the largest importance."""
-        x = np.clip(w * (np.float32(1) / SCALES[scale])[:, None], -_REACH, _REACH)
-        slope, square = (part.astype(np.int32)[:, self.chain.T, None] for part in (-np.rint(share * x), share))
-        return np.moveaxis(slope * (2 * self.edges) + square * self.edges**2, 1, 0)
+        error = w - SCALES[scale, None] * self.edges.astype(np.float32)[edges]
+        worth = tree_sum(weight * error * error) < tree_sum(weight * w * w)
+        codes = np.empty(edges.shape, np.uint8)
+        codes[:, order] = np.where(worth[:, None], edges & (1 << self.code_bits) - 1, 0)
+        return self.pack(codes, np.where(worth, scale, 0).astype(np.uint8))
 
-    def _forward(self, cost: np.ndarray, edge: np.ndarray) -> np.ndarray:
-        """Costs [..., n_states], metric of the next edges [..., 64] -> costs of each way [..., ways, n_states]."""
-        ways = np.repeat(cost, 1 << self.code_bits, axis=-1) + edge
+    def _metrics(
+        self, shared: np.ndarray, share: np.ndarray, scale: np.ndarray, backwards: bool = False
+    ) -> Iterator[np.ndarray]:
+        """int32 [n, n_chains, 64] for each weight of the chains: what each edge adds to the error, less what level 0
+        would, in units of the scale squared and of a 128th of the largest importance.
+        """
+        slope = np.rint(shared * (np.float32(-1) / SCALES[scale])[:, None]).astype(np.int32)
+        slope, share = (part.astype(np.int32).reshape(-1, *self.chain.shape, 1) for part in (slope, share))
+        for i in range(self.chain.shape[1])[:: -1 if backwards else 1]:
+            yield slope[:, :, i] * (2 * self.edges) + share[:, :, i] * self.edges**2
+
+    def _ways(self, cost: np.ndarray, metric: np.ndarray) -> np.ndarray:
+        """Costs of states [..., n_states], metric of edges [..., 64] -> of the ways to a state [..., ways, n_states]."""
+        ways = np.repeat(cost, 1 << self.code_bits, axis=-1) + metric
         return ways.reshape(*cost.shape[:-1], -1, self.n_states)
 
-    def _search(self, w: np.ndarray, share: np.ndarray, tried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, shared: np.ndarray, share: np.ndarray, tried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of scale bytes [n_tried, n] the best [n], and the states [n, n_chains] that its chains begin and end in."""
         last = np.zeros((*tried.shape, len(self.chain), self.n_states), np.int32)
-        for cost, scale in zip(last, tried, strict=True):
-            for edge in self._metric(w, share, scale)[::-1]:
-                cost[:] = self._forward(cost, edge).min(-2)
+        for i, scale in enumerate(tried):
+            for metric in self._metrics(shared, share, scale, backwards=True):
+                last[i] = self._ways(last[i], metric).min(-2)
         free = last.min(-1).sum(-1)
         order = np.argsort(free.astype(np.float32) * np.square(SCALES[tried]), axis=0, kind="stable")
 
-        block, least = np.arange(len(w)), np.full(len(w), np.inf, np.float32)
-        best, ends = np.zeros(len(w), tried.dtype), np.zeros((len(w), len(self.chain)), np.int64)
-        for kept in order[:_KEPT]:
-            scale, cost = tried[kept, block], np.zeros_like(last[0])
-            for edge in self._metric(w, share, scale):
-                target = np.arange(64) % self.n_states
-                cost = (cost[..., target] + edge).reshape(*cost.shape, -1).min(-1)
-            closed = last[kept, block] + cost
+        block, least = np.arange(len(share)), np.full(len(share), np.inf, np.float32)
+        best, ends = np.zeros(len(share), tried.dtype), np.zeros((len(share), len(self.chain)), np.int64)
+        for kept in order[: _KEPT[self.code_bits]]:
+            scale, first = tried[kept, block], np.zeros_like(last[0])
+            for metric in self._metrics(shared, share, scale):
+                ways = np.tile(first, 1 << self.code_bits) + metric
+                first = ways.reshape(*first.shape, -1).min(-1)
+            closed = last[kept, block] + first
             error = (closed.min(-1).sum(-1) - free[kept, block]).astype(np.float32) * np.square(SCALES[scale])
             better = error < least
             least[better], best[better], ends[better] = error[better], scale[better], closed.argmin(-1)[better]
         return best, ends
 
-    def _path(self, metric: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """uint8 codes [n, 32], by column: the least path that begins and ends in the states [n, n_chains]."""
+    def _path(self, shared: np.ndarray, share: np.ndarray, scale: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """int [n, 32], by chain: the edges of the least path that begins and ends in the states [n, n_chains]."""
         cost = np.where(np.arange(self.n_states) == ends[..., None], 0, _NEVER).astype(np.int32)
-        ways = []
-        for edge in metric[::-1]:
-            cost = self._forward(cost, edge)
-            ways.append(cost.argmin(-2))
-            cost = cost.min(-2)
-        codes, state = np.empty((len(ends), 32), np.uint8), ends
-        for way, columns in zip(ways[::-1], self.chain.T, strict=True):
-            edge = np.take_along_axis(way, state[..., None], -1)[..., 0] * self.n_states + state
-            codes[:, columns] = edge & (1 << self.code_bits) - 1
-            state = edge >> self.code_bits
-        return codes
+        taken = []
+        for metric in self._metrics(shared, share, scale, backwards=True):
+            ways = self._ways(cost, metric)
+            taken.append(ways.argmin(-2))
+            cost = ways.min(-2)
+        edges, state = np.empty((len(ends), *self.chain.shape), np.int64), ends
+        for i, way in enumerate(taken[::-1]):
+            edges[..., i] = np.take_along_axis(way, state[..., None], -1)[..., 0] * self.n_states + state
+            state = edges[..., i] >> self.code_bits
+        return edges.reshape(-1, 32)
 
     def decode_blocks(self, data: np.ndarray) -> np.ndarray:
         codes, scale = self.unpack(data)

@@ -12,30 +12,49 @@ typedef int32_t ivec __attribute__((vector_size(4*LANES), may_alias));
 
 // ADD(cost, x, share, e): the cost of taking edge e; x is what PACK makes of a weight's slope and share.
 #if LANES == 16
+#define GATHER(from, i)        ((ivec) _mm512_i32gather_epi32((__m512i) (i), (const void *) (from), 4))
 #define PACK(slope, share)     (((slope) & 0xffff) | (share) << 16)
 #define ADD(cost, x, share, e) ((ivec) _mm512_dpwssd_epi32((__m512i) (cost), (__m512i) (x), _mm512_set1_epi32(trellis->both[e])))
 #define LEAST(a, b)            ((ivec) _mm512_min_epi32((__m512i) (a), (__m512i) (b)))
 #define BELOW(a, b, yes, no)   ((ivec) _mm512_mask_mov_epi32((__m512i) (no), _mm512_cmplt_epi32_mask((__m512i) (a), (__m512i) (b)), (__m512i) (yes)))
 #elif LANES == 8
+#define GATHER(from, i)        ((ivec) _mm256_i32gather_epi32((const void *) (from), (__m256i) (i), 4))
 #define PACK(slope, share)     (((slope) & 0xffff) | (share) << 16)
 #define ADD(cost, x, share, e) ((cost) + (ivec) _mm256_madd_epi16((__m256i) (x), _mm256_set1_epi32(trellis->both[e])))
 #define LEAST(a, b)            ((ivec) _mm256_min_epi32((__m256i) (a), (__m256i) (b)))
 #define BELOW(a, b, yes, no)   ((ivec) _mm256_blendv_epi8((__m256i) (no), (__m256i) (yes), _mm256_cmpgt_epi32((__m256i) (b), (__m256i) (a))))
 #else
-#define PACK(slope, share)     (slope)
+#define GATHER(from, i)        NAMED(gather)(from, i)
+#if defined(__SSE2__)
+#define PACK(slope, share)     (((slope) & 0xffff) | (share) << 16)
+#define ADD(cost, x, share, e) ((cost) + (ivec) _mm_madd_epi16((__m128i) (x), _mm_set1_epi32(trellis->both[e])))
+#else
+#define PACK(slope, share)     ((slope) - (ivec) ALL(ROUND))
 #define ADD(cost, x, share, e) ((cost) + (x)*trellis->twice[e] + (share)*trellis->square[e])
-#define BELOW(a, b, yes, no)   SELECT((a) < (b), yes, no)
+#endif
 #if defined(__aarch64__)
 #define LEAST(a, b)            ((ivec) vminq_s32((int32x4_t) (a), (int32x4_t) (b)))
 #else
 #define LEAST(a, b)            BELOW(a, b, a, b)
 #endif
+#define BELOW(a, b, yes, no)   SELECT((a) < (b), yes, no)
 #endif
 #define SELECT(mask, yes, no)  ((ivec) (((ivec) (yes) & (mask)) | ((ivec) (no) & ~(mask))))
 #define LOWER(a, b)            ((vec) SELECT((a) < (b), a, b))
 #define HIGHER(a, b)           ((vec) SELECT((a) > (b), a, b))
 #define ALL(x)                 ((vec) {0} + (x))
 #define EACH(x)                ((ivec) {0} + (x))
+
+#if LANES == 4
+static SPLITQ_INLINE ivec NAMED(gather)(const void * from, ivec i) {
+    int32_t found[LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+        memcpy(&found[lane], (const char *) from + 4*i[lane], 4);
+    }
+    memcpy(&i, found, sizeof(i));
+    return i;
+}
+#endif
 
 static SPLITQ_INLINE vec NAMED(tree)(vec * v) {
     SPLITQ_UNROLL
@@ -62,6 +81,10 @@ static SPLITQ_INLINE ivec NAMED(scale_below)(vec y) {
     return SELECT(y < ALL(8*SPLITQ_SCALE_ULP), small, SELECT(normal < 127, normal, EACH(127)));
 }
 
+static SPLITQ_INLINE ivec NAMED(limited)(ivec code) {
+    return SELECT(code < 1, EACH(1), SELECT(code > 127, EACH(127), code));
+}
+
 static SPLITQ_INLINE vec NAMED(root)(vec x) {
     for (int lane = 0; lane < LANES; ++lane) {
         x[lane] = sqrtf(x[lane]);
@@ -78,15 +101,13 @@ static SPLITQ_INLINE ivec NAMED(least)(const ivec * cost, const int n) {
     return least;
 }
 
-// The weights at a scale, by chain, as ADD wants them.
-static SPLITQ_INLINE void NAMED(place)(const vec * w, const ivec * share, vec d, const int bits, ivec * x) {
+// The weights, times their shares, at a scale.
+static SPLITQ_INLINE void NAMED(place)(const vec * w, const ivec * share, vec d, ivec * x) {
     const vec inv = ALL(-1.0f)/d;
     for (int i = 0; i < SPLITQ_QK; ++i) {
-        const int  c = column(bits, i);
-        const vec  level = HIGHER(LOWER(w[c]*inv, ALL(REACH)), ALL(-REACH));
-        const vec  slope = level*__builtin_convertvector(share[c], vec);
-        x[i] = PACK((ivec) (slope + ALL(ROUND)) - (ivec) ALL(ROUND), share[c]);
+        x[i] = PACK((ivec) (w[i]*inv + ALL(ROUND)), share[i]);
     }
+    (void) share;
 }
 
 // One weight on, from the end of the chain to its beginning: the least cost of each state.
@@ -147,56 +168,62 @@ static SPLITQ_INLINE void NAMED(forward_ways)(ivec * cost, ivec * way, ivec x, i
     (void) share;
 }
 
-// LANES blocks, one after another at x, to blocks at y; importance: each block's columns.
-static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, const float ** importance, const splitq_trellis * trellis, const int bits) {
+// LANES blocks, one after another at x, to blocks at y; importance NULL, or that of a row, in which each block begins at `start`.
+static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, const float * importance, ivec start, const splitq_trellis * trellis, const int bits) {
     const int states = 64 >> bits, chains = bits == 4 ? 2 : 1, length = SPLITQ_QK/chains;
-    float across[2][SPLITQ_QK][LANES];
-    vec  w[SPLITQ_QK], weight[SPLITQ_QK], part[SPLITQ_QK];
+    ivec lanes;
+    for (int lane = 0; lane < LANES; ++lane) {
+        lanes[lane] = lane;
+    }
+    vec  w[SPLITQ_QK], weight[SPLITQ_QK], part[SPLITQ_QK], sum[SPLITQ_QK]; // all of these in the order of the chains
     ivec share[SPLITQ_QK], at[SPLITQ_QK];
 
-    for (int lane = 0; lane < LANES; ++lane) {
-        for (int j = 0; j < SPLITQ_QK; ++j) {
-            across[0][j][lane] = x[lane*SPLITQ_QK + j];
-            across[1][j][lane] = importance[lane][j];
-        }
-    }
-    memcpy(w,      across[0], sizeof(w));
-    memcpy(weight, across[1], sizeof(weight));
     vec most = ALL(0.0f);
-    for (int j = 0; j < SPLITQ_QK; ++j) {
+    for (int i = 0; i < SPLITQ_QK; ++i) {
         const vec limit = ALL(127*SPLITQ_SCALE_MAX);
-        w[j] = HIGHER(LOWER(w[j], limit), -limit) + ALL(0.0f);
-        most = HIGHER(most, weight[j]);
+        w[i] = (vec) GATHER(x + column(bits, i), lanes*SPLITQ_QK);
+        w[i] = HIGHER(LOWER(w[i], limit), -limit) + ALL(0.0f);
+        weight[i] = ALL(1.0f);
+        if (importance) {
+            weight[i] = (vec) GATHER(importance + column(bits, i), start);
+        }
+        most = HIGHER(most, weight[i]);
     }
-    for (int j = 0; j < SPLITQ_QK; ++j) {
-        const vec rounded = HIGHER(weight[j]/most*ALL(UNIT) + ALL(ROUND), ALL(ROUND + 1));
-        share[j] = (ivec) rounded - (ivec) ALL(ROUND);
+    const ivec none = most <= 0; // all of no importance are alike
+    most = (vec) SELECT(none, (ivec) ALL(1.0f), (ivec) most);
+    for (int i = 0; i < SPLITQ_QK; ++i) {
+        weight[i] = (vec) SELECT(none, (ivec) ALL(1.0f), (ivec) weight[i]);
+        vec rounded = ALL(ROUND + UNIT);
+        if (importance) {
+            rounded = HIGHER(weight[i]/most*ALL(UNIT) + ALL(ROUND), ALL(ROUND + 1));
+        }
+        share[i] = (ivec) rounded - (ivec) ALL(ROUND);
+        sum[i]   = rounded - ALL(ROUND);
+        part[i]  = sum[i]*(w[i]*w[i]*(w[i]*w[i]));
     }
-
-    // A scale to begin with
-    vec sum[SPLITQ_QK];
-    for (int j = 0; j < SPLITQ_QK; ++j) {
-        sum[j]  = __builtin_convertvector(share[j], vec);
-        part[j] = sum[j]*(w[j]*w[j]*(w[j]*w[j]));
-    }
+    vec shared[SPLITQ_QK];
+    memcpy(shared, sum, sizeof(sum));
     const vec  power = NAMED(tree)(part)/NAMED(tree)(sum);
     const ivec base  = NAMED(scale_below)(NAMED(root)(NAMED(root)(power))/ALL(trellis->spread));
+    const vec  reach = NAMED(scale)(NAMED(limited)(base - STEPS_DOWN))*ALL(REACH);
+    for (int i = 0; i < SPLITQ_QK; ++i) {
+        shared[i] *= HIGHER(LOWER(w[i], reach), -reach);
+    }
 
     // Chains with free ends at each scale
     ivec tried[TRIED], free[TRIED], last[TRIED][16];
     vec  error[TRIED];
     for (int i = 0; i < TRIED; ++i) {
-        const ivec near = base + (i/2 - STEPS_DOWN), code = SELECT(near < 1, EACH(1), SELECT(near > 127, EACH(127), near));
-        tried[i] = code + i%2*128;
+        tried[i] = NAMED(limited)(base + (i/2 - STEPS_DOWN)) + i%2*128;
         const vec d = NAMED(scale)(tried[i]);
-        NAMED(place)(w, share, d, bits, at);
+        NAMED(place)(shared, share, d, at);
         free[i] = EACH(0);
         for (int h = 0; h < chains; ++h) {
             ivec cost[16];
             SPLITQ_UNROLL
             for (int s = 0; s < states; ++s) { cost[s] = EACH(0); }
             for (int p = length - 1; p >= 0; --p) {
-                NAMED(forward)(cost, at[h*length + p], share[column(bits, h*length + p)], trellis, bits);
+                NAMED(forward)(cost, at[h*length + p], share[h*length + p], trellis, bits);
             }
             memcpy(last[i] + h*states, cost, states*sizeof(ivec));
             free[i] += NAMED(least)(cost, states);
@@ -207,7 +234,7 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
     // The most promising ones closed
     ivec best = EACH(0), ends[2] = { EACH(0), EACH(0) };
     vec  least = ALL(INFINITY);
-    for (int kept = 0; kept < KEPT; ++kept) {
+    for (int kept = 0; kept < trellis->kept; ++kept) {
         ivec which = EACH(0);
         vec  first = error[0];
         for (int i = 1; i < TRIED; ++i) {
@@ -215,27 +242,23 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
             which = SELECT(lower, EACH(i), which);
             first = (vec) SELECT(lower, error[i], first);
         }
-        ivec scale = EACH(0), before = EACH(0), end[16];
-        int32_t ended[16][LANES];
-        for (int lane = 0; lane < LANES; ++lane) {
-            const int i = which[lane];
-            error[i][lane] = INFINITY;
-            scale[lane]    = tried[i][lane];
-            before[lane]   = free[i][lane];
-            for (int s = 0; s < chains*states; ++s) {
-                ended[s][lane] = last[i][s][lane];
-            }
+        const ivec scale = GATHER(tried, which*LANES + lanes), before = GATHER(free, which*LANES + lanes);
+        ivec end[16];
+        for (int s = 0; s < chains*states; ++s) {
+            end[s] = GATHER(last, (which*16 + s)*LANES + lanes);
         }
-        memcpy(end, ended, sizeof(end));
+        for (int i = 0; i < TRIED; ++i) {
+            error[i] = (vec) SELECT(which == i, (ivec) ALL(INFINITY), error[i]);
+        }
         const vec d = NAMED(scale)(scale);
-        NAMED(place)(w, share, d, bits, at);
+        NAMED(place)(shared, share, d, at);
         ivec closed = -before, state[2] = { EACH(0), EACH(0) };
         for (int h = 0; h < chains; ++h) {
             ivec cost[16];
             SPLITQ_UNROLL
             for (int s = 0; s < states; ++s) { cost[s] = EACH(0); }
             for (int p = 0; p < length; ++p) {
-                NAMED(backward)(cost, at[h*length + p], share[column(bits, h*length + p)], trellis, bits);
+                NAMED(backward)(cost, at[h*length + p], share[h*length + p], trellis, bits);
             }
             ivec lowest = cost[0] + end[h*states];
             for (int s = 1; s < states; ++s) {
@@ -256,72 +279,72 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
     // The best one's path
     const vec d = NAMED(scale)(best);
     ivec way[SPLITQ_QK][16];
-    NAMED(place)(w, share, d, bits, at);
+    NAMED(place)(shared, share, d, at);
     for (int h = 0; h < chains; ++h) {
         ivec cost[16];
         for (int s = 0; s < states; ++s) { cost[s] = SELECT(ends[h] == s, EACH(0), EACH(NEVER)); }
         for (int p = length - 1; p >= 0; --p) {
             const int i = h*length + p;
-            NAMED(forward_ways)(cost, way[i], at[i], share[column(bits, i)], trellis, bits);
+            NAMED(forward_ways)(cost, way[i], at[i], share[i], trellis, bits);
         }
     }
-    uint64_t low[LANES][2] = { 0 };
-    uint32_t high[LANES] = { 0 };
-    for (int lane = 0; lane < LANES; ++lane) {
-        for (int h = 0; h < chains; ++h) {
-            int state = ends[h][lane];
-            for (int p = 0; p < length; ++p) {
-                const int i = h*length + p, e = state + way[i][state][lane]*states;
-                low[lane][h] |= (uint64_t) (e & (bits == 4 ? 15 : 3)) << p*64/length;
-                high[lane]   |= (uint32_t) (bits == 3 ? e >> 2 & 1 : 0) << p;
-                across[0][column(bits, i)][lane] = trellis->twice[e];
-                state = e >> bits;
+    ivec word[4] = { EACH(0), EACH(0), EACH(0), EACH(0) };
+    for (int h = 0; h < chains; ++h) {
+        ivec state = ends[h];
+        for (int p = 0; p < length; ++p) {
+            const int  i = h*length + p, at = bits == 4 ? 4*i : 2*i;
+            const ivec e = GATHER(way[i], state*LANES + lanes)*states + state;
+            word[at/32] |= (e & (bits == 4 ? 15 : 3)) << at%32;
+            if (bits == 3) {
+                word[2] |= (e >> 2 & 1) << i;
             }
+            const vec level = __builtin_convertvector(GATHER(trellis->twice, e), vec)*ALL(0.5f), r = w[i] - d*level;
+            part[i] = weight[i]*r*r;
+            sum[i]  = weight[i]*w[i]*w[i];
+            state = e >> bits;
         }
-    }
-    memcpy(part, across[0], sizeof(part));
-    for (int j = 0; j < SPLITQ_QK; ++j) {
-        const vec r = w[j] - d*(part[j]*ALL(0.5f));
-        part[j] = weight[j]*r*r;
-        sum[j]  = weight[j]*w[j]*w[j];
     }
     const ivec worth = NAMED(tree)(part) < NAMED(tree)(sum);
-    for (int lane = 0; lane < LANES; ++lane) {
-        const int words = bits == 4 ? 4 : bits;
-        memset(y, 0, 4*words + 1);
-        if (worth[lane]) {
-            memcpy(y, low[lane], 8*chains);
-            if (bits == 3) {
-                memcpy(y + 8, &high[lane], 4);
-            }
-            y[4*words] = best[lane];
+    const int words = bits == 4 ? 4 : bits;
+    int32_t   out[5][LANES];
+    best &= worth;
+    memcpy(out[4], &best, sizeof(best));
+    for (int i = 0; i < words; ++i) {
+        word[i] &= worth;
+        memcpy(out[i], &word[i], sizeof(word[i]));
+    }
+    for (int lane = 0; lane < LANES; ++lane, y += 4*words + 1) {
+        for (int i = 0; i < words; ++i) {
+            memcpy(y + 4*i, &out[i][lane], 4);
         }
-        y += 4*words + 1;
+        y[4*words] = out[4][lane];
     }
 }
 
 static void NAMED(encode)(const float * x, uint8_t * y, int64_t n, int64_t row_blocks, const float * imatrix, const splitq_trellis * trellis, const int bits) {
     const int size = 4*(bits == 4 ? 4 : bits) + 1;
-    for (int64_t done = 0; done < n; done += LANES) {
-        const int     count = n - done < LANES ? n - done : LANES;
-        const float * importance[LANES], * from = x + done*SPLITQ_QK;
-        uint8_t     * to = y + done*size, out[LANES*17];
-        float         in[LANES*SPLITQ_QK] = { 0 };
+    for (int64_t done = 0; done < n; done += LANES, x += LANES*SPLITQ_QK, y += LANES*size) {
+        const int count = n - done < LANES ? n - done : LANES;
+        float     in[LANES*SPLITQ_QK] = { 0 };
+        uint8_t   out[LANES*17];
+        int32_t   starts[LANES];
         for (int lane = 0; lane < LANES; ++lane) {
-            importance[lane] = block_weight(imatrix && lane < count ? imatrix + (done + lane)%row_blocks*SPLITQ_QK : NULL);
+            starts[lane] = (done + lane)%row_blocks*SPLITQ_QK;
         }
+        ivec start;
+        memcpy(&start, starts, sizeof(start));
         if (count < LANES) {
-            memcpy(in, from, count*SPLITQ_QK*sizeof(float));
-            from = in;
-            to   = out;
+            memcpy(in, x, count*SPLITQ_QK*sizeof(float));
         }
+        const float * from = count < LANES ? in : x;
+        uint8_t * to = count < LANES ? out : y;
         switch (bits) { // constants, so that each gets code of its own
-            case 4:  NAMED(encode_blocks)(from, to, importance, trellis, 4); break;
-            case 3:  NAMED(encode_blocks)(from, to, importance, trellis, 3); break;
-            default: NAMED(encode_blocks)(from, to, importance, trellis, 2); break;
+            case 4:  imatrix ? NAMED(encode_blocks)(from, to, imatrix, start, trellis, 4) : NAMED(encode_blocks)(from, to, NULL, start, trellis, 4); break;
+            case 3:  imatrix ? NAMED(encode_blocks)(from, to, imatrix, start, trellis, 3) : NAMED(encode_blocks)(from, to, NULL, start, trellis, 3); break;
+            default: imatrix ? NAMED(encode_blocks)(from, to, imatrix, start, trellis, 2) : NAMED(encode_blocks)(from, to, NULL, start, trellis, 2); break;
         }
         if (count < LANES) {
-            memcpy(y + done*size, out, count*size);
+            memcpy(y, out, count*size);
         }
     }
 }
@@ -332,6 +355,7 @@ static void NAMED(encode)(const float * x, uint8_t * y, int64_t n, int64_t row_b
 #undef NAMED
 #undef vec
 #undef ivec
+#undef GATHER
 #undef PACK
 #undef ADD
 #undef LEAST

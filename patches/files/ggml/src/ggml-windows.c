@@ -8,7 +8,7 @@
 #include <assert.h>
 #include <math.h>
 #include <string.h>
-#if defined(SPLITQ_X86)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -16,7 +16,7 @@
 
 #define STEPS_DOWN 3
 #define TRIED      12
-#define KEPT       4
+#define KEPT(bits) ((bits) == 4 ? 4 : (bits) == 3 ? 3 : 5)
 #define SPREAD     1.25f
 #define UNIT       128.0f
 #define REACH      255.0f
@@ -24,6 +24,7 @@
 #define ROUND      12582912.0f // 3*2^22: adding it rounds to a whole number, in the lowest bits
 
 typedef struct {
+    int     kept;
     float   spread;
     int32_t twice[64], square[64], both[64]; // by edge: 2*level, level^2, and the two as 16 bits each
 } splitq_trellis;
@@ -35,7 +36,7 @@ static SPLITQ_INLINE int column(const int bits, int i) {
 }
 
 static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
-    splitq_trellis trellis = { .spread = SPREAD*rms };
+    splitq_trellis trellis = { .kept = KEPT(bits), .spread = SPREAD*rms };
     for (int e = 0; e < 64; ++e) {
         const int level = levels[bits == 3 ? (e & 3) | (e >> 3 & 3) << 2 | (e >> 2 & 1) << 4 | e >> 5 << 5 : e];
         trellis.twice [e] = 2*level;
