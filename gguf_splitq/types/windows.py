@@ -35,11 +35,15 @@ from .splitquant import MAX_ABS, SCALES, pack_2bit, scale_below, tree_sum, unpac
 
 # Constants of the encoder, explained in ggml-windows.c, which has the same.
 _STEPS = range(-3, 3)
-_KEPT = {4: 4, 3: 3, 2: 5}
+_KEPT = {4: 4, 3: 3, 2: 6}
 _SPREAD = np.float32(1.25)
-_UNIT = np.float32(128)
 _REACH = np.float32(255)
+_SLOPE = np.float32(32500)
+_LEAST = np.float32(32)
 _NEVER = 1 << 30
+
+LARGEST = float(64 * SCALES[127])
+"""No block whose weights are this large or smaller asks for a much larger scale than there is."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,18 @@ class Window(TensorType):
         w = (np.clip(blocks, np.float32(-MAX_ABS), np.float32(MAX_ABS)) + np.float32(0))[:, order]
         weight = np.ones(w.shape, np.float32) if importance is None else importance[:, order]
         weight = np.where((weight > 0).any(1, keepdims=True), weight, np.float32(1))
-        share = np.maximum(np.rint(weight / weight.max(1, keepdims=True) * _UNIT), np.float32(1))
+        ratio = weight / weight.max(1, keepdims=True)
 
-        power = tree_sum(share * ((w * w) * (w * w))) / tree_sum(share)
+        power = tree_sum(ratio * ((w * w) * (w * w))) / tree_sum(ratio)
         base = scale_below(np.sqrt(np.sqrt(power)) / (_SPREAD * np.float32(tables()[self.name].rms)))
         tried = np.stack([np.clip(base + step, 1, 127) + mirror for step in _STEPS for mirror in (0, 128)])
         reach = (SCALES[tried[0]] * _REACH)[:, None]
-        scale, ends = self._search(share * np.clip(w, -reach, reach), share, tried)
-        edges = self._path(share * np.clip(w, -reach, reach), share, scale, ends)
+        shared = np.clip(w, -reach, reach)
+        most = (ratio * np.abs(shared)).max(1) / SCALES[tried[0]]
+        share = np.maximum(np.rint(ratio * (_SLOPE / np.maximum(most, _LEAST))[:, None]), np.float32(1))
+        shared = share * shared
+        scale, ends = self._search(shared, share, tried)
+        edges = self._path(shared, share, scale, ends)
 
         error = w - SCALES[scale, None] * self.edges.astype(np.float32)[edges]
         worth = tree_sum(weight * error * error) < tree_sum(weight * w * w)
@@ -126,7 +134,7 @@ class Window(TensorType):
         self, shared: np.ndarray, share: np.ndarray, scale: np.ndarray, backwards: bool = False
     ) -> Iterator[np.ndarray]:
         """int32 [n, n_chains, 64] for each weight of the chains: what each edge adds to the error, less what level 0
-        would, in units of the scale squared and of a 128th of the largest importance.
+        would, in units of the scale squared and of the importance that has a share of 1.
         """
         slope = np.rint(shared * (np.float32(-1) / SCALES[scale])[:, None]).astype(np.int32)
         slope, share = (part.astype(np.int32).reshape(-1, *self.chain.shape, 1) for part in (slope, share))
@@ -134,7 +142,7 @@ class Window(TensorType):
             yield slope[:, :, i] * (2 * self.edges) + share[:, :, i] * self.edges**2
 
     def _ways(self, cost: np.ndarray, metric: np.ndarray) -> np.ndarray:
-        """Costs of states [..., n_states], metric of edges [..., 64] -> of the ways to a state [..., ways, n_states]."""
+        """Costs of states [..., n_states], metric [..., 64] -> costs of all ways to a state [..., ways, n_states]."""
         ways = np.repeat(cost, 1 << self.code_bits, axis=-1) + metric
         return ways.reshape(*cost.shape[:-1], -1, self.n_states)
 
@@ -202,7 +210,7 @@ class Window(TensorType):
 
 _METHOD = "window codes"
 TYPES = [
-    Window("sq4w", 110, 110, 32, 17, _METHOD, "4 bits", MAX_ABS, code_bits=4),
-    Window("sq3w", 111, 111, 32, 13, _METHOD, "3 bits", MAX_ABS, code_bits=3),
-    Window("sq2w", 112, 112, 32, 9, _METHOD, "2 bits", MAX_ABS, code_bits=2),
+    Window("sq4w", 110, 110, 32, 17, _METHOD, "4 bits", LARGEST, code_bits=4),
+    Window("sq3w", 111, 111, 32, 13, _METHOD, "3 bits", LARGEST, code_bits=3),
+    Window("sq2w", 112, 112, 32, 9, _METHOD, "2 bits", LARGEST, code_bits=2),
 ]

@@ -175,7 +175,7 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
     for (int lane = 0; lane < LANES; ++lane) {
         lanes[lane] = lane;
     }
-    vec  w[SPLITQ_QK], weight[SPLITQ_QK], part[SPLITQ_QK], sum[SPLITQ_QK]; // all of these in the order of the chains
+    vec  w[SPLITQ_QK], weight[SPLITQ_QK], ratio[SPLITQ_QK], shared[SPLITQ_QK], part[SPLITQ_QK], sum[SPLITQ_QK]; // all of these in the order of the chains
     ivec share[SPLITQ_QK], at[SPLITQ_QK];
 
     vec most = ALL(0.0f);
@@ -190,24 +190,26 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
         most = HIGHER(most, weight[i]);
     }
     const ivec none = most <= 0; // all of no importance are alike
-    most = (vec) SELECT(none, (ivec) ALL(1.0f), (ivec) most);
+    most = (vec) SELECT(none, ALL(1.0f), most);
     for (int i = 0; i < SPLITQ_QK; ++i) {
-        weight[i] = (vec) SELECT(none, (ivec) ALL(1.0f), (ivec) weight[i]);
-        vec rounded = ALL(ROUND + UNIT);
-        if (importance) {
-            rounded = HIGHER(weight[i]/most*ALL(UNIT) + ALL(ROUND), ALL(ROUND + 1));
-        }
-        share[i] = (ivec) rounded - (ivec) ALL(ROUND);
-        sum[i]   = rounded - ALL(ROUND);
-        part[i]  = sum[i]*(w[i]*w[i]*(w[i]*w[i]));
+        weight[i] = (vec) SELECT(none, ALL(1.0f), weight[i]);
+        ratio[i]  = weight[i]/most;
+        sum[i]    = ratio[i];
+        part[i]   = ratio[i]*(w[i]*w[i]*(w[i]*w[i]));
     }
-    vec shared[SPLITQ_QK];
-    memcpy(shared, sum, sizeof(sum));
     const vec  power = NAMED(tree)(part)/NAMED(tree)(sum);
     const ivec base  = NAMED(scale_below)(NAMED(root)(NAMED(root)(power))/ALL(trellis->spread));
-    const vec  reach = NAMED(scale)(NAMED(limited)(base - STEPS_DOWN))*ALL(REACH);
+    const vec  small = NAMED(scale)(NAMED(limited)(base - STEPS_DOWN)), reach = small*ALL(REACH);
+    most = ALL(0.0f);
     for (int i = 0; i < SPLITQ_QK; ++i) {
-        shared[i] *= HIGHER(LOWER(w[i], reach), -reach);
+        shared[i] = HIGHER(LOWER(w[i], reach), -reach);
+        most      = HIGHER(most, ratio[i]*HIGHER(shared[i], -shared[i]));
+    }
+    const vec unit = ALL(SLOPE)/HIGHER(most/small, ALL(LEAST_SLOPE));
+    for (int i = 0; i < SPLITQ_QK; ++i) {
+        const vec rounded = HIGHER(ratio[i]*unit + ALL(ROUND), ALL(ROUND + 1));
+        share[i]   = (ivec) rounded - (ivec) ALL(ROUND);
+        shared[i] *= rounded - ALL(ROUND);
     }
 
     // Chains with free ends at each scale

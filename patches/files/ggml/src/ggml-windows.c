@@ -16,10 +16,11 @@
 
 #define STEPS_DOWN 3
 #define TRIED      12
-#define KEPT(bits) ((bits) == 4 ? 4 : (bits) == 3 ? 3 : 5)
+#define KEPT(bits) ((bits) == 4 ? 4 : (bits) == 3 ? 3 : 6)
 #define SPREAD     1.25f
-#define UNIT       128.0f
 #define REACH      255.0f
+#define SLOPE      32500.0f
+#define LEAST_SLOPE 32.0f
 #define NEVER      (1 << 30)
 #define ROUND      12582912.0f // 3*2^22: adding it rounds to a whole number, in the lowest bits
 
