@@ -64,6 +64,8 @@ def importances(kind: str | None) -> np.ndarray | None:
 @pytest.mark.parametrize("tensor_type", types.CUSTOM, ids=lambda t: t.name)
 def test_numpy_and_c_give_the_same_bytes(runtime_library, tensor_type, kind, importance):
     rows, columns = weights(kind), importances(importance)
+    if tensor_type in windows.TYPES:  # NumPy searches for long
+        rows = rows[:9]
     with np.errstate(all="ignore"):
         expected = tensor_type.encode_numpy(rows, columns)
     encoded = native.encode(runtime_library, tensor_type.gguf_id, rows, columns, tensor_type.row_bytes(COLUMNS))

@@ -56,7 +56,7 @@ def least_errors(kind: windows.Window, x: np.ndarray, importance: np.ndarray) ->
 
 @FAMILY
 def test_hardly_anything_is_lost_against_all_closed_paths_at_all_scales(kind):
-    x = blocks("gaussian", 512)
+    x = blocks("gaussian", 1024)
     assert decibels(errors(kind, x).sum() / least_errors(kind, x, np.ones(32)).sum()) < 0.05
 
 
