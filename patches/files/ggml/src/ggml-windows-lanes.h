@@ -18,7 +18,7 @@ typedef int32_t ivec __attribute__((vector_size(4*LANES), may_alias));
 #define LEAST(a, b)            ((ivec) _mm512_min_epi32((__m512i) (a), (__m512i) (b)))
 #define BELOW(a, b, yes, no)   ((ivec) _mm512_mask_mov_epi32((__m512i) (no), _mm512_cmplt_epi32_mask((__m512i) (a), (__m512i) (b)), (__m512i) (yes)))
 #elif LANES == 8
-#define GATHER(from, i)        ((ivec) _mm256_i32gather_epi32((const void *) (from), (__m256i) (i), 4))
+#define GATHER(from, i)        NAMED(gather)(from, i) // many processors are no quicker at it
 #define PACK(slope, share)     (((slope) & 0xffff) | (share) << 16)
 #define ADD(cost, x, share, e) ((cost) + (ivec) _mm256_madd_epi16((__m256i) (x), _mm256_set1_epi32(trellis->both[e])))
 #define LEAST(a, b)            ((ivec) _mm256_min_epi32((__m256i) (a), (__m256i) (b)))
@@ -45,7 +45,7 @@ typedef int32_t ivec __attribute__((vector_size(4*LANES), may_alias));
 #define ALL(x)                 ((vec) {0} + (x))
 #define EACH(x)                ((ivec) {0} + (x))
 
-#if LANES == 4
+#if LANES < 16
 static SPLITQ_INLINE ivec NAMED(gather)(const void * from, ivec i) {
     int32_t found[LANES];
     for (int lane = 0; lane < LANES; ++lane) {
