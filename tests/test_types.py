@@ -147,6 +147,13 @@ def test_the_documented_levels_are_the_ones_in_use(name):
     assert tuple(map(int, re.findall(r"-?\d+", row[1]))) == splitquant.codebooks()[name].levels
 
 
+@pytest.mark.parametrize("name", ["sq4w", "sq3w", "sq2w"])
+def test_the_documented_tables_are_the_ones_in_use(name):
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    row = re.search(rf"^\| `{name}` \|((?: -?\d+){{64}}) \|$", text, re.M)
+    assert list(map(int, row[1].split())) == windows.tables()[name].levels.tolist()
+
+
 def test_stored_bits():
     assert {t.name: t.bpw for t in types.CUSTOM} == {
         "sq4": 4.25, "sq3": 3.25, "sq2": 2.25, "sq4x": 6.375, "sdr4": 4.25, "sq4w": 4.25, "sq3w": 3.25, "sq2w": 2.25,

@@ -14,20 +14,34 @@
 #include <arm_neon.h>
 #endif
 
-#define STEPS_DOWN 3
-#define TRIED      12
-#define KEPT(bits) ((bits) == 4 ? 4 : (bits) == 3 ? 3 : 6)
-#define SPREAD     1.25f
-#define REACH      255.0f
-#define SLOPE      32500.0f
-#define LEAST_SLOPE 32.0f
-#define NEVER      (1 << 30)
-#define ROUND      12582912.0f // 3*2^22: adding it rounds to a whole number, in the lowest bits
+// The encoder. A chain is walked from its end to its beginning: the codes that follow a weight are the state s, its own code c
+// is a step along edge e = s << bits | c, which has a level and leads to state e % states. Viterbi's algorithm finds the least
+// cost of each state. A path is a chain that closes if it ends in the state that it began in.
+//
+// 1. Of each scale tried, both signs: the least cost of a path with free ends. Scales are those around the one that a table's
+//    own fourth moment asks for: it looks at outliers as much as they matter.
+// 2. For the most promising ones, the least costs from each state onwards, too: state s with the least sum of the two is where
+//    the chain is closed. What closing costs, about, is that sum less twice the free path's cost. The least of all is taken.
+// 3. The least path that begins and ends in that state, and its bytes; or zeros, where they are no worse.
+//
+// Costs are whole numbers, so their sums are the same everywhere: g*level^2 - 2*g*x*level, x being weight/scale and g, the
+// share, a weight's importance in whole numbers, 1 at least. A block's largest g*x is as large as 16 bits allow. Equal costs
+// are decided in favour of the scale tried first (from the smallest, positive before negative), the lower state, the lower edge.
+
+#define STEPS_DOWN  3          // scales tried: as many below the base
+#define TRIED       12         // and signs
+#define KEPT(bits)  ((bits) == 4 ? 4 : (bits) == 3 ? 3 : 6)
+#define SPREAD      1.25f      // of the fourth moment's root to the root mean square; 1.316 for a Gaussian, less half a step
+#define REACH       255.0f     // larger weights at the smallest scale count as this
+#define SLOPE       32500.0f   // largest g*x
+#define LEAST_SLOPE 32.0f      // of the weights times their importance; so no share is above 1016, and no cost above 2^30
+#define NEVER       (1 << 30)  // what a path costs that begins in another state
+#define ROUND       12582912.0f // 3*2^22: adding it rounds to a whole number, in the lowest bits
 
 typedef struct {
     int     kept;
     float   spread;
-    int32_t twice[64], square[64], both[64]; // by edge: 2*level, level^2, and the two as 16 bits each
+    int32_t twice[64], square[64], both[64]; // of each edge: 2*level, level^2, and the two as 16 bits each
 } splitq_trellis;
 
 // The column of weight i, chain after chain.
@@ -36,6 +50,7 @@ static SPLITQ_INLINE int column(const int bits, int i) {
     return i/(8*step)*(8*step) + i%step*8 + i%(8*step)/step;
 }
 
+// Edges are in the order of the table but for sq3w, whose windows have the low bits of two codes below their high bits.
 static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
     splitq_trellis trellis = { .kept = KEPT(bits), .spread = SPREAD*rms };
     for (int e = 0; e < 64; ++e) {
