@@ -170,7 +170,7 @@ def test_gguf_learns_the_types():
 
 
 def test_unknown_type_is_refused_with_the_names():
-    names = "sq4, sq3, sq2, sq4x, sdr4, sq4w, sq3w, sq2w, sq3c, sq2c, sq4wc, sq3wc, sq2wc, cq4, cq3, cq2, f32"
+    names = "sq4, sq3, sq2, sq4x, sdr4, sq4w, sq3w, sq2w, sq4wc, sq3wc, sq2wc, sq3c, sq2c, cq4, cq3, cq2, f32"
     with pytest.raises(errors.UsageError, match=f"'sq5' is not known.*{names}"):
         types.get("sq5")
 
