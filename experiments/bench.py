@@ -59,6 +59,7 @@ PROMPT_SMALL = [
 READ_FRACTION = 0.8  # of the memory's plain read rate, reached by sq4's decode
 CONVERSION = 0.3  # of the time that llama-quantize Q4_K_S takes
 ONE_BILLION = 60.0  # seconds for a checkpoint of 1 B parameters; SplitQuantV2 reports 126 on an Apple M4
+WINDOWS = ("sq4w", "sq3w", "sq2w")
 LINEAR = 1.15  # seconds per weight, of 3 B to those of 0.6 B
 PARTS = ["conversion", "0.6B", "3B", "cache"]
 RESULTS = BUILD / "bench.json"
@@ -230,14 +231,14 @@ def conversion(args) -> dict:
     outfile = BUILD / "bench/timed.gguf"
     small, large = (make_files(size, args.threads, ["f16"])["f16"] for size in ("0.6B", "3B"))
     checkpoint = models.random_llama("bench/1B/checkpoint", **models.SIZES["1B"])
-    ours = [sys.executable, "-m", "gguf_splitq", "convert", "--type", "sq4", "--threads", args.threads]
-    ours += ["--outfile", outfile]
+    ours = [sys.executable, "-m", "gguf_splitq", "convert", "--threads", args.threads, "--outfile", outfile, "--type"]
     jobs = {  # name: file to read, command
         "Q4_K_S, 0.6B": (small, [building.program("llama-quantize"), small, outfile, "Q4_K_S", args.threads]),
-        "sq4, 0.6B": (small, [*ours, small]),
-        "sq4, 3B": (large, [*ours, large]),
-        "sq4, 1B": (checkpoint / "model.safetensors", [*ours, checkpoint]),
+        "sq4, 0.6B": (small, [*ours, "sq4", small]),
+        "sq4, 3B": (large, [*ours, "sq4", large]),
     }
+    for type in ("sq4", *WINDOWS):
+        jobs[f"{type}, 1B"] = (checkpoint / "model.safetensors", [*ours, type, checkpoint])
     samples: dict[str, list[tuple]] = {name: [] for name in jobs}
     for done in range(args.rounds):
         print(f"conversion: round {done + 1} of {args.rounds}", flush=True)
@@ -261,8 +262,10 @@ def conversion(args) -> dict:
             "measured": per_byte["sq4, 3B"] / per_byte["sq4, 0.6B"],
             "at_most": LINEAR,
         },
-        {"claim": "conversion: seconds for a checkpoint of 1B", "measured": seconds["sq4, 1B"], "at_most": ONE_BILLION},
     ]
+    for type in ("sq4", *WINDOWS):
+        measured = seconds[f"{type}, 1B"]
+        claims.append({"claim": f"conversion: seconds of {type}, 1B", "measured": measured, "at_most": ONE_BILLION})
     for size in ("0.6B", "1B", "3B"):
         largest = 2 * max(map(math.prod, models.tensor_shapes(**models.SIZES[size], vocab=1).values()))
         claim = f"conversion: peak memory of {size} / what is promised"
