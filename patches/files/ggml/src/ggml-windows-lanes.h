@@ -16,13 +16,15 @@ typedef int32_t ivec __attribute__((vector_size(4*LANES), may_alias));
 #define PACK(slope, share)     (((slope) & 0xffff) | (share) << 16)
 #define ADD(cost, x, share, e) ((ivec) _mm512_dpwssd_epi32((__m512i) (cost), (__m512i) (x), _mm512_set1_epi32(trellis->both[e])))
 #define LEAST(a, b)            ((ivec) _mm512_min_epi32((__m512i) (a), (__m512i) (b)))
-#define BELOW(a, b, yes, no)   ((ivec) _mm512_mask_mov_epi32((__m512i) (no), _mm512_cmplt_epi32_mask((__m512i) (a), (__m512i) (b)), (__m512i) (yes)))
+#define BELOW(a, b, yes, no)   ((ivec) _mm512_mask_mov_epi32((__m512i) (no), \
+                                       _mm512_cmplt_epi32_mask((__m512i) (a), (__m512i) (b)), (__m512i) (yes)))
 #elif LANES == 8
 #define GATHER(from, i)        NAMED(gather)(from, i) // many processors are no quicker at it
 #define PACK(slope, share)     (((slope) & 0xffff) | (share) << 16)
 #define ADD(cost, x, share, e) ((cost) + (ivec) _mm256_madd_epi16((__m256i) (x), _mm256_set1_epi32(trellis->both[e])))
 #define LEAST(a, b)            ((ivec) _mm256_min_epi32((__m256i) (a), (__m256i) (b)))
-#define BELOW(a, b, yes, no)   ((ivec) _mm256_blendv_epi8((__m256i) (no), (__m256i) (yes), _mm256_cmpgt_epi32((__m256i) (b), (__m256i) (a))))
+#define BELOW(a, b, yes, no)   ((ivec) _mm256_blendv_epi8((__m256i) (no), (__m256i) (yes), \
+                                       _mm256_cmpgt_epi32((__m256i) (b), (__m256i) (a))))
 #else
 #define GATHER(from, i)        NAMED(gather)(from, i)
 #if defined(__SSE2__)
@@ -149,7 +151,8 @@ static SPLITQ_INLINE void NAMED(backward)(ivec * cost, ivec x, ivec share, const
 }
 
 // forward, which tells also the first of the best ways to each state.
-static SPLITQ_INLINE void NAMED(forward_ways)(ivec * cost, ivec * way, ivec x, ivec share, const splitq_trellis * trellis, const int bits) {
+static SPLITQ_INLINE void NAMED(forward_ways)(ivec * cost, ivec * way, ivec x, ivec share,
+                                             const splitq_trellis * trellis, const int bits) {
     const int states = 64 >> bits, ways = 1 << bits;
     ivec next[16];
     SPLITQ_UNROLL
@@ -169,13 +172,15 @@ static SPLITQ_INLINE void NAMED(forward_ways)(ivec * cost, ivec * way, ivec x, i
 }
 
 // LANES blocks, one after another at x, to blocks at y; importance NULL, or that of a row, in which each block begins at `start`.
-static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, const float * importance, ivec start, const splitq_trellis * trellis, const int bits) {
+static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, const float * importance, ivec start,
+                                              const splitq_trellis * trellis, const int bits) {
     const int states = 64 >> bits, chains = bits == 4 ? 2 : 1, length = SPLITQ_QK/chains;
     ivec lanes;
     for (int lane = 0; lane < LANES; ++lane) {
         lanes[lane] = lane;
     }
-    vec  w[SPLITQ_QK], weight[SPLITQ_QK], ratio[SPLITQ_QK], shared[SPLITQ_QK], part[SPLITQ_QK], sum[SPLITQ_QK]; // all of these in the order of the chains
+    // All in the order of the chains
+    vec  w[SPLITQ_QK], weight[SPLITQ_QK], ratio[SPLITQ_QK], shared[SPLITQ_QK], part[SPLITQ_QK], sum[SPLITQ_QK];
     ivec share[SPLITQ_QK], at[SPLITQ_QK];
 
     vec most = ALL(0.0f);
@@ -323,7 +328,8 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
     }
 }
 
-static void NAMED(encode)(const float * x, uint8_t * y, int64_t n, int64_t row_blocks, const float * imatrix, const splitq_trellis * trellis, const int bits) {
+static void NAMED(encode)(const float * x, uint8_t * y, int64_t n, int64_t row_blocks, const float * imatrix,
+                          const splitq_trellis * trellis, const int bits) {
     const int size = 4*(bits == 4 ? 4 : bits) + 1;
     for (int64_t done = 0; done < n; done += LANES, x += LANES*SPLITQ_QK, y += LANES*size) {
         const int count = n - done < LANES ? n - done : LANES;
@@ -340,11 +346,14 @@ static void NAMED(encode)(const float * x, uint8_t * y, int64_t n, int64_t row_b
         }
         const float * from = count < LANES ? in : x;
         uint8_t * to = count < LANES ? out : y;
+        #define BLOCKS(bits) imatrix ? NAMED(encode_blocks)(from, to, imatrix, start, trellis, bits) : \
+                                       NAMED(encode_blocks)(from, to, NULL, start, trellis, bits)
         switch (bits) { // constants, so that each gets code of its own
-            case 4:  imatrix ? NAMED(encode_blocks)(from, to, imatrix, start, trellis, 4) : NAMED(encode_blocks)(from, to, NULL, start, trellis, 4); break;
-            case 3:  imatrix ? NAMED(encode_blocks)(from, to, imatrix, start, trellis, 3) : NAMED(encode_blocks)(from, to, NULL, start, trellis, 3); break;
-            default: imatrix ? NAMED(encode_blocks)(from, to, imatrix, start, trellis, 2) : NAMED(encode_blocks)(from, to, NULL, start, trellis, 2); break;
+            case 4:  BLOCKS(4); break;
+            case 3:  BLOCKS(3); break;
+            default: BLOCKS(2); break;
         }
+        #undef BLOCKS
         if (count < LANES) {
             memcpy(y, out, count*size);
         }

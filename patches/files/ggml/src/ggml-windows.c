@@ -77,7 +77,8 @@ static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
 #include "ggml-windows-lanes.h"
 #pragma GCC pop_options
 #define SPLITQ_BEST_LANES (__builtin_cpu_supports("avx512vnni") ? 16 : __builtin_cpu_supports("avx2") ? 8 : 4)
-#define WINDOWS_ENCODE(lanes, ...) ((lanes) == 16 ? windows_encode_16(__VA_ARGS__) : (lanes) == 8 ? windows_encode_8(__VA_ARGS__) : windows_encode_4(__VA_ARGS__))
+#define WINDOWS_ENCODE(lanes, ...) ((lanes) == 16 ? windows_encode_16(__VA_ARGS__) : \
+                                    (lanes) == 8 ? windows_encode_8(__VA_ARGS__) : windows_encode_4(__VA_ARGS__))
 #else
 #define SPLITQ_BEST_LANES 4
 #define WINDOWS_ENCODE(lanes, ...) windows_encode_4(__VA_ARGS__)
