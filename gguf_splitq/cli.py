@@ -31,11 +31,11 @@ gguf-splitq runtime build
 gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type q4_k --calib self
 
 2. Our best small file, run and chat
-gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4 --calib self
-"$(gguf-splitq runtime path)/llama-server" -m SmolLM2-135M-Instruct-sq4.gguf
+gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4w --calib self
+"$(gguf-splitq runtime path)/llama-server" -m SmolLM2-135M-Instruct-sq4w.gguf
 
 3. Without data, in seconds
-gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4 --outfile quick.gguf
+gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4w --outfile quick.gguf
 
 In place of the Hub id, a folder or an F16 GGUF will do.
 `gguf-splitq --help` lists commands, `gguf-splitq convert --help` its options."""
@@ -43,10 +43,10 @@ In place of the Hub id, a folder or an F16 GGUF will do.
 # Examples in --help.
 CONVERT = """
 gguf-splitq convert MODEL --type q4_k --calib some.txt     # for any llama.cpp
-gguf-splitq convert MODEL --type sq4 --calib some.txt      # ours, 4.25 bits
-gguf-splitq convert MODEL --type sq4                       # no text, seconds
+gguf-splitq convert MODEL --type sq4w --calib some.txt     # ours, 4.25 bits
+gguf-splitq convert MODEL --type sq4w                      # no text, seconds
 gguf-splitq convert MODEL --bpw 3.5 --calib some.txt       # an exact size
-gguf-splitq convert MODEL --type sq3 --tensor-type ffn_down=sq4 --dry-run
+gguf-splitq convert MODEL --type sq3w --tensor-type ffn_down=sq4w --dry-run
 """
 DEQUANTIZE = """
 gguf-splitq dequantize model-sq4.gguf        # writes model-sq4-f16.gguf
@@ -362,7 +362,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 
     g = p.add_argument_group("to which type", "One of --type, --bpw and --plan is needed.")
     g.add_argument(
-        "--type", help="type of the linear layers: q4_k for any llama.cpp, sq4 for ours; see `gguf-splitq types`"
+        "--type", help="type of the linear layers: q4_k for any llama.cpp, sq4w for ours; see `gguf-splitq types`"
     )
     bpw = "an exact size: a type for each tensor, X bits per weight (no default); 2.3 to 8.5; needs --calib"
     g.add_argument("--bpw", type=float, metavar="X", help=bpw)
