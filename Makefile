@@ -28,7 +28,7 @@ demo: runtime ## a checkpoint becomes sq4 and is measured against its F16: one t
 test: $(VENV)/test.stamp ## everything the tests need, then the tests
 	@$(HAS_CROSS_TOOLS) || echo "Without an Arm compiler and emulator tests are skipped: make cross-tools" >&2
 	@$(PY) -m gguf_splitq runtime build --tests
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 runtime: $(VENV)/run.stamp ## fetch, patch and build llama.cpp
 	@$(PY) -m gguf_splitq runtime build
