@@ -62,7 +62,7 @@ def test_the_three_ways(place):
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     made = {path.name for path in folder.glob("*.gguf")}
     model = HUB_ID.split("/")[1]
-    assert made == {f"{model}-q4_k.gguf", f"{model}-sq4.gguf", f"{model}-f16.gguf", "quick.gguf", "h.gguf"}
+    assert made == {f"{model}-q4_k.gguf", f"{model}-sq4w.gguf", f"{model}-f16.gguf", "quick.gguf", "h.gguf"}
 
 
 def serve(line: str, folder: Path, env: dict[str, str]) -> None:

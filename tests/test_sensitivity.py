@@ -162,7 +162,7 @@ def test_conversion_under_a_budget_and_by_its_plan(runtime_library, tmp_path, ca
     file = inspection.inspect(tmp_path / "tiny-3.5bpw.gguf")
     assert 3.4 < file["linear_bpw"] <= 3.5
     assert file["metadata"]["gguf_splitq.type"] == "3.5bpw"
-    assert file["metadata"]["general.file_type"] in (types.get(name).file_type for name in ("sq3", "sq4"))
+    assert file["metadata"]["general.file_type"] in (types.get(name).file_type for name in ("sq3w", "sq4w"))
     assert json.loads(file["metadata"]["gguf_splitq.options"])["bpw"] == 3.5
     chosen = json.loads(saved.read_text())
     assert json.loads(report.read_text())["budget"] == {key: chosen[key] for key in ("bpw", "costs")}

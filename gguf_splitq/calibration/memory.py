@@ -14,7 +14,7 @@ from ..coding import families
 from ..plan import Entry
 from .model import BATCH, CONTEXT, SAMPLED, TOGETHER
 
-BASE = 896 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
+BASE = 704 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 

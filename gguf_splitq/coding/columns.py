@@ -69,7 +69,7 @@ def coding_bytes(n_rows: int, n_cols: int) -> int:
 
 def windows_coding_bytes(n_rows: int, n_cols: int) -> int:
     """Bytes of memory that `solve_windows` takes: the Hessian and the rows once more, with scaled columns."""
-    return windows.coding_bytes(n_rows, n_cols) + n_cols * (16 * n_cols + 12 * n_rows)
+    return solver.coding_bytes(n_rows, n_cols) + n_cols * (16 * n_cols + 12 * n_rows)
 
 
 def _scaled(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

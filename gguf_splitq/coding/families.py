@@ -26,7 +26,6 @@ _SOLVE: dict[type, Callable[..., Solution]] = {
 _BYTES: dict[type, Callable[[int, int], int]] = {
     Claq: codebooks.coding_bytes,
     ScaledColumns: columns.coding_bytes,
-    Window: windows.coding_bytes,
     WindowColumns: columns.windows_coding_bytes,
 }
 _CODE: dict[type, Callable[..., tuple[np.ndarray, np.ndarray]]] = {

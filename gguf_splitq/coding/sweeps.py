@@ -72,7 +72,7 @@ class Sweeps(Protocol):
         """
 
 
-class Reference:
+class Reference(Sweeps):
     """In PyTorch, on any device."""
 
     def sweep(

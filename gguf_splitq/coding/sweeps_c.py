@@ -11,6 +11,7 @@ import ctypes
 
 import torch
 
+from . import sweeps
 from .sweeps import Found, Levels
 
 COLUMNS = 128  # SPLITQ_SOLVE_COLUMNS
@@ -33,7 +34,7 @@ class _Columns(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Sweeps:
+class Sweeps(sweeps.Sweeps):
     """See `sweeps.Sweeps`. All tensors are float32 on the CPU; a group of columns to search has at most COLUMNS."""
 
     def __init__(self, library: ctypes.CDLL):

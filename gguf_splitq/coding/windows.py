@@ -42,7 +42,6 @@ FIRST = range(-5, 10)  # scale steps around the one that the root mean square as
 FEEDBACK = range(-3, 4)  # around the fitted one
 SEARCH = range(-1, 2)
 PIECE = 1 << 12  # rows times scales that PyTorch runs at a time
-BYTES = 360  # per weight of a piece of rows
 ON_GPU = 16  # times as many weights in a piece of rows: a sweep of few rows takes as long as one of thousands
 
 _NEVER = 1e30  # what a path costs that begins in a forbidden state
@@ -64,6 +63,7 @@ class Trellis:
 
     @property
     def n_states(self) -> int:
+        """How many states there are before and after each code."""
         return 64 >> self.bits
 
     @classmethod
@@ -121,11 +121,6 @@ def solve(
     return solver.polished(
         weight, lambda piece: _Rows(piece, h, fmt, order, push, costs, trellis), passes, damping, times
     )
-
-
-def coding_bytes(n_rows: int, n_cols: int) -> int:
-    """Bytes of memory that `solve` takes beside the Hessian and the rows."""
-    return BYTES * min(n_rows * n_cols, solver.WEIGHTS)
 
 
 def _order(diagonal: torch.Tensor, trellis: Trellis) -> torch.Tensor:
