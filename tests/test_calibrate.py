@@ -366,7 +366,8 @@ def test_own_text_is_the_same_at_any_number_of_threads(checkpoint):
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_calibrated_file_is_the_same_at_any_number_of_threads(runtime_library, wide, tmp_path, dtype):
-    first, options = None, dict(calib=str(TEXT), calib_tokens=4608, calib_dtype=dtype, tensor_type=["ffn_down=sq2"])
+    kinds = ["ffn_down=sq2", "attn_output=sq2w"]
+    first, options = None, dict(calib=str(TEXT), calib_tokens=4608, calib_dtype=dtype, tensor_type=kinds)
     for threads in (1, 2, 3, 4):
         path = convert.convert(wide, "q8_0", tmp_path / f"{threads}.gguf", threads=threads, **options)
         data = path.read_bytes()
@@ -411,11 +412,11 @@ def any_vocabulary(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma3", "phi3", "mixtral", "qwen2moe"])  # llama: test_solve.py
 def test_every_linear_layer_is_solved(runtime_library, checkpoint, any_vocabulary, tmp_path, kind):
-    report = tmp_path / "report.json"
+    report, name = tmp_path / "report.json", "sq4w" if kind == "mixtral" else "sq4"
     options = dict(calib=str(TEXT), calib_tokens=2048, report=report, threads=1)
-    convert.convert(checkpoint(kind), "sq4", tmp_path / "out.gguf", load=False, **options)  # such a vocabulary is none
+    convert.convert(checkpoint(kind), name, tmp_path / "out.gguf", load=False, **options)  # such a vocabulary is none
     report = json.loads(report.read_text())
-    linear = [t["name"] for t in report["tensors"] if t["type"] == "sq4"]
+    linear = [t["name"] for t in report["tensors"] if t["type"] == name]
     assert len(linear) == 2 * {"phi3": 4, "qwen2moe": 10}.get(kind, 7)
     assert report["calibration"]["left"] == [] and sorted(report["calibration"]["errors"]) == sorted(linear)
     for stages in report["calibration"]["errors"].values():

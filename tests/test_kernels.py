@@ -19,8 +19,10 @@ from pathlib import Path
 import crafted
 import numpy as np
 import pytest
+from test_solve_windows import exact_block, held_states
 
 from gguf_splitq import types
+from gguf_splitq.coding import windows
 from gguf_splitq.convert import convert
 
 ARM = platform.machine() in ("aarch64", "arm64")
@@ -207,6 +209,19 @@ def check_products(got: np.ndarray, exact: np.ndarray, full: np.ndarray, usual: 
     got = got.reshape(exact.shape)
     assert np.square(got - exact).sum() <= 1e-12 * np.square(exact).sum()
     assert np.square(got - full).sum() < 5e-4 * max(np.square(full).sum(), usual)
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("name", ["sq4w", "sq3w", "sq2w"])
+def test_sweeps_of_error_feedback_give_the_same_codes(driver, runtime_library, name, states):
+    given = exact_block(name, 29, 6)
+    held = held_states(given, 29) if states else None
+    trellis = given[5]
+    data = b"".join(part.numpy().tobytes() for part in (trellis.levels, *given[:5]))
+    data += held.numpy().tobytes() if states else b""
+    out = run(driver, "sweep", trellis.bits, 29, 6, windows.CLOSED, int(states), data=data)
+    edges, choice = windows.in_c(*given, held)
+    assert out == edges.numpy().tobytes() + choice.numpy().astype(np.int64).tobytes()
 
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])

@@ -94,12 +94,12 @@ def test_one_calibration_serves_two_types(whole, tmp_path, monkeypatch):
     monkeypatch.setattr("gguf_splitq.calibration.moments.run", lambda *_: 1 / 0)  # nothing is measured again
     assert run(folder, text, tmp_path / "again.gguf", hessians=cache).read_bytes() == first
     options = {"calib": str(text), "calib_tokens": TOKENS, "hessians": cache, "report": tmp_path / "report.json"}
-    convert.convert(folder, "sq3", outfile=tmp_path / "sq3.gguf", **options)
+    convert.convert(folder, "sq3w", outfile=tmp_path / "sq3w.gguf", **options)
     report = json.loads((tmp_path / "report.json").read_text())["calibration"]
     assert report["left"] == [] and all(e["polish"] < e["nearest"] for e in report["errors"].values())
     with pytest.raises(errors.UsageError, match="calib_tokens 2048 and this run has 4096"):
         convert.convert(folder, "sq3", outfile=tmp_path / "x.gguf", **(options | {"calib_tokens": 4096}))
-    names = {"first.gguf", "again.gguf", "sq3.gguf", "hessians.gguf", "report.json"}
+    names = {"first.gguf", "again.gguf", "sq3w.gguf", "hessians.gguf", "report.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

@@ -159,6 +159,42 @@ def test_pieces_of_rows_and_of_scales_are_joined(monkeypatch):
     assert torch.equal(first.packed, again.packed)
 
 
+def exact_block(name: str, n_rows: int, n_scales: int) -> tuple:
+    """What a sweep is given, of such numbers that no sum is rounded, in whatever order it is taken."""
+    trellis, rng = windows.Trellis.of(types.get(name)), torch.Generator().manual_seed(n_rows)
+    aims, base = (torch.randint(-90, 91, (32, n_rows), generator=rng).float() for _ in range(2))
+    scales = 2.0 ** torch.randint(-1, 2, (n_scales, n_rows), generator=rng)
+    scales[-1, 0] = 0
+    push = torch.randint(-1, 2, (32, 32), generator=rng) / 4 * (torch.rand(32, 32, generator=rng) < 0.1)
+    return aims, base, scales, push, torch.randint(1, 4, (32,), generator=rng).float(), trellis
+
+
+def held_states(given: tuple, n_rows: int) -> torch.Tensor:
+    trellis, rng = given[5], torch.Generator().manual_seed(0)
+    return torch.randint(trellis.n_states, (len(trellis.walk), n_rows), generator=rng, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("n_rows", [1, 8, 45])
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_c_gives_the_codes_of_the_reference(runtime_library, name, states, n_rows):
+    given = exact_block(name, n_rows, 5)
+    held = held_states(given, n_rows) if states else None
+    for each in (given, (*given[:3], torch.zeros(32, 32), *given[4:])):
+        expected, found = windows.in_torch(*each, held), windows.in_c(*each, held)
+        assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_the_runtime_the_result_is_as_good(runtime_library, monkeypatch, name):
+    weight, hessian = problem(48, 96)
+    fast = windows.solve(weight, hessian, types.get(name))
+    monkeypatch.setattr(windows.native, "library", lambda: None)
+    slow = windows.solve(weight, hessian, types.get(name))
+    for stage, error in slow.errors.items():
+        assert fast.errors[stage] == pytest.approx(error, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_trained_scales_keep_the_codes(name):
     kind = types.get(name)

@@ -4,6 +4,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from gguf_splitq import convert, types
@@ -36,18 +37,19 @@ def test_what_is_trained_is_stored(runtime_library, tiny_llama, tmp_path):
     assert changed == {name for name in before if name != "token_embd.weight"}
 
 
-def test_a_piece_is_the_stored_weight_and_has_a_gradient(runtime_library):
-    sq3 = types.get("sq3")
-    fmt = formats.for_type(sq3)
-    rows = sq3.encode(np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32))
+@pytest.mark.parametrize("name", ["sq3", "sq4w", "sq3w", "sq2w"])
+def test_a_piece_is_the_stored_weight_and_has_a_gradient(runtime_library, name):
+    kind = types.get(name)
+    fmt = formats.for_type(kind)
+    rows = kind.encode(np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32))
     piece = tune.piece_of(None, fmt, rows)
-    np.testing.assert_array_equal(piece.weight().detach().numpy(), sq3.decode(rows))
+    np.testing.assert_array_equal(piece.weight().detach().numpy(), kind.decode(rows))
     piece.weight().square().sum().backward()
     assert (piece.change.grad > 0).all()
     with torch.no_grad():
         piece.change += 0.3
     stored = fmt.pack(piece.codes, piece.stored()).numpy()
-    np.testing.assert_array_equal(piece.weight().detach().numpy(), sq3.decode(stored))
+    np.testing.assert_array_equal(piece.weight().detach().numpy(), kind.decode(stored))
     assert (stored != rows).any()
 
 

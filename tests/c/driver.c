@@ -12,12 +12,15 @@
 //          or nothing where this instruction set has no kernel
 //          weights with side tensors have two more arguments, bytes of the side tensor for each matrix and whether to take
 //          the reference, and the side tensors at the end of stdin
+//   driver sweep BITS ROWS SCALES CLOSED HELD   stdin: levels, aims, base, scales, push, costs, then (if HELD) states;
+//                                               stdout: edges, then int64 choices
 //   driver razor_mul, razor_mul_id ...   the same for sdr4 with activations razored to 4 bits
 #define _GNU_SOURCE
 #include "ggml-columns.c"
 #include "ggml-splitq.c"
 #include "ggml-sdr.c"
 #include "ggml-windows.c"
+#include "ggml-windows-solve.c"
 #undef SPLITQ_UNROLL
 #include "ggml-cpu/splitq.c"
 #include "ggml-cpu/splitq-mul.c"
@@ -233,6 +236,20 @@ int main(int argc, char ** argv) {
         return fwrite(out, row_size, rows, stdout) != (size_t) rows;
     }
 
+    if (strcmp(argv[1], "sweep") == 0) {
+        const int bits = atoi(argv[2]), rows = atoi(argv[3]), scales = atoi(argv[4]);
+        const float * levels = read_all(64*4);
+        const float * aims = read_all(32*4*rows), * base = read_all(32*4*rows), * each = read_all(4*rows*scales);
+        const float * push = read_all(32*32*4), * costs = read_all(32*4);
+        const uint8_t * states = atoi(argv[6]) ? read_all(rows*(bits == 4 ? 2 : 1)) : NULL;
+        uint8_t * edges = malloc(32*rows);
+        int64_t * choice = malloc(sizeof(int64_t)*rows);
+        const splitq_sweep s = { bits, scales, atoi(argv[5]), rows, levels, aims, base, each, push, costs, states, edges, choice };
+        splitq_windows_sweep(&s);
+        fwrite(edges, 32, rows, stdout);
+        fwrite(choice, sizeof(int64_t), rows, stdout);
+        return 0;
+    }
     if (strcmp(argv[1], "razor") == 0) {
         const char  * x = read_all(row_size*rows);
         const float * y = read_all(sizeof(float)*n*rows);
