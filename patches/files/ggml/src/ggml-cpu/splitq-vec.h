@@ -824,7 +824,11 @@ static inline void panel_sq2(const uint8_t * x, vec_t table, vec_b w[8]) {
 }
 
 static inline vec_w load_windows(const int8_t * levels) {
-    return (vec_w) {{ vld1q_s8(levels), vld1q_s8(levels + 16), vld1q_s8(levels + 32), vld1q_s8(levels + 48) }};
+    vec_w table = {{ vld1q_s8(levels), vld1q_s8(levels + 16), vld1q_s8(levels + 32), vld1q_s8(levels + 48) }};
+#if defined(__GNUC__) && !defined(__clang__)
+    __asm__("" : "+w"(table)); // gcc 12 loads the four registers anew for each look-up if it knows what is in them
+#endif
+    return table;
 }
 
 static inline vec_b look_up_64(vec_w table, uint8x16_t index) {
