@@ -127,3 +127,9 @@ def test_importance_counts_by_its_ratios_and_not_at_all_where_it_is_zero(kind):
 def test_rows_are_independent(kind):
     x = blocks("student t4").reshape(8, -1)
     np.testing.assert_array_equal(np.concatenate([kind.encode_numpy(row[None]) for row in x]), kind.encode_numpy(x))
+
+
+def test_half_of_sq3ws_table_is_enough():
+    """Which the AVX2 kernels rely on."""
+    levels = windows.tables()["sq3w"].levels.astype(int)
+    assert (levels[np.arange(64) ^ 32] == -1 - levels).all()

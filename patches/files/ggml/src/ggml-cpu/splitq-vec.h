@@ -586,11 +586,15 @@ static inline void levels_4w(vec_b q, vec_w table, vec_b level[2]) {
     level[1] = look_up_64(table, low_6(rotated(q, 4)));
 }
 
+// In sq3w's table entry i ^ 32 is -1 - entry i, all bits turned, so the first half is enough.
 static inline void levels_3w(vec_b q, vec_b high, vec_w table, vec_b level[4]) {
     for (int i = 0; i < 4; ++i) {
-        const vec_b low  = i < 3 ? _mm256_srli_epi16(q, 2*i) : rotated(q, 6); // four bits are in one byte, but for the last
-        const vec_b bits = _mm256_slli_epi16(high, 4 - i);
-        level[i] = look_up_64(table, _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), _mm256_and_si256(bits, _mm256_set1_epi8(48))));
+        const vec_b later = i < 3 ? _mm256_srli_epi16(q, 2*i) : rotated(q, 6); // four bits are in one byte, but for the last
+        const vec_b low   = _mm256_and_si256(later, _mm256_set1_epi8(15));
+        const vec_b bit_4 = _mm256_andnot_si256(_mm256_slli_epi16(high, 7 - i), _mm256_set1_epi8((char) 128)); // negative without it
+        const vec_b bit_5 = _mm256_cmpgt_epi8(_mm256_setzero_si256(), _mm256_slli_epi16(high, 6 - i));
+        const vec_b turn  = _mm256_shuffle_epi8(table.turns[1], _mm256_or_si256(low, bit_4));
+        level[i] = _mm256_xor_si256(_mm256_xor_si256(_mm256_shuffle_epi8(table.turns[0], low), turn), bit_5);
     }
 }
 
