@@ -110,7 +110,8 @@ def test_layer_by_layer_is_the_whole_model(checkpoint, kind):
     states = model.inputs(text)
     assert [len(state) for state in states] == [8, 2]
     for index in range(len(model)):
-        assert torch.equal(torch.cat(states), expected.hidden_states[index])
+        # Another number of tokens, as experts have it here, may be added up in another order.
+        torch.testing.assert_close(torch.cat(states), expected.hidden_states[index], rtol=1e-5, atol=1e-6)
         with model.layer(index) as layer:
             states = [model.forward(layer, index, state) for state in states]
     logits = torch.cat([model.head(state) for state in states])
