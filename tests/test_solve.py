@@ -50,7 +50,7 @@ def test_no_step_after_feedback_raises_the_error(runtime_library, name, seed):
     errors = [rows.error()]
     chance = torch.Generator().manual_seed(seed)
     for _ in range(3):
-        for step in (rows.refit, lambda: rows.search(chance)):
+        for step in (rows.refit, lambda: rows.search(chance, rows.pull())):
             step()
             errors.append(rows.error())
     assert errors[0] < nearest

@@ -59,8 +59,9 @@ def solve(
 
     passes: of step 2. cluster: what finds the values of a column's codebook. row_scales: whether each row has a scale
     of its own. With no passes and one scale it is CLAQ as published. `errors` has the stages "nearest" (k-means of
-    every column alone), "feedback" and "polish". Raises InputError as `solver.solve` does.
+    every column alone), "feedback" and "polish". It runs on the CPU. Raises InputError as `solver.solve` does.
     """
+    weight, hessian = weight.cpu(), hessian.cpu()
     # Codebooks take any size of a column; damping that is relative to it makes the result the same for all sizes.
     size = weight.double().square().mean(0).sqrt()
     size = size.clamp_min(1e-6 * float(size.max())) if size.any() else torch.ones_like(size)

@@ -16,7 +16,7 @@ from ..types.columns import PLAIN, Layout, Side
 from ..types.splitquant import MAX_ABS
 from ..types.sqc import ScaledColumns
 from ..types.windowsc import WindowColumns
-from . import codebooks, formats, solver, windows
+from . import codebooks, formats, solver, sweeps, windows
 from .solver import Solution
 
 SIZE = 8  # a column's scale, in root mean squares of its weights: keeps block scales inside the range of their bytes
@@ -39,12 +39,11 @@ def solve(
     order = torch.arange(n_cols)
     if layout.wide:
         price = codebooks.prices(solver.prepare(hessian, solver.DAMPING)[0]) * inverse**2
-        order = torch.from_numpy(codebooks.order(layout, [weight.T.contiguous()], price))
-    solved = solver.solve(
-        weight[:, order] * inverse[order], hessian[order][:, order], formats.ColumnFormat(kind, layout), passes=passes
-    )
+        order = torch.from_numpy(codebooks.order(layout, [weight.T.contiguous().cpu()], price.cpu()))
+    stored, fmt = order.to(weight.device), formats.ColumnFormat(kind, layout, weight.device)
+    solved = solver.solve(weight[:, stored] * inverse[stored], hessian[stored][:, stored], fmt, passes=passes)
     codes, d = np.split(solved.packed.numpy(), [n_cols], 1)
-    packed, side = kind.pack(codes, Side(order.numpy(), scale[order].numpy()), layout, d)
+    packed, side = kind.pack(codes, Side(order.numpy(), scale[stored].cpu().numpy()), layout, d)
     value = kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0)
     return Solution(torch.from_numpy(packed), torch.from_numpy(value), solved.errors, solved.damping, side)
 
@@ -59,7 +58,7 @@ def solve_windows(
     """`solve` for sq4wc, sq3wc and sq2wc, which have no layout but the plain one."""
     scale, inverse, hessian = _scaled(weight, hessian)
     solved = windows.solve(weight * inverse, hessian, kind.plain, passes=passes)
-    return replace(solved, weight=solved.weight * scale.float(), side=kind.side_of(len(weight), scale.numpy()))
+    return replace(solved, weight=solved.weight * scale.float(), side=kind.side_of(len(weight), scale.cpu().numpy()))
 
 
 def coding_bytes(n_rows: int, n_cols: int) -> int:
@@ -74,11 +73,11 @@ def windows_coding_bytes(n_rows: int, n_cols: int) -> int:
 
 def _scaled(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scales of the columns float16 [n_cols], their inverses float32, and the Hessian of columns divided by them."""
-    scale = torch.from_numpy(scales(weight.numpy()))
+    scale = torch.from_numpy(scales(weight.cpu().numpy())).to(weight.device)
     size = scale.float()
     hessian = hessian.float().double() * size * size[:, None]  # float32 as in a file of Hessians: the same bytes
     hessian.diagonal().clamp_min_(LEAST * hessian.diagonal().mean())
-    return scale, torch.where(size > 0, 1 / size, 0), hessian
+    return scale, sweeps.inverse(size), hessian
 
 
 def scales(weight: np.ndarray) -> np.ndarray:

@@ -41,8 +41,18 @@ def coder(kind: TensorType, layout: Layout) -> Callable[[torch.Tensor, torch.Ten
         return functools.partial(solve, kind=kind, layout=layout)
     if isinstance(kind, Window):
         return functools.partial(windows.solve, kind=kind)
-    fmt = formats.for_type(kind)
-    return functools.partial(solver.solve, fmt=fmt) if fmt else None
+    return functools.partial(_in_blocks, kind=kind) if formats.for_type(kind) else None
+
+
+def _in_blocks(weight: torch.Tensor, hessian: torch.Tensor, kind: TensorType, passes: int = solver.PASSES) -> Solution:
+    fmt = formats.for_type(kind, weight.device)
+    assert fmt
+    return solver.solve(weight, hessian, fmt, passes=passes)
+
+
+def on_gpu(kind: TensorType | None) -> bool:
+    """Whether a GPU codes this type; k-means of columns runs on CPUs."""
+    return not isinstance(kind, Claq)
 
 
 def coding_bytes(kind: TensorType | None, n_rows: int, n_cols: int) -> int:

@@ -7,14 +7,17 @@ bytes. The bytes of the stock types are those of ggml/src/ggml-common.h in llama
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from ..resources import cores
 from ..types import TensorType, sdr, splitquant, sqc, windows
 from ..types.columns import Layout
 from ..types.splitquant import pack_4bit
+from .sweeps import Grid
 
 
 class BlockFormat:
@@ -31,7 +34,13 @@ class BlockFormat:
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         """Parameters that the type's own encoder finds for float32 [n_rows, n_cols]. importance: float32 [n_cols]."""
-        return self._params(self.type.encode(weight.cpu().numpy(), importance.cpu().numpy())).to(weight.device)
+        given = importance.cpu().numpy()
+        fitted = _by_rows(lambda rows: self.type.encode(rows, given), weight.is_cuda, weight.cpu().numpy())
+        return self._params(fitted).to(weight.device)
+
+    def grid(self, params: torch.Tensor) -> Grid | None:
+        """What `nearest` chooses from; None where it leaves all as they are."""
+        raise NotImplementedError
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
         """float32 [n_rows, n_blocks]: what a level is multiplied by."""
@@ -51,10 +60,14 @@ class BlockFormat:
 
     def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         """uint8 codes [n_rows, n_cols] -> uint8 [n_rows, row_bytes], on the CPU."""
-        blocks = codes.reshape(-1, self.type.block_size).cpu().numpy()
         per_block = self.type.block_size // self.block_size
-        written = self._write(blocks, params.reshape(len(blocks), per_block, *params.shape[2:]).cpu())
-        return torch.from_numpy(written.reshape(len(codes), -1))
+
+        def written(codes: np.ndarray, params: np.ndarray) -> np.ndarray:
+            blocks = codes.reshape(-1, self.type.block_size)
+            kept = torch.from_numpy(params).reshape(len(blocks), per_block, *params.shape[2:])
+            return self._write(blocks, kept).reshape(len(codes), -1)
+
+        return torch.from_numpy(_by_rows(written, codes.is_cuda, codes.cpu().numpy(), params.cpu().numpy()))
 
     def unpack(self, packed: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [n_rows, row_bytes] -> uint8 codes [n_rows, n_cols] and parameters, on the levels' device."""
@@ -87,6 +100,9 @@ class ScaleByteFormat(BlockFormat):
 
     def _table(self, name: str) -> Sequence[int] | np.ndarray:
         return splitquant.codebooks()[name].levels
+
+    def grid(self, params: torch.Tensor) -> Grid:
+        return Grid("table", self.scales[:128])
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
         return self.scales[params.int()]
@@ -123,16 +139,22 @@ class WindowFormat(ScaleByteFormat):
 class ColumnFormat(ScaleByteFormat):
     """sq2c, sq3c: columns scaled and in stored order. Packed are codes, then scale bytes, [n_rows, n_cols 33 / 32]."""
 
-    def __init__(self, tensor_type: sqc.ScaledColumns, layout: Layout):
-        super().__init__(tensor_type.plain)
+    def __init__(self, tensor_type: sqc.ScaledColumns, layout: Layout, device: str | torch.device = "cpu"):
+        super().__init__(tensor_type.plain, device)
         self.columns_type, self.layout, self.wide = tensor_type, layout, 32 * layout.wide
-        self.wide_levels = torch.tensor(splitquant.codebooks()[tensor_type.widened.name].levels, dtype=torch.float32)
+        levels = splitquant.codebooks()[tensor_type.widened.name].levels
+        self.wide_levels = torch.tensor(levels, dtype=torch.float32, device=device)
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.columns_type.nearest(weight.numpy(), importance.numpy(), self.layout)[1])
+        given = importance.cpu().numpy()
+
+        def fitted(rows: np.ndarray) -> np.ndarray:
+            return self.columns_type.nearest(rows, given, self.layout)[1]
+
+        return torch.from_numpy(_by_rows(fitted, weight.is_cuda, weight.cpu().numpy())).to(weight.device)
 
     def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return torch.cat([codes, params], 1)
+        return torch.cat([codes, params], 1).cpu()
 
 
 class RazorFormat(BlockFormat):
@@ -147,6 +169,10 @@ class RazorFormat(BlockFormat):
     def __init__(self, tensor_type: sdr.Razor, device: str | torch.device = "cpu"):
         super().__init__(tensor_type, range(-8, 8), device)
         self.steps = torch.from_numpy(sdr.group_steps(np.arange(256))).to(device)
+        self.values = torch.from_numpy(sdr.STEPS).to(device)
+
+    def grid(self, params: torch.Tensor) -> None:
+        return None
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
         return self.steps[params[..., 0].int(), params[..., 1].int()]
@@ -155,8 +181,7 @@ class RazorFormat(BlockFormat):
         return params  # a group has no scale of its own
 
     def stretch(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        d = params[..., 0].int()
-        values = torch.from_numpy(sdr.STEPS).to(scale.device)
+        d, values = params[..., 0].int(), self.values
         step, fine, coarse = values[d] * scale, values[: sdr.FINE], values[2 * sdr.FINE : sdr.SHIFT_1ST]
         plain = torch.bucketize(step.abs(), (fine[1:] + fine[:-1]) / 2) + sdr.FINE * (step < 0)
         shifted = torch.bucketize(step, (coarse[1:] + coarse[:-1]) / 2)
@@ -183,6 +208,9 @@ class HalfFormat(BlockFormat):
         super().__init__(tensor_type, levels, device)
         self.has_offset = tensor_type.name.endswith("_1")
 
+    def grid(self, params: torch.Tensor) -> Grid:
+        return Grid("half")
+
     def scale(self, params: torch.Tensor) -> torch.Tensor:
         return params[..., 0].float()
 
@@ -208,6 +236,9 @@ class SuperBlockFormat(BlockFormat):
     """
 
     scales: tuple[int, int]
+
+    def grid(self, params: torch.Tensor) -> Grid:
+        return Grid("steps", None, (params[..., 2], params[..., 3]), *self.scales)
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
         return params[..., 0] * params[..., 2]
@@ -381,8 +412,19 @@ def _pack_2bit(codes: np.ndarray) -> np.ndarray:
     return np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << shifts, 2).reshape(-1, 64)
 
 
+def _by_rows(work: Callable[..., np.ndarray], shared: bool, *parts: np.ndarray) -> np.ndarray:
+    """`work` for all rows of these; shared: by all cores, because a GPU waits for it."""
+    n_rows = len(parts[0])
+    step = -(-n_rows // cores()) if shared else n_rows
+    if step == n_rows:
+        return work(*parts)
+    with ThreadPoolExecutor(cores()) as pool:
+        pieces = [[part[first : first + step] for part in parts] for first in range(0, n_rows, step)]
+        return np.concatenate(list(pool.map(work, *zip(*pieces, strict=True))))
+
+
 def _ratio(value: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    return torch.where(unit == 0, 0, value / unit)
+    return (value / unit).masked_fill(unit == 0, 0)
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:

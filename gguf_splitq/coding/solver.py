@@ -15,19 +15,21 @@ scales and offsets can be stored. The error is the trace of (W - Q) H (W - Q)^T,
 
 Only feedback can do worse than nearest rounding, and is then dropped; refit and search change nothing that does not
 lower the error, and see the whole Hessian. Rows are independent of each other.
+
+A GPU is never waited for inside a pass, and what can be done for all columns at once is.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import EnvironmentFailed, InputError
 from ..runtime import native
 from . import sweeps, sweeps_c
 
@@ -37,7 +39,9 @@ PASSES = 8  # of search and refit
 COLUMNS = 128  # searched at a time
 COPIES = 2  # of the parameters, the unchanged ones included
 SPREAD = 0.05  # standard deviation of the relative change in a copy
+FACTORED = 32  # groups at a time
 WEIGHTS = 1 << 22  # coded at a time, in whole rows, to bound the memory
+ON_GPU = 16  # times as many: there a sweep of few rows takes as long as one of thousands
 BYTES = 60  # per weight of these; measured: at most 30
 
 
@@ -60,6 +64,9 @@ class Format(Protocol):
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         """Block parameters for float32 weights [n_rows, n_cols], columns weighted by importance [n_cols]."""
+
+    def grid(self, params: torch.Tensor) -> sweeps.Grid | None:
+        """What `nearest` chooses from for these blocks; None where it leaves all as they are."""
 
     def scale(self, params: torch.Tensor) -> torch.Tensor:
         """float32 scale of each block; 0 is allowed."""
@@ -108,12 +115,10 @@ def solve(
     return polished(weight, lambda piece: Rows(piece, h, fmt, order, push), passes, damping)
 
 
-def polished(
-    weight: torch.Tensor, start: Callable[[torch.Tensor], Rows], passes: int, damping: float, times: int = 1
-) -> Solution:
-    """All stages for all rows, WEIGHTS `times` at once. start: some of the rows -> them, rounded to nearest."""
+def polished(weight: torch.Tensor, start: Callable[[torch.Tensor], Rows], passes: int, damping: float) -> Solution:
+    """All stages for all rows, WEIGHTS at once. start: some of the rows -> them, rounded to nearest."""
     stages, parts = [], []
-    for piece in weight.split(max(1, times * WEIGHTS // weight.shape[1])):
+    for piece in weight.split(max(1, (ON_GPU if weight.is_cuda else 1) * WEIGHTS // weight.shape[1])):
         rows, chance = start(piece), torch.Generator().manual_seed(0)
         nearest, rounded = rows.error(), copy.copy(rows)
         rows.feedback()
@@ -121,8 +126,7 @@ def polished(
         if not fed < nearest:  # possible where the Hessian is nearly diagonal
             rows = rounded
         for _ in range(passes):
-            rows.refit()
-            rows.search(chance)
+            rows.search(chance, rows.refit())
         rows.refit()
         stages.append((nearest, fed, rows.error()))
         parts.append((rows.fmt.pack(rows.codes(), rows.params), rows.value().T))
@@ -186,7 +190,7 @@ def factored(
 
 def backwards(matrix: torch.Tensor) -> torch.Tensor:
     """Rows and columns in the reverse order."""
-    return matrix.flip(0, 1)
+    return matrix.flip(-2, -1)
 
 
 def pushes(factor: torch.Tensor) -> torch.Tensor:
@@ -197,12 +201,49 @@ def pushes(factor: torch.Tensor) -> torch.Tensor:
     errors of the earlier columns, that of column i is best at minus the inner sum. C is this factor, turned around;
     the codes are GPTQ's, without its inverse of the Hessian.
     """
-    return backwards(factor / factor.diagonal()).neg().float()
+    return backwards(factor / factor.diagonal(0, -2, -1).unsqueeze(-2)).neg().float()
 
 
 def costs(factor: torch.Tensor) -> torch.Tensor:
     """G of `pushes`, float32 [n_cols] in the order of coding: what a column's squared distance from its aim costs."""
-    return factor.diagonal().flip(0).square().float()
+    return factor.diagonal(0, -2, -1).flip(-1).square().float()
+
+
+class Group(NamedTuple):
+    """Columns coded together, in the order of coding.
+
+    columns: int64 [n]. h: float32 [n, n], the Hessian's part; inverse: alike. factor: float64, as `pushes` takes it.
+    usable: bool [], False where that part is not positive definite in float32, and the factor is of a unit matrix.
+    """
+
+    columns: torch.Tensor
+    h: torch.Tensor
+    inverse: torch.Tensor
+    factor: torch.Tensor
+    usable: torch.Tensor
+
+
+def groups(h: torch.Tensor, columns: torch.Tensor) -> Iterator[Group]:
+    """For int64 [n_groups, n] columns of float32 h, FACTORED at a time."""
+    for some in columns.split(FACTORED):
+        parts = h[some[:, :, None], some[:, None]]
+        factor, failed = torch.linalg.cholesky_ex(backwards(parts).double())
+        unit, usable = torch.eye(parts.shape[-1], dtype=factor.dtype, device=h.device), failed == 0
+        factor = torch.where(usable[:, None, None], factor, unit)
+        inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
+        inverse = backwards(inverse.mT @ inverse).float()
+        yield from map(Group, some, parts, inverse, factor, usable)
+
+
+def in_groups(order: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Split into `size` each, [n_groups, size], and the rest, [1, less]."""
+    whole = len(order) // size * size
+    return [part for part in (order[:whole].view(-1, size), order[None, whole:]) if part.numel()]
+
+
+def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same from the CPU on the device, which is not waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class Rows:
@@ -238,6 +279,10 @@ class Rows:
         """What is stored, float32 [n_cols, n_rows]."""
         return _value(self.units, *self.columns_of(self.params, self.block))
 
+    def pull(self) -> torch.Tensor:
+        """H (W - Q), float32 [n_cols, n_rows]."""
+        return self.h @ (self.weight - self.value())
+
     def error(self) -> float:
         """Summed over the rows."""
         difference = self.weight - self.value()
@@ -251,81 +296,85 @@ class Rows:
         self.units = torch.empty_like(units)
         self.units[order] = units
 
-    def refit(self) -> None:
-        """Least squares for the parameters of each block in turn, then of each super-block, given the codes."""
+    def refit(self) -> torch.Tensor:
+        """Least squares for the parameters of each block in turn, then of each super-block, given the codes.
+
+        Returns `pull`.
+        """
         fmt, size = self.fmt, self.fmt.block_size
-        for span in dict.fromkeys((size, fmt.super_size)):
-            pull = self.h @ (self.weight - self.value())
+        pull = self.pull()
+        steps = [(max(COLUMNS // size, 1) * size, self.inner.refit)] if fmt.grid(self.params) else []
+        steps += [(fmt.super_size, _stretched)] if fmt.super_size > size else []
+        for span, step in steps:
             for first in range(0, len(pull), span):
-                end = first + span
-                inside, blocks = slice(first, end), slice(first // size, end // size)
-                h, unit, here, old = self.h[inside, inside], self.units[inside], pull[inside], self.params[:, blocks]
-                block = self.block[first : first + 1 if span == size else end] - blocks.start  # one broadcasts
-                scale, offset = self.columns_of(old, block)
-                if span == size:
-                    steps = _least_squares(h, here, unit, torch.ones_like(unit), fmt.has_offset)
-                    new = fmt.nearest(fmt.scale(old) + steps[0], fmt.offset(old) + steps[1], old)
-                else:
-                    steps = _least_squares(h, here, unit * scale, offset, fmt.has_offset)
-                    new = fmt.stretch(1 + steps[0], 1 + steps[1], old)
-                change = _value(unit, *self.columns_of(new, block)) - _value(unit, scale, offset)
-                better = sweeps.gains(h, here, change) > 0
-                self.params[better, blocks] = new[better]
-                pull[end:].addmm_(self.h[end:, inside], torch.where(better, change, 0), alpha=-1)
+                inside, blocks = slice(first, first + span), slice(first // size, (first + span) // size)
+                given = self.units[inside], pull[inside], self.h[inside, inside], self.params[:, blocks]
+                self.params[:, blocks], change = step(*given, fmt)
+                pull.addmm_(self.h[:, inside], change, alpha=-1)
+        return pull
 
-    def search(self, chance: torch.Generator) -> None:
-        """Code every block again, a few random ones at a time, and keep in each row what lowers its error."""
+    def search(self, chance: torch.Generator, pull: torch.Tensor) -> None:
+        """Code every block again, a few random ones at a time, and keep in each row what lowers its error.
+
+        pull: as `refit` returns it; overwritten.
+        """
         fmt, size, n_rows, device = self.fmt, self.fmt.block_size, self.weight.shape[1], self.weight.device
-        diagonal, value = self.h.diagonal(), self.value()
-        pull = self.h @ (self.weight - value)
-        for some in torch.randperm(len(diagonal) // size, generator=chance).split(max(COLUMNS // size, 1)):
-            blocks = some.to(device)
-            columns = (blocks[:, None] * size + torch.arange(size, device=device)).flatten()
-            order = diagonal[columns].argsort(descending=True, stable=True)
-            columns, block = columns[order], order // size
-            wide, old, base, here = self.h[columns], self.params[:, blocks], value[columns], pull[columns]
-            h = wide[:, columns]
-            factor, failed = torch.linalg.cholesky_ex(backwards(h).double())
-            if failed:  # positive definite, but not in float32
-                continue
-            aims = torch.addmm(base, backwards(torch.cholesky_inverse(factor)).float(), here)
+        value, params = self.value(), self.params
+        shape = COPIES - 1, 1 + fmt.has_offset, n_rows, params.shape[1]
+        some = torch.randperm(params.shape[1], generator=chance)
+        factors = sent(1 + SPREAD * torch.randn(shape, generator=chance), device)
+        scale, offset = fmt.scale(params), fmt.offset(params)
+        copies = torch.stack([params, *(fmt.nearest(scale * f[0], offset * f[-1], params) for f in factors)])
+        scale, offset = (of(copies).transpose(1, 2).contiguous() for of in (fmt.scale, fmt.offset))
+        taken = torch.zeros_like(scale[0], dtype=torch.int64)
 
-            params = torch.cat([old] * COPIES)
-            scale, offset = fmt.scale(params), fmt.offset(params)
-            factors = 1 + SPREAD * torch.randn((2, *scale.shape), generator=chance).to(device)
-            changed = fmt.nearest(scale * factors[0], offset * factors[1], params)
-            params = torch.cat([old, changed[n_rows:]])
-            scale, offset = (of(params).view(COPIES, n_rows, -1).transpose(1, 2) for of in (fmt.scale, fmt.offset))
-            found = self.inner.search(aims, base, here, pushes(factor), h, scale, offset, block, columns, self.levels)
-            better = (found.copy >= 0).nonzero()[:, 0]
-            self.params[better[:, None], blocks] = params[found.copy[better] * n_rows + better]
-            self.units[columns[:, None], better] = found.units[:, better]
-            kept = torch.where(found.copy >= 0, found.change, 0)
-            value[columns] += kept
-            pull.addmm_(wide.T, kept, alpha=-1)
+        diagonal, inside = self.h.diagonal(), torch.arange(size, device=device)
+        for blocks in in_groups(sent(some, device), max(COLUMNS // size, 1)):
+            columns = (blocks[..., None] * size + inside).flatten(1)
+            order = diagonal[columns].argsort(dim=1, descending=True, stable=True)
+            for number, group in enumerate(groups(self.h, columns.gather(1, order))):
+                here, block = blocks[number], order[number] // size
+                columns, base, drawn = group.columns, value[group.columns], pull[group.columns]
+                found = self.inner.search(
+                    torch.addmm(base, group.inverse, drawn), base, drawn, pushes(group.factor), group.h,
+                    scale[:, here], offset[:, here], block, columns, self.levels,
+                )  # fmt: skip
+                better = (found.copy >= 0) & group.usable
+                taken[here] = found.copy.long() * better
+                self.units[columns] = torch.where(better, found.units, self.units[columns])
+                pull.addmm_(self.h[:, columns], found.change.masked_fill(~better, 0), alpha=-1)
+        at = taken.T.reshape(1, *params.shape[:2], *[1] * (params.dim() - 2))
+        self.params = copies.gather(0, at.expand(1, *params.shape))[0]
+
+
+def _stretched(
+    units: torch.Tensor, pull: torch.Tensor, h: torch.Tensor, params: torch.Tensor, fmt: Format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sweeps.Sweeps.refit`, for the factors that the blocks of one super-block share."""
+    block = torch.arange(len(units), device=units.device) // fmt.block_size
+    scale, offset = (of(params).T[block] for of in (fmt.scale, fmt.offset))
+    x, y = sweeps.least_squares(h, pull, units * scale, offset, fmt.has_offset)
+    new = fmt.stretch(1 + x[:, None], 1 + y[:, None], params)
+    change = _value(units, *(of(new).T[block] for of in (fmt.scale, fmt.offset))) - _value(units, scale, offset)
+    return sweeps.improved(h, pull, change, new, params)
 
 
 def _inner(device: torch.device) -> sweeps.Sweeps:
-    """What sweeps matrices on this device."""
+    """What sweeps matrices on this device. Raises EnvironmentFailed on a GPU without Triton."""
+    if device.type == "cuda":
+        try:
+            from . import sweeps_triton
+        except ImportError as error:
+            raise no_triton(error) from None
+        return sweeps_triton.Sweeps()
     library = native.library() if device.type == "cpu" else None
     return sweeps_c.Sweeps(library) if library else sweeps.Reference()
 
 
+def no_triton(error: ImportError) -> EnvironmentFailed:
+    """Instead of PyTorch's operations, which take 100 times as long."""
+    return EnvironmentFailed(f"a GPU needs Triton to solve ({error}): run `pip install triton`, or use --device cpu")
+
+
 def _value(unit: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     return unit * scale + offset
-
-
-def _least_squares(
-    h: torch.Tensor, pull: torch.Tensor, first: torch.Tensor, second: torch.Tensor, both: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much of two directions [n_cols, n_rows] to add, or of the first alone: float32 [n_rows, 1] each."""
-    a = h @ first
-    aa, pa = (a * first).sum(0), (pull * first).sum(0)
-    x, y = torch.where(aa > 0, pa / aa, 0), torch.zeros_like(pa)
-    if both:
-        ab, bb, pb = (a * second).sum(0), ((h @ second) * second).sum(0), (pull * second).sum(0)
-        determinant = aa * bb - ab * ab
-        solvable = determinant > 1e-4 * aa * bb
-        x = torch.where(solvable, (pa * bb - pb * ab) / determinant, x)
-        y = torch.where(solvable, (pb * aa - pa * ab) / determinant, y)
-    return x[:, None], y[:, None]

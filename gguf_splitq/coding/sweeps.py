@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
 """The solver's inner loops: columns of many rows coded one after the other.
 
-This is what they compute, in PyTorch for any device; `sweeps_c` does the same on CPUs, many times sooner. Matrices have
-a column of weights in each row, [n_cols, n_rows], so that what is done to a column is done to neighbours in memory.
+This is what they compute, in PyTorch for any device; `sweeps_c` does the same on CPUs and `sweeps_triton` on GPUs, many
+times sooner. Matrices have a column of weights in each row, [n_cols, n_rows], so that what is done to a column is done
+to neighbours in memory. Nothing here waits for a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from .solver import Format
 
 LEAF = 16  # columns whose changes are pushed on one by one
 
@@ -45,6 +49,21 @@ class Found(NamedTuple):
     change: torch.Tensor
 
 
+class Grid(NamedTuple):
+    """Which scales and offsets blocks can have.
+
+    kind: "half", any float16; "table", a value of `table` with either sign; "steps", whole multiples of the `steps`
+    that a block has for its scale and its offset: of scales from `least` to `most`, of offsets from -`most` to 0.
+    table: float32 [128], rising from 0. steps: float32 [n_rows, n_blocks] each.
+    """
+
+    kind: str
+    table: torch.Tensor | None = None
+    steps: tuple[torch.Tensor, torch.Tensor] | None = None
+    least: int = 0
+    most: int = 0
+
+
 class Sweeps(Protocol):
     """An implementation. scale, offset: float32 [..., n_blocks, n_rows]; block: int64 [n_cols], which of these a column
     has; numbers: int64 [n_cols], which columns these are of all; the rest is float32 [n_cols, n_rows] if not said
@@ -69,6 +88,14 @@ class Sweeps(Protocol):
 
         scale, offset: float32 [n_copies, n_blocks, n_rows]. value: what is stored now; pull: h (weight - value), of
         which h [n_cols, n_cols] is the part of these columns. aims: where the error is least.
+        """
+
+    def refit(
+        self, units: torch.Tensor, pull: torch.Tensor, h: torch.Tensor, params: torch.Tensor, fmt: Format
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Least squares for scale and offset of each block of a group in turn, kept where that lowers the error.
+
+        Returns the new params of these blocks, and what that changes of the weights. units, pull and h as of `search`.
         """
 
 
@@ -106,17 +133,30 @@ class Reference(Sweeps):
         self, aims: torch.Tensor, value: torch.Tensor, pull: torch.Tensor, push: torch.Tensor, h: torch.Tensor,
         scale: torch.Tensor, offset: torch.Tensor, block: torch.Tensor, numbers: torch.Tensor, levels: Levels,
     ) -> Found:  # fmt: skip
-        copies, n_rows = len(scale), aims.shape[1]
+        copies = len(scale)
         scale, offset = scale.transpose(0, 1).flatten(1), offset.transpose(0, 1).flatten(1)
         aims, value, pull = (part.repeat(1, copies) for part in (aims, value, pull))
         rest = block, numbers, levels
         units = self.sweep(aims.clone(), aims, push, scale, offset, *rest)
         found, ratio = units * scale[block] + offset[block], h / h.diagonal()
         units = self.sweep(torch.addmm(found, ratio.T, aims - found), found, -ratio, scale, offset, *rest)
-        change = units * scale[block] + offset[block] - value
-        gain, copy = gains(h, pull, change).view(copies, n_rows).max(0)
-        best = copy * n_rows + torch.arange(n_rows, device=copy.device)
-        return Found(torch.where(gain > 0, copy, -1), units[:, best], change[:, best])
+        return best(h, pull, units, units * scale[block] + offset[block] - value, copies)
+
+    def refit(
+        self, units: torch.Tensor, pull: torch.Tensor, h: torch.Tensor, params: torch.Tensor, fmt: Format
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pull, params, changes = pull.clone(), params.clone(), torch.empty_like(pull)
+        for start in range(0, len(units), fmt.block_size):
+            end, block = start + fmt.block_size, start // fmt.block_size
+            here, old = slice(start, end), params[:, block : block + 1]
+            scale, offset = fmt.scale(old), fmt.offset(old)
+            steps = least_squares(h[here, here], pull[here], units[here], torch.ones_like(units[here]), fmt.has_offset)
+            new = fmt.nearest(scale + steps[0][:, None], offset + steps[1][:, None], old)
+            change = torch.addcmul((fmt.offset(new) - offset).T, units[here], (fmt.scale(new) - scale).T)
+            params[:, block : block + 1], changes[here] = improved(h[here, here], pull[here], change, new, old)
+            if end < len(units):
+                pull[end:].addmm_(h[end:, here], changes[here], alpha=-1)
+        return params, changes
 
 
 def in_halves(
@@ -138,7 +178,7 @@ def in_halves(
 
 def inverse(scale: torch.Tensor) -> torch.Tensor:
     """1 / scale; 0 for scale 0, where every code is as good as the one of the level nearest to 0."""
-    return torch.where(scale == 0, 0, 1 / scale)
+    return (1 / scale).masked_fill_(scale == 0, 0)
 
 
 def nearest(units: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -149,3 +189,34 @@ def nearest(units: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 def gains(h: torch.Tensor, pull: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """float32 [n_rows]: by how much a change of the weights [n_cols, n_rows] lowers the error; pull = H (W - Q)."""
     return (change * (2 * pull - h @ change)).sum(0)
+
+
+def best(h: torch.Tensor, pull: torch.Tensor, units: torch.Tensor, change: torch.Tensor, copies: int) -> Found:
+    """The copy that lowers the error most. pull, units and change: of all copies, one after another in each row."""
+    gain, copy = gains(h, pull, change).view(copies, -1).max(0)
+    at = copy * len(copy) + torch.arange(len(copy), device=copy.device)
+    return Found(copy.masked_fill(~(gain > 0), -1), units[:, at], change[:, at])
+
+
+def improved(
+    h: torch.Tensor, pull: torch.Tensor, change: torch.Tensor, new: torch.Tensor, old: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New parameters of blocks and what they change of the weights, where that lowers a row's error; else old and 0."""
+    better = gains(h, pull, change) > 0
+    return torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old), change.masked_fill(~better, 0)
+
+
+def least_squares(
+    h: torch.Tensor, pull: torch.Tensor, first: torch.Tensor, second: torch.Tensor, both: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much of two directions [n_cols, n_rows] to add, or of the first alone: float32 [n_rows] each."""
+    a = h @ first
+    aa, pa = (a * first).sum(0), (pull * first).sum(0)
+    x, y = (pa / aa).masked_fill_(~(aa > 0), 0), torch.zeros_like(pa)
+    if both:
+        ab, bb, pb = (a * second).sum(0), ((h @ second) * second).sum(0), (pull * second).sum(0)
+        determinant = aa * bb - ab * ab
+        solvable = determinant > 1e-4 * aa * bb
+        x = torch.where(solvable, (pa * bb - pb * ab) / determinant, x)
+        y = torch.where(solvable, (pb * aa - pa * ab) / determinant, y)
+    return x, y

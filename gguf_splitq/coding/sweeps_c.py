@@ -34,8 +34,11 @@ class _Columns(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Sweeps(sweeps.Sweeps):
-    """See `sweeps.Sweeps`. All tensors are float32 on the CPU; a group of columns to search has at most COLUMNS."""
+class Sweeps(sweeps.Reference):
+    """See `sweeps.Sweeps`. All tensors are float32 on the CPU; a group of columns to search has at most COLUMNS.
+
+    It refits as the reference does.
+    """
 
     def __init__(self, library: ctypes.CDLL):
         pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

@@ -26,7 +26,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..errors import EnvironmentFailed
 from ..runtime import native
 from ..types import windows
 from ..types.windows import Window
@@ -42,7 +41,6 @@ FIRST = range(-5, 10)  # scale steps around the one that the root mean square as
 FEEDBACK = range(-3, 4)  # around the fitted one
 SEARCH = range(-1, 2)
 PIECE = 1 << 12  # rows times scales that PyTorch runs at a time
-ON_GPU = 16  # times as many weights in a piece of rows: a sweep of few rows takes as long as one of thousands
 
 _NEVER = 1e30  # what a path costs that begins in a forbidden state
 
@@ -117,10 +115,7 @@ def solve(
     h, order, factor, damping = solver.factored(hessian, damping, lambda diagonal: _order(diagonal, trellis))
     push, costs = solver.pushes(factor), solver.costs(factor)
     del factor
-    times = ON_GPU if weight.is_cuda else 1
-    return solver.polished(
-        weight, lambda piece: _Rows(piece, h, fmt, order, push, costs, trellis), passes, damping, times
-    )
+    return solver.polished(weight, lambda piece: _Rows(piece, h, fmt, order, push, costs, trellis), passes, damping)
 
 
 def _order(diagonal: torch.Tensor, trellis: Trellis) -> torch.Tensor:
@@ -146,6 +141,7 @@ class _Rows(solver.Rows):
     ) -> None:
         """Fitted: coded with a Hessian that is diagonal, at scales near those that the root mean squares ask for."""
         self.weight, self.h, self.fmt, self.trellis = weight.T.contiguous(), h, fmt, trellis
+        self.inner = solver._inner(h.device)
         self.order, self.push, self.costs = order, push, costs
         self.block = torch.arange(len(h), device=h.device) // BLOCK
         self.edges = torch.empty_like(self.weight, dtype=torch.uint8)
@@ -172,39 +168,34 @@ class _Rows(solver.Rows):
         )  # fmt: skip
         self.units = self.trellis.levels[self.edges.int()]
 
-    def search(self, chance: torch.Generator) -> None:
-        """Code every block again, a few random ones at a time, and keep in each row what lowers its error."""
-        trellis, device, bits = self.trellis, self.weight.device, self.trellis.bits
-        diagonal, value = self.h.diagonal(), self.value()
-        pull = self.h @ (self.weight - value)
-        length = trellis.walk.shape[1]
-        for some in torch.randperm(len(diagonal) // BLOCK, generator=chance).split(BLOCKS):
-            blocks = some.to(device)
-            blocks = blocks[solver.falling(diagonal.view(-1, BLOCK).sum(1)[blocks])]
-            turns = torch.randint(length, (len(blocks), len(trellis.walk), 1), generator=chance).to(device)
-            turned = (torch.arange(length, device=device) + turns) % length
-            chains = trellis.walk.expand(len(blocks), -1, -1).gather(2, turned) + blocks[:, None, None] * BLOCK
-            columns = chains.flatten()
-            states = self.edges[chains[..., 0]] >> bits
+    def search(self, chance: torch.Generator, pull: torch.Tensor) -> None:
+        """Code every block again, a few random ones at a time, and keep in each row what lowers its error.
 
-            wide, base, here = self.h[columns], value[columns], pull[columns]
-            h = wide[:, columns]
-            factor, failed = torch.linalg.cholesky_ex(solver.backwards(h).double())
-            if failed:  # positive definite, but not in float32
-                continue
-            aims = torch.addmm(base, solver.backwards(torch.cholesky_inverse(factor)).float(), here)
-            edges, params = _sweep(
-                aims, solver.pushes(factor), solver.costs(factor), self.params[:, blocks], _scales(SEARCH, (0,)),
-                self.fmt, trellis, states,
-            )  # fmt: skip
-            found = trellis.levels[edges.int()] * self.fmt.scale(params).T.repeat_interleave(BLOCK, 0)
-            change = found - base
-            better = sweeps.gains(h, here, change) > 0
-            self.params[:, blocks] = torch.where(better[:, None], params, self.params[:, blocks])
-            self.edges[columns] = torch.where(better, edges, self.edges[columns])
-            change = torch.where(better, change, 0)
-            value[columns] += change
-            pull.addmm_(wide.T, change, alpha=-1)
+        pull: as `refit` returns it; overwritten.
+        """
+        trellis, device, bits = self.trellis, self.weight.device, self.trellis.bits
+        n_chains, length = trellis.walk.shape
+        value, some = self.value(), torch.randperm(self.params.shape[1], generator=chance)
+        turns = solver.sent(torch.randint(length, (len(some), n_chains, 1), generator=chance), device)
+        weights = self.h.diagonal().view(-1, BLOCK).sum(1)
+        walk, column = trellis.walk.expand(len(some), -1, -1), torch.arange(length, device=device)
+        walk = walk.gather(2, (column + turns) % length)  # of each block, its chains begun somewhere
+        for blocks in solver.in_groups(solver.sent(some, device), BLOCKS):
+            blocks = blocks.gather(1, weights[blocks].argsort(dim=1, descending=True, stable=True))
+            chains = walk[blocks] + blocks[..., None, None] * BLOCK
+            for number, group in enumerate(solver.groups(self.h, chains.flatten(1))):
+                here, columns = blocks[number], group.columns
+                states = self.edges[chains[number, ..., 0]] >> bits
+                base, drawn = value[columns], pull[columns]
+                edges, params = _sweep(
+                    torch.addmm(base, group.inverse, drawn), solver.pushes(group.factor), solver.costs(group.factor),
+                    self.params[:, here], _scales(SEARCH, (0,)), self.fmt, trellis, states,
+                )  # fmt: skip
+                change = trellis.levels[edges.int()] * self.fmt.scale(params).T.repeat_interleave(BLOCK, 0) - base
+                better = (sweeps.gains(group.h, drawn, change) > 0) & group.usable
+                self.params[:, here] = torch.where(better[:, None], params, self.params[:, here])
+                self.edges[columns] = torch.where(better, edges, self.edges[columns])
+                pull.addmm_(self.h[:, columns], change.masked_fill(~better, 0), alpha=-1)
         self.units = trellis.levels[self.edges.int()]
 
 
@@ -253,9 +244,7 @@ def _sweeper(device: torch.device) -> Sweep:
         try:
             from .windows_triton import sweep
         except ImportError as error:
-            raise EnvironmentFailed(
-                f"window types need Triton on a GPU ({error}): run `pip install triton`, or use --device cpu"
-            ) from None
+            raise solver.no_triton(error) from None
         return functools.partial(sweep, closed=CLOSED)
     return in_c if device.type == "cpu" and native.library() else in_torch
 
