@@ -50,7 +50,7 @@ def grid(values: np.ndarray, weights: np.ndarray, k: int, centres=None, rounds: 
 def code(source: Gguf, kind: ColumnType, hessians: Gguf | None, outfile: Path, threads: int, **method) -> Path:
     """A GGUF whose linear layers are in a cq type: by `codebooks.solve`, or `free.with_codebooks` without Hessians.
 
-    hessians: as `convert --hessians` writes them. method: more arguments of those two.
+    hessians: as `convert --aim plain --hessians` writes them. method: more arguments of those two.
     """
     given = (KEPT["token_embedding_type"], KEPT["output_tensor_type"])
     entries = plan.make(source.tensors, kind, (), *given, source.get("general.architecture", str, ""))
@@ -108,7 +108,7 @@ def measure(model: Path, folder: Path, args) -> dict[str, dict]:
     exact = convert(model, "f32", folder / "f32.gguf", threads=args.threads)
     hessians, candidate = folder / "hessians.gguf", folder / "candidate.gguf"
     hessians.unlink(missing_ok=True)  # an earlier run's, whose model is not this file
-    feedback = {"calib": str(args.calib), "calib_tokens": args.calib_tokens, "hessians": hessians}
+    feedback = {"calib": str(args.calib), "calib_tokens": args.calib_tokens, "hessians": hessians, "aim": "plain"}
     rows = {}
     with Baseline(f16, args.text, chunks=args.chunks, threads=args.threads) as base:
 

@@ -58,14 +58,16 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One row: `data` is none, imatrix, feedback, self, tuned or bpw; of the last, `type` is "3.5 bpw"."""
+    """One row: `data` is none, imatrix, plain (feedback with plain aims), feedback, self, tuned or bpw; of the last,
+    `type` is "3.5 bpw".
+    """
 
     type: str
     data: str
 
     @property
     def solved(self) -> bool:
-        return self.data in ("feedback", "self", "tuned", "bpw")
+        return self.data in ("plain", "feedback", "self", "tuned", "bpw")
 
 
 def runs() -> list[Run]:
@@ -73,7 +75,8 @@ def runs() -> list[Run]:
     weighted = [Run(t, "imatrix") for t in OURS + PEERS if t not in USES_NO_DATA]
     tuned = [Run(t, "tuned") for t in TUNED]
     budgets = [Run(f"{bpw} bpw", "bpw") for bpw in BUDGETS]
-    return [*plain, *weighted, *(Run(t, "feedback") for t in FED), Run("sq4", "self"), *budgets, *tuned]
+    fed = [Run(t, data) for data in ("plain", "feedback") for t in FED]
+    return [*plain, *weighted, *fed, Run("sq4", "self"), *budgets, *tuned]
 
 
 def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
@@ -82,8 +85,10 @@ def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
     options = {"threads": args.threads} | KEPT
     if source.solved:
         options |= {"calib": "self" if source.data == "self" else str(args.calib), "calib_tokens": args.tokens}
-        if source.data != "self":
-            options["hessians"] = args.folder / f"hessians-{hessian_key(args)}.gguf"
+        if source.data == "plain":
+            options |= {"aim": "plain", "hessians": args.folder / f"hessians-{hessian_key(args)}.gguf"}
+        elif source.data != "self":
+            options["hessians"] = args.folder / f"weights-{hessian_key(args)}.gguf"
         if source.data == "tuned":
             options["tune"] = True
         if source.data == "bpw":

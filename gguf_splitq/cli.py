@@ -383,12 +383,16 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--calib", metavar="TEXT", help=calib)
     tokens = "tokens to use (default: %(default)s); time grows with them, and the gain slows"
     g.add_argument("--calib-tokens", type=int, default=131_072, metavar="N", help=tokens)
-    hessians = "what was measured: read FILE, or write it (default: not kept); for several types of one model"
+    hessians = "what the backward pass measured: read FILE, or write it (default: not kept); for several types"
     g.add_argument("--hessians", metavar="FILE", help=hessians)
     tune = "also train block scales and norms (default: no); for 2 bits; the model must fit into memory twice"
     g.add_argument("--tune", action="store_true", help=tune)
     dtype = "what to compute in (default: %(default)s: bf16 where the processor is fast in it, else f32)"
     g.add_argument("--calib-dtype", choices=("auto", "f32", "bf16"), default="auto", help=dtype)
+    aim = (
+        "what codes aim at (default: %(default)s: half of what repairs the error of the layers before); plain is faster"
+    )
+    g.add_argument("--aim", choices=("half", "plain"), default="half", help=aim)
     imatrix = "importance matrix of llama-imatrix, .dat or .gguf (default: none); instead of --calib, which gains more"
     g.add_argument("--imatrix", metavar="FILE", help=imatrix)
 

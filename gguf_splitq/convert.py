@@ -187,6 +187,7 @@ def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Prog
         given.hessians,
         given.tune,
         given.precision,
+        given.aim,
     )
 
 
@@ -280,9 +281,10 @@ def require_space(given: options.Convert, source: checkpoint.Source, entries: Se
     if given.calib and not given.dry_run:
         inside = [e for e in entries if e.quantized and e.name.startswith("blk.")]
         kept = sum(e.n_bytes for e in inside)
-        if joined := dict(given.writes).get("--hessians"):
-            hessians = sum(4 * e.tensor.n_cols**2 * (e.tensor.n_rows // e.tensor.shape[-2]) for e in inside)
+        joined, hessians = dict(given.writes).get("--hessians"), sum(_measured(e, given) for e in inside)
+        if joined or given.aim == "half":
             kept += hessians  # layer by layer, before they are joined
+        if joined:
             other = joined.absolute().parent
             if other.stat().st_dev == folder.stat().st_dev:
                 needed += hessians
@@ -291,6 +293,14 @@ def require_space(given: options.Convert, source: checkpoint.Source, entries: Se
         before = sum(path.stat().st_size for path in given.journal.glob("*"))
         needed += max(kept - before, 0)
     gguf_file.require_space(folder, needed)
+
+
+def _measured(entry: plan.Entry, given: options.Convert) -> int:
+    """Bytes of what is measured of a tensor: the weights of tokens, of which few experts see each, or Hessians."""
+    count = entry.tensor.n_rows // entry.tensor.shape[-2]
+    if given.aim == "plain":
+        return 4 * entry.tensor.n_cols**2 * count
+    return 8 * given.calib_tokens * min(count, 8)
 
 
 def deciding(given: options.Convert) -> dict:
@@ -305,6 +315,7 @@ def deciding(given: options.Convert) -> dict:
         "calib": given.calib and Path(given.calib).name,
         "calib_tokens": given.calib and given.calib_tokens,
         "calib_dtype": given.calib and given.precision,
+        "aim": given.aim if given.calib and given.aim != "half" else None,
         "hessians": given.hessians is not None,
         "tune": given.tune,
         "claq_metric": given.claq_metric if given.claq_metric != "hessian" else None,
@@ -325,6 +336,7 @@ def settings(job: Job, calib: str | Path) -> dict:
         "calib": "self" if calib == "self" else hashlib.sha256(Path(calib).read_bytes()).hexdigest()[:16],
         "calib_tokens": job.given.calib_tokens,
         "calib_dtype": job.given.precision,
+        "aim": job.given.aim,
         "hessians": job.given.hessians is not None,
         "tune": job.given.tune,
         "version": __version__,

@@ -87,17 +87,19 @@ def _show_calibration(out: Console, done: dict) -> None:
         out.print(f"{len(pooled)} experts saw too few tokens and took the Hessian of all, {pooled[0]} first")
     if tuned := done["tuned"]:
         out.print(f"tuning: held-out KL divergence {tuned['before']:.5f} before, {tuned['after']:.5f} after")
-    if not (held := done["held_out"]):
+    what, held = ("KL divergence", done["divergence"]) if done.get("divergence") else ("output error", done["held_out"])
+    if not held:
         out.print("not tried on other tokens: the text has no more of them, or the Hessians are a file's")
         return
     compared = f"{held['feedback'] / held['nearest']:.1%} of nearest rounding's" if held["nearest"] else "above none"
     if held["feedback"] == 0:
-        out.print("on other tokens: no output error")
+        out.print(f"on other tokens: no {what}")
     elif held["feedback"] < held["nearest"]:
-        out.print(f"on other tokens: output error {compared}")
+        value = f" {held['feedback']:.5f}," if what == "KL divergence" else ""
+        out.print(f"on other tokens: {what}{value} {compared}")
     else:
         out.print(
-            f"WARNING: the calibration did not pay. On tokens that it has not seen, of the same text, the output error "
+            f"WARNING: the calibration did not pay. On tokens that it has not seen, of the same text, the {what} "
             f"is {compared}: give a longer and more varied --calib text and more --calib-tokens, or convert without "
             "--calib",
             style="bold red",

@@ -85,7 +85,8 @@ class Convert(Options):
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
     written. tune: train block scales and norms on the calibration tokens. calib_dtype: what the Hessians are
-    computed in: "f32", "bf16", or "auto" for what the processor is fast in. claq_metric: what gives a column
+    computed in: "f32", "bf16", or "auto" for what the processor is fast in. aim: "half" to repair half of what the
+    matrices before have done to a matrix's outputs, or "plain". claq_metric: what gives a column
     of cq2.x, sq2.x and so on more bits, "hessian" or "outlier".
     dry_run: print the plan, write nothing but save_plan. report: a JSON file for the per-tensor errors. max_ram: bytes,
     or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
@@ -110,6 +111,7 @@ class Convert(Options):
     hessians: str | Path | None = _path("read", "--hessians", None)
     tune: bool = False
     calib_dtype: str = "auto"
+    aim: str = "half"
     claq_metric: str = "hessian"
     dry_run: bool = False
     report: str | Path | None = _path("written", "--report", None)

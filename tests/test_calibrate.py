@@ -344,7 +344,7 @@ def test_hessians_are_the_same_at_any_number_of_threads(wide, tmp_path, dtype):
 
 def test_blocks_of_columns_are_the_whole_product(monkeypatch):
     monkeypatch.setattr(moments, "COLUMNS", 24)
-    moment, pairs = moments._Moment(), [(torch.randn(n, 64), torch.rand(n)) for n in (50, 30)]
+    moment, pairs = moments.Moment(), [(torch.randn(n, 64), torch.rand(n)) for n in (50, 30)]
     for block in moment.add(pairs[:1]) + moment.add(pairs[1:]):
         block()
     expected = sum(x.T.double() @ (x * g[:, None]).double() for x, g in pairs) / sum(float(g.sum()) for _, g in pairs)
@@ -457,9 +457,9 @@ def test_what_is_left_has_the_reason(runtime_library, checkpoint, tmp_path):
     tensor = gguf_file.Tensor("blk.0.ffn_up.weight", (32, 64), 0, 0, 0, Path())
     entry = plan.Entry(tensor, types.get("sq4"), "")
     rows = SimpleNamespace(read_rows=lambda *_: weight.numpy().view(np.uint8))
-    for seen, reason in [({}, "no token reached it"), ({("a", None): moments._Moment()}, "no gradient reached it")]:
+    for seen, reason in [({}, "no token reached it"), ({("a", None): moments.Moment()}, "no gradient reached it")]:
         layer = moments.Layer("a", weight)
-        moments._measured(layer, seen, {})
+        moments.measured(layer, seen, {})
         assert solve._solve_tensor(rows, entry, [layer]) == reason
     done = solve.Solved(left={"blk.0.ffn_up.weight": reason})
     mtp = plan.Entry(replace(tensor, name="blk.9.ffn_up.weight"), types.get("sq4"), "")

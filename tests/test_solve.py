@@ -91,6 +91,7 @@ def test_the_same_input_gives_the_same_bytes_and_pieces_of_rows_are_joined(runti
     weight, hessian = problem(12, 128)
     fmt = formats.for_type(types.get("sq3"))
     monkeypatch.setattr(solver, "WEIGHTS", 5 * 128)
+    monkeypatch.setattr(solver, "LEAST_ROWS", 1)
     first, again = (solver.solve(weight, hessian, fmt) for _ in range(2))
     assert torch.equal(first.packed, again.packed) and first.errors == again.errors
     assert torch.equal(solver.solve(weight[5:10], hessian, fmt).packed, first.packed[5:10])

@@ -154,6 +154,7 @@ def test_pieces_of_rows_and_of_scales_are_joined(monkeypatch):
     kind = types.get("sq3w")
     first = windows.solve(weight, hessian, kind)
     monkeypatch.setattr(solver, "WEIGHTS", 5 * 64)
+    monkeypatch.setattr(solver, "LEAST_ROWS", 1)
     monkeypatch.setattr(windows, "PIECE", 90)
     again = windows.solve(weight, hessian, kind)
     assert torch.equal(first.packed, again.packed)

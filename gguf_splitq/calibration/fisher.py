@@ -57,9 +57,9 @@ def backward(
     for index in range(len(model)):
         after = OnDisk(scratch)
         with model.layer(index) as layer:
-            forward = functools.partial(_forward, model, layer, index)
+            through_it = functools.partial(forward, model, layer, index)
             for hidden in boundaries[-1]:
-                after.append(torch.cat(list(pool.map(forward, _parts(model, hidden)))))
+                after.append(torch.cat(list(pool.map(through_it, parts(model, hidden)))))
         boundaries.append(after)
         progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
@@ -71,8 +71,8 @@ def backward(
         with model.layer(index) as layer:
             through = functools.partial(_through, model, layer, index, take)
             for batch, hidden in enumerate(boundaries.pop()):
-                parts = pool.map(through, _parts(model, hidden), _parts(model, gradients[batch]))
-                before, taken = zip(*parts, strict=True)
+                found = pool.map(through, parts(model, hidden), parts(model, gradients[batch]))
+                before, taken = zip(*found, strict=True)
                 gradients[batch] = torch.cat(before)
                 see(index, batch, _joined(taken))
                 del taken
@@ -85,12 +85,12 @@ def scratch_bytes(layers: int, tokens: int, width: int, dtype: torch.dtype) -> i
     return (layers + 2) * tokens * width * dtype.itemsize
 
 
-def _parts(model: Model, batch: torch.Tensor) -> Sequence[torch.Tensor]:
+def parts(model: Model, batch: torch.Tensor) -> Sequence[torch.Tensor]:
     """What a worker takes of a batch: a sequence."""
     return batch.split(1) if model.device.type == "cpu" else [batch]
 
 
-def _forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+def forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
     """The hidden states after a layer, on the CPU."""
     with torch.no_grad():
         output = model.forward(layer, index, hidden)

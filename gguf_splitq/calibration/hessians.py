@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A file of Hessians, so that one calibration serves any number of types.
+"""A file of what was measured, so that one backward pass serves any number of types.
 
-A GGUF file of one F32 matrix [in, in] for every matrix of the float model, named "LAYER NAME"; those of experts that
-saw too few tokens are the layer's pooled one and are listed in `gguf_splitq.pooled`. `gguf_splitq.calibration` holds
-what they were measured on, as JSON. Layers are kept in the journal until all are there.
+A GGUF file with one F32 tensor for every matrix of the float model, named "LAYER NAME". For half-way aims it is
+[2, tokens]: the tokens' Fisher information, and the batch that each was in. For plain ones it is the Hessian [in, in];
+those of experts that saw too few tokens are the layer's pooled one and are listed in `gguf_splitq.pooled`.
+`gguf_splitq.calibration` holds what they were measured on, as JSON. Layers are kept in the journal until all are there.
 """
 
 from __future__ import annotations
@@ -19,21 +20,26 @@ import torch
 from ..errors import InputError, UsageError
 from ..files import gguf_file
 from ..files.gguf_file import Tensor, Value
+from .aims import Key, Weights
 from .journal import Array, Journal
 from .moments import Layer
 
 T = TypeVar("T")
-MEASURED = ("model", "calib", "calib_tokens", "calib_dtype")  # the settings that Hessians depend on
+MEASURED = ("model", "calib", "calib_tokens", "calib_dtype", "aim")  # the settings that it depends on
 
 
 class Hessians:
-    """complete: the file is there. Raises UsageError when it was measured on something else, naming it."""
+    """path: None for the journal alone. complete: the file is there, and of this kind.
 
-    def __init__(self, path: str | Path, journal: Journal, count: int):
-        self.path, self.journal, self.count = Path(path), journal, count
+    Raises UsageError when it was measured on something else, naming it.
+    """
+
+    def __init__(self, path: str | Path | None, journal: Journal, count: int):
+        self.path = Path(path) if path else None
+        self.journal, self.count = journal, count
         self.calibration = {key: journal.settings[key] for key in MEASURED}
-        self.complete = self.path.exists()
-        if self.complete:
+        self.complete = bool(self.path and self.path.exists())
+        if self.path and self.complete:
             self.file = gguf_file.read(self.path)
             self.tensors = {tensor.name: tensor for tensor in self.file.tensors}
             self.pooled = self._json("gguf_splitq.pooled", list)
@@ -41,7 +47,7 @@ class Hessians:
             for key, value in self.calibration.items():
                 if before.get(key) != value:
                     raise UsageError(
-                        f"{path}: its Hessians were measured with {key} {before.get(key)} and this run has {value}: "
+                        f"{path}: it was measured with {key} {before.get(key)} and this run has {value}: "
                         "name another file for --hessians"
                     )
 
@@ -68,33 +74,61 @@ class Hessians:
         }
         self.journal.keep(_part(index), arrays, [f"{index} {layer.name}" for layer in layers if layer.pooled])
 
+    def keep_weights(self, index: int, weights: Weights) -> None:
+        """Store the weights of the tokens that a decoder layer's matrices saw."""
+        arrays = {}
+        for (name, expert), batches in weights.items():
+            if batches:
+                numbers = [torch.full_like(part, batch) for batch, part in batches.items()]
+                key = f"{index} {name}" if expert is None else f"{index} {name}[{expert}]"
+                arrays[key] = torch.stack([torch.cat(list(batches.values())), torch.cat(numbers)]).numpy()
+        self.journal.keep(_part(index), arrays, [])
+
+    def weights(self, index: int) -> Weights:
+        """What `keep_weights` stored. InputError when a tensor's kind or shape is wrong."""
+        found: dict[Key, dict[int, torch.Tensor]] = {}
+        for name, array in self._arrays(index).items():
+            number, _, matrix = name.partition(" ")
+            if number == str(index):
+                part, _, expert = matrix.rstrip("]").partition("[")
+                if expert and not expert.isdecimal():
+                    raise self._damaged(f"{name!r} is no name of a matrix")
+                values, batches = torch.from_numpy(self._read(name, array, (2, None)))
+                sizes = batches.unique_consecutive(return_counts=True)
+                split = values.split(sizes[1].tolist())
+                found[part, int(expert) if expert else None] = dict(zip(map(int, sizes[0]), split, strict=True))
+        return found
+
+    def _arrays(self, index: int) -> Mapping[str, Tensor | Array]:
+        return self.tensors if self.complete else self.journal.part(_part(index))[0]
+
     def fill(self, index: int, layers: list[Layer]) -> None:
         """Give matrices without a Hessian theirs. InputError when the file lacks it or its shape is wrong."""
-        arrays: Mapping[str, Tensor | Array]
-        arrays, pooled = (self.tensors, self.pooled) if self.complete else self.journal.part(_part(index))
+        arrays, pooled = self._arrays(index), self.pooled if self.complete else self.journal.part(_part(index))[1]
         for layer in layers:
             found = arrays.get(f"{index} {layer.name}")
             if found is None:
                 layer.unknown = "no token or no gradient reached it when the Hessians were measured"
                 continue
-            layer.hessian = torch.from_numpy(self._read(layer, found)).double().to(layer.weight.device)
+            rows = self._read(f"{index} {layer.name}", found, (layer.weight.shape[1],) * 2)
+            layer.hessian = torch.from_numpy(rows).double().to(layer.weight.device)
             layer.pooled = f"{index} {layer.name}" in pooled
 
-    def _read(self, layer: Layer, found: Tensor | Array) -> np.ndarray:
-        """float32 [in, in] of a matrix, from a tensor of the file or a part of the journal."""
+    def _read(self, name: str, found: Tensor | Array, due: tuple[int | None, ...]) -> np.ndarray:
+        """float32 of a shape, None being any size, from a tensor of the file or a part of the journal."""
         if isinstance(found, Tensor):
             kind, shape = gguf_file.type_name(found.type_id), list(found.shape)
         else:
             kind, shape = found.get_dtype().lower(), list(found.get_shape())
-        due = [layer.weight.shape[1]] * 2
-        if (kind, shape) != ("f32", due):
-            raise self._damaged(f"the Hessian of {layer.name!r} is {kind} {shape} where f32 {due} is due")
+        right = len(shape) == len(due) and all(size in (None, has) for size, has in zip(due, shape, strict=True))
+        if kind != "f32" or not right:
+            raise self._damaged(f"{name!r} is {kind} {shape} where f32 {[size or 'any' for size in due]} is due")
         if isinstance(found, Tensor):
             rows = self.file.read_rows(found, 0, found.n_rows).view(np.float32)
         else:
             rows = found[:]
         if not np.isfinite(rows).all():
-            raise self._damaged(f"the Hessian of {layer.name!r} holds NaN or Inf")
+            raise self._damaged(f"{name!r} holds NaN or Inf")
         return rows
 
     def _damaged(self, cause: str) -> InputError:
@@ -102,7 +136,7 @@ class Hessians:
 
     def finish(self) -> None:
         """Join the layers into the file."""
-        if self.complete:
+        if self.complete or self.path is None:
             return
         parts = [self.journal.part(_part(index)) for index in range(self.count)]
         shapes = [(name, tuple(part.get_shape())) for arrays, _ in parts for name, part in arrays.items()]

@@ -61,15 +61,18 @@ def _outputs(layer: Sequence[Entry]) -> int:
 def _layer(layer: Sequence[Entry], threads: int) -> int:
     """One decoder layer: loading it (which copies it), or a batch with gradients and then `threads` of its matrices.
 
-    Those add up, because the allocator keeps most of what a batch took.
+    Those add up, because the allocator keeps most of what a batch took. With half-way aims there are the layer as it is
+    stored, as it would be nearest, and what moves the aims.
     """
-    matrices = [e.tensor for e in layer if len(e.tensor.shape) > 1]
-    hessians = sum(8 * t.n_cols**2 * (t.n_rows // t.shape[-2]) for t in matrices)
-    solving = sorted((_solving(e) for e in layer if len(e.tensor.shape) > 1), reverse=True)[:threads]
-    return _floats(layer) + max(_floats(layer), hessians + 2 * _outputs(layer) + sum(solving))
+    matrices = [e for e in layer if len(e.tensor.shape) > 1]
+    hessians = sum(8 * e.tensor.n_cols**2 * (e.tensor.n_rows // e.tensor.shape[-2]) for e in matrices)
+    solving = sum(sorted(map(_solving, matrices), reverse=True)[:threads])
+    coding = threads * max((families.coding_bytes(e.target, *e.tensor.shape[-2:]) for e in matrices), default=0)
+    aims = 4 * _floats(layer)
+    return _floats(layer) + max(_floats(layer), hessians + 2 * _outputs(layer) + aims + solving + coding)
 
 
 def _solving(entry: Entry) -> int:
-    """One matrix: its Hessian with factors, in double and single precision; its rows, before and after; its codes."""
+    """One matrix: its Hessian with factors, in double and single precision; its rows, before and after."""
     rows, columns = entry.tensor.shape[-2:]
-    return columns * (40 * columns + 16 * rows) + families.coding_bytes(entry.target, rows, columns)
+    return columns * (40 * columns + 16 * rows)

@@ -33,29 +33,40 @@ from .watch import matrices
 COLUMNS = 512  # of a Hessian that are one thread's work
 CHECKED = 2  # layers, the first that are solved, whose codes are tried on other tokens
 
-Taken = tuple[torch.Tensor, torch.Tensor]  # of a sequence: x [tokens, in] and float32 |g|^2 [tokens]
+Taken = Sequence[torch.Tensor]  # of a sequence: x [tokens, in] and float32 |g|^2 [tokens], maybe e [tokens, out]
 
 
 @dataclass
 class Layer:
     """One matrix, ready to be solved. weight: [out, in], the model's own; hessian: float64 [in, in], None if unknown.
 
-    pooled: the Hessian is that of all experts, because this one saw too few tokens. unknown: why there is no Hessian.
-    held: what it saw of tokens that are not in the Hessian. keys: row content -> row numbers.
+    pull: float64 [out, in], the mean of |g|^2 e x^T, None for a plain aim (aims.py). pooled: the Hessian is that of all
+    experts, because this one saw too few tokens. unknown: why there is no Hessian. held: what it saw of tokens that are
+    not in the Hessian. stored, nearest: alike `weight`, what the file has instead, and nearest rounding. keys: row
+    content -> row numbers.
     """
 
     name: str
     weight: torch.Tensor
     hessian: torch.Tensor | None = None
+    pull: torch.Tensor | None = None
     pooled: bool = False
     unknown: str = "no token reached it"
     held: Sequence[Taken] = ()
+    stored: torch.Tensor | None = None
+    nearest: torch.Tensor | None = None
     keys: dict[int, list[int]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.keys = defaultdict(list)
         for row, key in enumerate(_row_keys(self.weight)):
             self.keys[key].append(row)
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """The parameter's name, and the expert."""
+        name, _, number = self.name.rstrip("]").partition("[")
+        return name, int(number) if number else None
 
 
 def run(
@@ -73,7 +84,7 @@ def run(
     Other arguments and errors as of `fisher.backward`. The same tokens give the same bits at any number of threads.
     """
     batches = list(tokens.split(BATCH))
-    moments: dict[tuple[str, int | None], _Moment] = {}
+    moments: dict[tuple[str, int | None], Moment] = {}
     tried: fisher.Seen = {}
 
     def see(index: int, batch: int, taken: fisher.Seen) -> None:
@@ -85,8 +96,8 @@ def run(
             return
         blocks = []
         for key, parts in taken.items():
-            blocks += moments.setdefault(key, _Moment()).add(parts)
-        for _ in pool.map(lambda block: block(), sorted(blocks, key=_work, reverse=True)):
+            blocks += moments.setdefault(key, Moment()).add(parts)
+        for _ in pool.map(lambda block: block(), sorted(blocks, key=work, reverse=True)):
             pass
 
     with fisher.workers(threads) as pool:
@@ -95,7 +106,7 @@ def run(
             if index not in skip:
                 layers = layers_of(module)
                 for layer in layers:
-                    _measured(layer, moments, tried)
+                    measured(layer, moments, tried)
                 moments.clear()
                 tried = {}
                 yield index, layers
@@ -133,13 +144,14 @@ def _take(x: torch.Tensor, g: torch.Tensor) -> Taken:
 
 
 @dataclass
-class _Moment:
+class Moment:
     """total: float64, the sum of |g|^2 x x^T over `count` tokens, in each block of columns down to its last row.
 
-    information: the sum of |g|^2.
+    pull: float64, the sum of |g|^2 e x^T, None where there is no e. information: the sum of |g|^2.
     """
 
     total: torch.Tensor | None = None
+    pull: torch.Tensor | None = None
     information: float = 0.0
     count: int = 0
 
@@ -148,11 +160,19 @@ class _Moment:
         if not taken:
             return []
         size = taken[0][0].shape[1]
+        aimed = len(taken[0]) > 2
         if self.total is None:
             self.total = taken[0][0].new_zeros(size, size, dtype=torch.float64)
-        self.information += sum(float(information.sum()) for _, information in taken)
-        self.count += sum(len(x) for x, _ in taken)
-        return [functools.partial(_add_block, taken, start, self.total) for start in range(0, size, COLUMNS)]
+            self.pull = taken[0][0].new_zeros(taken[0][2].shape[1], size, dtype=torch.float64) if aimed else None
+        elif not aimed:
+            self.pull = None
+        self.information += sum(float(information.sum()) for _, information, *_ in taken)
+        self.count += sum(len(x) for x, *_ in taken)
+        starts = range(0, size, COLUMNS)
+        blocks: list[Callable[[], None]] = [functools.partial(_add_block, taken, start, self.total) for start in starts]
+        if self.pull is not None:
+            blocks += [functools.partial(_add_pull, taken, start, self.pull) for start in starts]
+        return blocks
 
     def mean(self) -> torch.Tensor | None:
         return None if self.total is None or not self.information else whole(self.total) / self.information
@@ -161,10 +181,18 @@ class _Moment:
 def _add_block(taken: Sequence[Taken], start: int, total: torch.Tensor) -> None:
     end = min(start + COLUMNS, len(total))
     product = total.new_zeros(end, end - start, dtype=torch.float32)
-    for x, information in taken:
+    for x, information, *_ in taken:
         x = x[:, :end].float()
         product.addmm_(x.T, x[:, start:] * information[:, None])
     total[:end, start:end] += product
+
+
+def _add_pull(taken: Sequence[Taken], start: int, total: torch.Tensor) -> None:
+    columns = slice(start, start + COLUMNS)
+    product = torch.zeros_like(total[:, columns], dtype=torch.float32)
+    for x, information, off in taken:
+        product.addmm_(off.T, x[:, columns].float() * information[:, None])
+    total[:, columns] += product
 
 
 def whole(total: torch.Tensor) -> torch.Tensor:
@@ -174,22 +202,25 @@ def whole(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _work(block: functools.partial) -> int:
+def work(block: Callable[[], None]) -> int:
     """Larger for what takes longer: such blocks begin first."""
-    return block.args[1] * sum(len(x) for x, _ in block.args[0])
+    return block.args[1] * sum(len(x) for x, *_ in block.args[0])
 
 
-def _measured(layer: Layer, moments: dict[tuple[str, int | None], _Moment], tried: fisher.Seen) -> None:
+def measured(layer: Layer, moments: dict[tuple[str, int | None], Moment], tried: fisher.Seen) -> None:
     """Gives a layer its Hessian and what it saw of the tokens that are not in it."""
-    name, _, number = layer.name.rstrip("]").partition("[")
-    key = name, int(number) if number else None
-    layer.held, own = tried.get(key, ()), moments.get(key)
-    layer.pooled = bool(number) and (own is None or own.count < layer.weight.shape[1])
+    name, number = layer.key
+    layer.held, own = tried.get(layer.key, ()), moments.get(layer.key)
+    layer.pooled = number is not None and (own is None or own.count < layer.weight.shape[1])
     seen = [own] if own else []
     if layer.pooled:
         seen = [moment for (n, expert), moment in moments.items() if n == name and expert is not None]
     totals = [moment.total for moment in seen if moment.total is not None]
     if totals:
-        layer.hessian = _Moment(sum(totals[1:], totals[0]), sum(m.information for m in seen)).mean()
+        information = sum(m.information for m in seen)
+        layer.hessian = Moment(sum(totals[1:], totals[0]), information=information).mean()
+        pulls = [moment.pull for moment in seen if moment.pull is not None]
+        if information and len(pulls) == len(totals):
+            layer.pull = sum(pulls[1:], pulls[0]) / information
     if layer.hessian is None and seen:
         layer.unknown = "no gradient reached it"

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Error feedback for a whole model: calibrate layer by layer, solve every matrix, keep the bytes for the writer."""
+"""Error feedback for a whole model: calibrate layer by layer, solve every matrix, keep the bytes for the writer.
+
+With half-way aims (aims.py) the model runs backward for the tokens' weights, then forward, and matrices are solved in
+the order in which they run. With plain ones their Hessians come from the backward pass, the last layer first.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..coding import families
+from ..coding import families, solver
 from ..coding.solver import Solution
 from ..errors import InputError
 from ..files.gguf_file import Gguf, require_space
 from ..plan import Entry, is_linear
-from ..rewrite import Rows, each_matrix
+from ..rewrite import Rows, each_matrix, to_float32
 from ..types.columns import side_name
-from . import fisher, moments
+from . import aims, fisher, moments
 from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
@@ -39,7 +43,8 @@ class Solved:
     left: what was quantized without error feedback, rounded to nearest: tensor name -> why.
     pooled: matrices solved with the Hessian of all experts of the layer, because this expert saw too few tokens.
     tried: tensor name -> on tokens that are not in the Hessians, the outputs' square, that of the error that nearest
-    rounding makes and of the one of these rows; of the layers solved first.
+    rounding makes and of the one of these rows; of the layers solved first, with plain aims. divergence: with half-way
+    ones, of the whole model on such tokens, "nearest" and "feedback", in nats a token.
     seconds: of the whole run. tuned: the held-out divergence before and after training, in nats a token.
     """
 
@@ -52,6 +57,7 @@ class Solved:
     dtype: str = ""
     seconds: float = 0.0
     tuned: dict[str, float] | None = None
+    divergence: dict[str, float] | None = None
 
     def add(self, rows: Mapping[str, Rows], report: dict) -> None:
         """Take in a finished layer."""
@@ -71,7 +77,7 @@ class Solved:
 
     def report(self) -> dict:
         """For the JSON report."""
-        same = ("tokens", "dtype", "seconds", "errors", "pooled", "tuned", "held_out")
+        same = ("tokens", "dtype", "seconds", "errors", "pooled", "tuned", "held_out", "divergence")
         return {key: getattr(self, key) for key in same} | {"left": list(self.left), "left_reasons": self.left}
 
 
@@ -88,30 +94,35 @@ def run(
     hessians: str | Path | None = None,
     tune: bool = False,
     dtype: str = "auto",
+    aim: str = "half",
 ) -> Solved:
     """Solve every tensor that has a format; the model runs on a GPU when there is one.
 
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
     from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
-    progress: what is being done, steps done and in all. hessians: a file of Hessians, read when it is there and else
-    written. tune: train scales and norms. dtype: as of `precision`.
+    progress: what is being done, steps done and in all. hessians: a file of what was measured, read when it is there
+    and else written. tune: train scales and norms. dtype: as of `precision`. aim: "half" or "plain".
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
     dtype = precision(dtype)
     model = Model(folder, _device(), DTYPES[dtype])
-    cache = Hessians(hessians, journal, len(model)) if hessians else None
+    cache = Hessians(hessians, journal, len(model)) if hessians or aim == "half" else None
     sample = None
-    if not (cache and cache.complete) or tune:
+    if not (cache and cache.complete) or tune or aim == "half":
         sample = _sample(model, calib, tokens, journal, threads)
     solved = Solved(tokens=sample[0].numel() if sample else tokens, dtype=dtype)
-    # The solver's operations are too small to share, or for a GPU: a matrix to a thread, and a thread to a matrix.
-    with ThreadPoolExecutor(solvers, "solve", lambda: torch.set_num_threads(1)) as pool:
-        for index, layers in _calibrated(model, sample, threads, journal, cache, progress):
-            if journal.find(_part(index)) is None:
-                wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
-                _solve_layer(file, wanted, layers, pool, journal, index)
+    if aim == "half":
+        assert cache and sample
+        solved.divergence = _half_way(model, sample, file, entries, threads, solvers, journal, cache, progress)
+    else:
+        # The solver's operations are too small to share, or for a GPU: a matrix to a thread, and a thread to a matrix.
+        with _alone(solvers) as pool:
+            for index, layers in _calibrated(model, sample, threads, journal, cache, progress):
+                if journal.find(_part(index)) is None:
+                    wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
+                    _solve_layer(file, wanted, layers, pool, journal, index)
     for index in range(len(model)):
         solved.add(*journal.part(_part(index)))
     solved.left = _left(entries, solved)
@@ -191,6 +202,130 @@ def _calibrated(
         progress("solving", done + 1, len(known - solved))
 
 
+def _half_way(
+    model: Model,
+    sample: tuple[torch.Tensor, torch.Tensor],
+    file: Gguf,
+    entries: Sequence[Entry],
+    threads: int,
+    solvers: int,
+    journal: Journal,
+    cache: Hessians,
+    progress: Progress,
+) -> dict[str, float] | None:
+    """Solve every layer behind the layers before it; returns the held-out divergences, as `aims.run`."""
+    tokens, held = sample
+    layers = range(len(model))
+    if not all(map(cache.has, layers)):
+        width = model.module.get_input_embeddings().embedding_dim
+        require_space(journal.folder, fisher.scratch_bytes(len(model), tokens.numel(), width, model.dtype))
+        step = functools.partial(progress, "calibrating")
+        aims.information(model, tokens, journal.folder, threads, cache.keep_weights, step)
+    chosen = {index: [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")] for index in layers}
+    solved = {index for index in layers if journal.find(_part(index)) is not None}
+    work = _Decoder(file, journal, bool(len(held)))
+
+    def wanted(index: int, layers: list[moments.Layer]) -> set[str]:
+        return work.begin(chosen[index], layers)
+
+    passing = aims.run(
+        model, tokens, held, cache.weights, wanted, journal.folder, threads, solved,
+        functools.partial(progress, "solving"),
+    )  # fmt: skip
+    with _alone(solvers) as pieces, _alone(solvers) as pool:
+        while True:
+            try:
+                stage = next(passing)
+            except StopIteration as end:
+                return end.value
+            if stage.index in solved:
+                work.put_back(*journal.part(_part(stage.index)))
+                continue
+            work.solve(stage, pool, pieces.map)
+            if stage.last:
+                journal.keep(_part(stage.index), *work.finished())
+
+
+class _Decoder:
+    """A decoder layer being solved, stage by stage. tried: whether nearest rounding is wanted beside."""
+
+    def __init__(self, file: Gguf, journal: Journal, tried: bool):
+        self.file, self.journal, self.tried = file, journal, tried
+
+    def begin(self, entries: list[Entry], layers: list[moments.Layer]) -> set[str]:
+        """The names of the layers that are not stored as they are."""
+        self.layers, self.report = layers, _empty()
+        self.rows: dict[str, np.ndarray] = {}
+        self.places: dict[str, list[tuple[moments.Layer, torch.Tensor]]] = {}
+        self.entries = {entry.name: entry for entry in entries}
+        for entry in entries:
+            found = [moments.match(rows, layers) for rows in each_matrix(self.file, entry.tensor)]
+            places = [place for place in found if place]
+            if len(places) == len(found):
+                self.places[entry.name] = places
+            elif _coder(entry):
+                self.report["left"][entry.name] = "no linear layer of the model has its rows"
+        return {layer.name for places in self.places.values() for layer, _ in places}
+
+    def solve(self, stage: aims.Stage, pool: ThreadPoolExecutor, each: solver.Each) -> None:
+        """Solve the tensors of a stage, and put into its layers what is stored."""
+        names = {layer.name for layer in stage.layers}
+        due = [name for name, places in self.places.items() if places[0][0].name in names]
+        found = pool.map(lambda name: self._one(self.entries[name], each), due)
+        for name, rows in zip(due, found, strict=True):
+            self._put(self.entries[name], rows)
+
+    def _one(self, entry: Entry, each: solver.Each) -> dict[str, np.ndarray]:
+        """What is stored of a tensor; the report learns of it."""
+        if _coder(entry):
+            found = _solve_tensor(self.file, entry, self.layers, each)
+            if not isinstance(found, str):
+                stored, self.report["errors"][entry.name], pooled, _ = found
+                self.report["pooled"] += pooled
+                self.rows |= stored
+                return stored
+            self.report["left"][entry.name] = found
+        return {}
+
+    def put_back(self, rows: Mapping[str, Rows], report: dict) -> None:
+        """The same from a finished layer."""
+        for name in self.places:
+            self._put(self.entries[name], rows)
+
+    def finished(self) -> tuple[dict[str, np.ndarray], dict]:
+        """Rows by name, and the report of the layer, in the order of the entries."""
+        order = list(self.entries)
+        self.report["errors"] = dict(sorted(self.report["errors"].items(), key=lambda item: order.index(item[0])))
+        self.report["pooled"].sort()
+        return self.rows, self.report
+
+    def _put(self, entry: Entry, rows: Mapping[str, Rows]) -> None:
+        """Put what is stored of a tensor into its layers: these rows, nearest rounding where there are none."""
+        first = 0
+        for number, (layer, order) in enumerate(self.places[entry.name]):
+            here = slice(first, first + len(order))
+            wanted = self.tried or entry.name not in rows
+            weight = self.file.read_rows(entry.tensor, first, len(order)) if wanted else None
+            nearest = None if weight is None else _nearest(_floats(weight, entry), entry)
+            stored = _decoded(entry, rows, number, here) if entry.name in rows else nearest
+            for name, value in (("stored", stored), ("nearest", nearest)):
+                if value is not None:
+                    if getattr(layer, name) is None:
+                        setattr(layer, name, layer.weight.clone())
+                    getattr(layer, name)[order.to(layer.weight.device)] = value.to(layer.weight)
+            first = here.stop
+
+
+def _alone(count: int) -> ThreadPoolExecutor:
+    """Threads that compute alone."""
+    return ThreadPoolExecutor(count, "solve", lambda: torch.set_num_threads(1))
+
+
+def _empty() -> dict[str, Any]:
+    """The report of a layer of which nothing is solved yet."""
+    return {"errors": {}, "left": {}, "pooled": [], "tried": {}}
+
+
 def _part(index: int) -> str:
     return f"layer-{index:05}"
 
@@ -206,7 +341,7 @@ def _solve_layer(
     """Solve the layer's tensors and keep the rows."""
     wanted = [entry for entry in wanted if _coder(entry)]
     rows: dict[str, np.ndarray] = {}
-    report: dict[str, Any] = {"errors": {}, "left": {}, "pooled": [], "tried": {}}
+    report = _empty()
     results = pool.map(lambda entry: _solve_tensor(file, entry, layers), wanted)
     for entry, found in zip(wanted, results, strict=True):
         if isinstance(found, str):
@@ -220,7 +355,7 @@ def _solve_layer(
     journal.keep(_part(index), rows, report)
 
 
-def _coder(entry: Entry) -> Callable[[torch.Tensor, torch.Tensor], Solution] | None:
+def _coder(entry: Entry) -> Callable[..., Solution] | None:
     """What codes a matrix, given its Hessian, in the entry's type; None without error feedback for that."""
     return families.coder(entry.target, entry.layout) if entry.target else None
 
@@ -239,7 +374,7 @@ def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
 
 
 def _solve_tensor(
-    file: Gguf, entry: Entry, layers: list[moments.Layer]
+    file: Gguf, entry: Entry, layers: list[moments.Layer], each: solver.Each = map
 ) -> tuple[dict[str, np.ndarray], dict[str, float], list[str], list[float]] | str:
     """What is stored, errors by stage, the experts that took the pooled Hessian, and as `Solved.tried`; or why not.
 
@@ -259,7 +394,7 @@ def _solve_tensor(
             pooled.append(f"{entry.name}[{number}]")
         weight, hessian = torch.from_numpy(rows), layer.hessian.cpu()
         try:
-            solved = code(weight, hessian)
+            solved = code(aims.moved(weight, layer, order), hessian, each=each)
         except InputError as error:
             raise InputError(f"tensor {entry.name!r}: {error}") from error
         matrices.append(solved.packed.cpu().numpy())
@@ -276,15 +411,32 @@ def _tried(weight: torch.Tensor, fed: torch.Tensor, entry: Entry, layer: moments
     """float64 [3], as `Solved.tried`, of one matrix."""
     if not layer.held:
         return np.zeros(3)
-    if kind := entry.columns:
-        n_rows, n_cols = weight.shape
-        packed, side = families.code(weight, kind, entry.layout)
-        nearest = kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0)
-    else:
-        nearest = entry.coder.decode(entry.coder.encode(weight.numpy()))
     sums = np.zeros(3)
-    for i, change in enumerate((weight, torch.from_numpy(nearest).sub_(weight), fed - weight)):
+    for i, change in enumerate((weight, _nearest(weight, entry).sub_(weight), fed - weight)):
         for x, information in layer.held:
             outputs = (x.cpu().float() @ change.T).square_().sum(1, dtype=torch.float64)
             sums[i] += float(outputs @ information.cpu().double())
     return sums
+
+
+def _floats(rows: np.ndarray, entry: Entry) -> torch.Tensor:
+    return torch.from_numpy(to_float32(rows, entry.tensor.type_id))
+
+
+def _nearest(weight: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """float32 [n_rows, n_cols]: what is stored of a matrix without a calibration."""
+    if kind := entry.columns:
+        packed, side = families.code(weight, kind, entry.layout)
+        n_rows, n_cols = weight.shape
+        return torch.from_numpy(kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0))
+    return torch.from_numpy(entry.coder.decode(entry.coder.encode(weight.numpy())))
+
+
+def _decoded(entry: Entry, rows: Mapping[str, Rows], number: int, here: slice) -> torch.Tensor:
+    """float32 [n_rows, n_cols]: what the rows `here`, those of matrix `number`, stand for."""
+    packed = rows[entry.name][here]
+    if kind := entry.columns:
+        [side] = rows[side_name(entry.name)][number : number + 1]
+        layout = kind.read_side(side, len(packed), entry.tensor.n_cols, entry.name)
+        return torch.from_numpy(kind.decode_rows(packed, layout, 0))
+    return torch.from_numpy(entry.coder.decode(packed))

@@ -30,7 +30,8 @@ PASSES = 5
 COLUMNS = 128  # coded again at a time
 PIECE = 1 << 20  # weights that temporary values are kept of
 ROUNDS = 2  # of k-means that starts from a codebook
-BYTES = 110  # of memory per weight, all rows together; twice that for the first ones; measured
+BYTES = 110  # of memory per weight, all rows together; twice that for the FIRST ones; measured
+FIRST = 1 << 22
 OUTLIER = 13  # times the mean |weight|: what the paper's order counts
 
 _NO_TABLE = np.zeros(0, np.float32)
@@ -54,12 +55,14 @@ def solve(
     passes: int = PASSES,
     cluster: Cluster = kmeans,
     row_scales: bool = True,
+    each: solver.Each = map,
 ) -> Solution:
     """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols].
 
     passes: of step 2. cluster: what finds the values of a column's codebook. row_scales: whether each row has a scale
-    of its own. With no passes and one scale it is CLAQ as published. `errors` has the stages "nearest" (k-means of
-    every column alone), "feedback" and "polish". It runs on the CPU. Raises InputError as `solver.solve` does.
+    of its own. each: not used, since the rows of a matrix share its codebooks. With no passes and one scale it is CLAQ
+    as published. `errors` has the stages "nearest" (k-means of every column alone), "feedback" and "polish". It runs on
+    the CPU. Raises InputError as `solver.solve` does.
     """
     weight, hessian = weight.cpu(), hessian.cpu()
     # Codebooks take any size of a column; damping that is relative to it makes the result the same for all sizes.
@@ -83,7 +86,7 @@ def solve(
 
 def coding_bytes(n_rows: int, n_cols: int) -> int:
     """Bytes of memory that `solve` takes beside the Hessian and the rows."""
-    return BYTES * (n_rows * n_cols + min(n_rows * n_cols, solver.WEIGHTS))
+    return BYTES * (n_rows * n_cols + min(n_rows * n_cols, FIRST))
 
 
 class Codebooks:

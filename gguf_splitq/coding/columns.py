@@ -29,6 +29,7 @@ def solve(
     kind: ScaledColumns,
     layout: Layout = PLAIN,
     passes: int = solver.PASSES,
+    each: solver.Each = map,
 ) -> Solution:
     """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols].
 
@@ -41,7 +42,9 @@ def solve(
         price = codebooks.prices(solver.prepare(hessian, solver.DAMPING)[0]) * inverse**2
         order = torch.from_numpy(codebooks.order(layout, [weight.T.contiguous().cpu()], price.cpu()))
     stored, fmt = order.to(weight.device), formats.ColumnFormat(kind, layout, weight.device)
-    solved = solver.solve(weight[:, stored] * inverse[stored], hessian[stored][:, stored], fmt, passes=passes)
+    solved = solver.solve(
+        weight[:, stored] * inverse[stored], hessian[stored][:, stored], fmt, passes=passes, each=each
+    )
     codes, d = np.split(solved.packed.numpy(), [n_cols], 1)
     packed, side = kind.pack(codes, Side(order.numpy(), scale[stored].cpu().numpy()), layout, d)
     value = kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0)
@@ -54,10 +57,11 @@ def solve_windows(
     kind: WindowColumns,
     layout: Layout = PLAIN,
     passes: int = windows.PASSES,
+    each: solver.Each = map,
 ) -> Solution:
     """`solve` for sq4wc, sq3wc and sq2wc, which have no layout but the plain one."""
     scale, inverse, hessian = _scaled(weight, hessian)
-    solved = windows.solve(weight * inverse, hessian, kind.plain, passes=passes)
+    solved = windows.solve(weight * inverse, hessian, kind.plain, passes=passes, each=each)
     return replace(solved, weight=solved.weight * scale.float(), side=kind.side_of(len(weight), scale.cpu().numpy()))
 
 

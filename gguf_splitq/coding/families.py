@@ -35,8 +35,11 @@ _CODE: dict[type, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
 }
 
 
-def coder(kind: TensorType, layout: Layout) -> Callable[[torch.Tensor, torch.Tensor], Solution] | None:
-    """What codes float32 [n_rows, n_cols] given its Hessian [n_cols, n_cols]; None for types without error feedback."""
+def coder(kind: TensorType, layout: Layout) -> Callable[..., Solution] | None:
+    """What codes float32 [n_rows, n_cols] given its Hessian [n_cols, n_cols]; None for types without error feedback.
+
+    Its argument `each` is that of `solver.solve`.
+    """
     if solve := _SOLVE.get(type(kind)):
         return functools.partial(solve, kind=kind, layout=layout)
     if isinstance(kind, Window):

@@ -22,9 +22,9 @@ A GPU is never waited for inside a pass, and what can be done for all columns at
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,8 +40,9 @@ COLUMNS = 128  # searched at a time
 COPIES = 2  # of the parameters, the unchanged ones included
 SPREAD = 0.05  # standard deviation of the relative change in a copy
 FACTORED = 32  # groups at a time
-WEIGHTS = 1 << 22  # coded at a time, in whole rows, to bound the memory
-ON_GPU = 16  # times as many: there a sweep of few rows takes as long as one of thousands
+WEIGHTS = 1 << 20  # coded at a time, in whole rows: what a thread takes, and what bounds the memory
+LEAST_ROWS = 256  # of such a piece
+ON_GPU = 64  # times as many: there a sweep of few rows takes as long as one of thousands
 BYTES = 60  # per weight of these; measured: at most 30
 
 
@@ -87,6 +88,13 @@ class Format(Protocol):
         """uint8 codes [n_rows, n_cols] -> uint8 [n_rows, row_bytes], on the CPU."""
 
 
+class Each(Protocol):
+    """`map`, or that of a pool whose threads compute alone."""
+
+    def __call__(self, work: Callable[[Any], Any], items: Iterable, /) -> Iterable:
+        """What `work` gives of each item, in order."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """packed: uint8 [n_rows, row_bytes], on the CPU; weight: float32, what the bytes stand for.
@@ -103,22 +111,33 @@ class Solution:
 
 
 def solve(
-    weight: torch.Tensor, hessian: torch.Tensor, fmt: Format, damping: float = DAMPING, passes: int = PASSES
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    fmt: Format,
+    damping: float = DAMPING,
+    passes: int = PASSES,
+    each: Each = map,
 ) -> Solution:
     """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols], on the device they are on.
 
     damping: added to the diagonal, relative to its mean; tenfold as long as that is not positive definite. passes: of
-    search and refit; the time goes with them. The same input gives the same bytes. Raises InputError when the Hessian
-    is not finite or not positive definite even with MOST_DAMPING.
+    search and refit; the time goes with them. each: does pieces of rows. The same input gives the same bytes. Raises
+    InputError when the Hessian is not finite or not positive definite even with MOST_DAMPING.
     """
     h, order, push, damping = prepare(hessian, damping)
-    return polished(weight, lambda piece: Rows(piece, h, fmt, order, push), passes, damping)
+    return polished(weight, lambda piece: Rows(piece, h, fmt, order, push), passes, damping, each)
 
 
-def polished(weight: torch.Tensor, start: Callable[[torch.Tensor], Rows], passes: int, damping: float) -> Solution:
-    """All stages for all rows, WEIGHTS at once. start: some of the rows -> them, rounded to nearest."""
-    stages, parts = [], []
-    for piece in weight.split(max(1, (ON_GPU if weight.is_cuda else 1) * WEIGHTS // weight.shape[1])):
+def polished(
+    weight: torch.Tensor,
+    start: Callable[[torch.Tensor], Rows],
+    passes: int,
+    damping: float,
+    each: Each = map,
+) -> Solution:
+    """All stages for all rows, pieces of them at once. start: some of the rows -> them, rounded to nearest."""
+
+    def work(piece: torch.Tensor) -> tuple[tuple[float, float, float], tuple[torch.Tensor, torch.Tensor]]:
         rows, chance = start(piece), torch.Generator().manual_seed(0)
         nearest, rounded = rows.error(), copy.copy(rows)
         rows.feedback()
@@ -128,16 +147,23 @@ def polished(weight: torch.Tensor, start: Callable[[torch.Tensor], Rows], passes
         for _ in range(passes):
             rows.search(chance, rows.refit())
         rows.refit()
-        stages.append((nearest, fed, rows.error()))
-        parts.append((rows.fmt.pack(rows.codes(), rows.params), rows.value().T))
+        return (nearest, fed, rows.error()), (rows.fmt.pack(rows.codes(), rows.params), rows.value().T)
+
+    size = _piece(*weight.shape, ON_GPU if weight.is_cuda else 1)
+    stages, parts = zip(*each(work, weight.split(size)), strict=True)
     errors = (sum(stage) / len(weight) for stage in zip(*stages, strict=True))
     packed, values = (torch.cat(part) for part in zip(*parts, strict=True))
     return Solution(packed, values, dict(zip(("nearest", "feedback", "polish"), errors, strict=True)), damping)
 
 
+def _piece(n_rows: int, n_cols: int, times: int = 1) -> int:
+    """Rows coded at a time."""
+    return min(n_rows, max(LEAST_ROWS, times * WEIGHTS // n_cols))
+
+
 def coding_bytes(n_rows: int, n_cols: int) -> int:
-    """Bytes of memory that `solve` takes beside the Hessian and the rows."""
-    return BYTES * min(n_rows * n_cols, WEIGHTS)
+    """Bytes of memory that `solve` takes beside the Hessian and the rows, for each piece that is being coded."""
+    return BYTES * _piece(n_rows, n_cols) * n_cols
 
 
 def damped(hessian: torch.Tensor, damping: float = DAMPING, size: torch.Tensor | float = 1.0) -> torch.Tensor:

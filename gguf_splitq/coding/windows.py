@@ -106,6 +106,7 @@ def solve(
     kind: Window,
     damping: float = solver.DAMPING,
     passes: int = PASSES,
+    each: solver.Each = map,
 ) -> Solution:
     """Code `weight` float32 [n_rows, n_cols] against `hessian` [n_cols, n_cols], on the device they are on.
 
@@ -115,7 +116,9 @@ def solve(
     h, order, factor, damping = solver.factored(hessian, damping, lambda diagonal: _order(diagonal, trellis))
     push, costs = solver.pushes(factor), solver.costs(factor)
     del factor
-    return solver.polished(weight, lambda piece: _Rows(piece, h, fmt, order, push, costs, trellis), passes, damping)
+    return solver.polished(
+        weight, lambda piece: _Rows(piece, h, fmt, order, push, costs, trellis), passes, damping, each
+    )
 
 
 def _order(diagonal: torch.Tensor, trellis: Trellis) -> torch.Tensor:

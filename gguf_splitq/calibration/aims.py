@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: MIT
+"""Half-way aims: matrices solved behind the stored weights of all before them, for weights that repair half the damage.
+
+A matrix W gets inputs x in the float model and x' behind what is stored of the matrices before it. Where its output is
+added to the residual stream, that sum is off by e = (h + W x) - (h' + W x'); elsewhere its output is, by W x - W x'.
+Least squares over the calibration tokens, each counted by its Fisher information w = |g|^2 (fisher.py),
+
+    H = sum w x' x'^T / sum w        W' = W + 1/2 (sum w e x'^T / sum w) (H + RIDGE mean(diag H) I)^-1
+
+and the solver codes W' against H. The whole correction is GPTAQ's (Li et al., arXiv 2504.02692) and that of Qronos
+(Zhang et al., arXiv 2505.11695); more than half of it fits the calibration text better and other texts worse.
+
+Layers go from the first to the last, and matrices in stages: those with the same inputs (q, k, v; gate, up) are solved
+at once, those behind them afterwards. In a layer with experts the stored model is routed as the float model is, so that
+an expert sees the same tokens in both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..coding import solver
+from . import fisher, moments
+from .model import Model
+from .moments import Layer
+from .watch import Watch
+
+SHARE = 0.5  # of the correction
+RIDGE = 1e-4
+
+Key = tuple[str, int | None]  # a matrix's name, and the expert
+Weights = Mapping[Key, Mapping[int, torch.Tensor]]  # by batch: float32 |g|^2 of the tokens that a matrix saw
+ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__,
+             torch.Tensor.__iadd__)  # fmt: skip
+
+
+@dataclass
+class Stage:
+    """Matrices to be solved together; whoever takes a stage sets what is stored of them before taking the next.
+
+    last: of its decoder layer.
+    """
+
+    index: int
+    layers: list[Layer]
+    last: bool
+
+
+def information(
+    model: Model,
+    tokens: torch.Tensor,
+    scratch: Path,
+    threads: int,
+    keep: Callable[[int, Weights], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Calls keep(decoder layer, weights of its tokens), the last layer first. Errors as of `fisher.backward`."""
+    found: dict[Key, dict[int, torch.Tensor]] = {}
+
+    def take(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return g.float().square().sum(1).cpu()
+
+    def see(index: int, batch: int, taken: fisher.Seen) -> None:
+        for key, parts in taken.items():
+            found.setdefault(key, {}).update({batch: torch.cat(list(parts))} if parts else {})
+
+    with fisher.workers(threads) as pool:
+        for index, _ in fisher.backward(model, tokens, take, see, scratch, pool, progress):
+            keep(index, dict(found))
+            found.clear()
+
+
+def run(
+    model: Model,
+    tokens: torch.Tensor,
+    held: torch.Tensor,
+    weights: Callable[[int], Weights],
+    wanted: Callable[[int, list[Layer]], Collection[str]],
+    scratch: Path,
+    threads: int = 1,
+    done: Collection[int] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Generator[Stage, None, dict[str, float] | None]:
+    """Yields stage after stage, the first layer first; its layers have `hessian` and `pull`, and are given `stored`.
+
+    Returns the divergence from the float model on `held`, in nats a token, of nearest rounding ("nearest") and of what
+    is stored ("feedback"); None without such tokens. tokens: int64 [sequences, CONTEXT]. held: others, at most BATCH,
+    for which layers are given `nearest` as well. weights(index): what `information` kept. wanted(index, layers): the
+    names of those that are not stored as they are. done: decoder layers that come as one stage, not measured, because
+    what is stored of them is known. The same tokens give the same bits at any number of threads. Raises InputError when an
+    activation is NaN or Inf.
+    """
+    streams = [model.inputs(tokens, scratch) for _ in range(2)]
+    tried = [hidden for hidden in model.inputs(held) for _ in range(3)] if len(held) else []
+    with fisher.workers(threads) as pool:
+        for index in range(len(model)):
+            with model.layer(index) as module:
+                decoder = _Decoder(model, module, index, pool)
+                names = wanted(index, decoder.layers)
+                stages = [set(names)] if index in done else decoder.stages(names, streams[0][0][:1])
+                for number, chosen in enumerate(stages):
+                    members = [layer for layer in decoder.layers if layer.name in chosen]
+                    if index not in done:
+                        decoder.measure(members, weights(index), *streams)
+                    yield Stage(index, members, number + 1 == len(stages))
+                    decoder.store(members)
+                for stream, stands in zip(streams, ({}, decoder.stored), strict=True):
+                    for batch, hidden in enumerate(stream):
+                        stream[batch] = decoder.through(hidden, stands)
+                if tried:
+                    instead: list[Mapping[Key, torch.Tensor]] = [{}, decoder.nearest, decoder.stored]
+                    tried = [decoder.through(*pair) for pair in zip(tried, instead, strict=True)]
+            progress(index + 1, len(model))
+    if not tried:
+        return None
+    with model.heads() as head, torch.no_grad():
+        return dict(zip(("nearest", "feedback"), _divergences(head, *tried), strict=True))
+
+
+def moved(weight: torch.Tensor, layer: Layer, order: torch.Tensor) -> torch.Tensor:
+    """float32 [n_rows, n_cols]: the aim for rows `weight` of a matrix, whose numbers in it are `order`."""
+    if layer.pull is None or layer.hessian is None:
+        return weight
+    factor = torch.linalg.cholesky(solver.damped(layer.hessian, RIDGE))
+    return weight + SHARE * torch.cholesky_solve(layer.pull[order].T, factor).T.to(weight)
+
+
+class _Decoder:
+    """A loaded decoder layer. stored, nearest: what stands in place of its matrices; routed: it has experts."""
+
+    def __init__(self, model: Model, module: torch.nn.Module, index: int, pool: Executor):
+        self.model, self.module, self.index, self.pool = model, module, index, pool
+        self.layers = moments.layers_of(module)
+        self.routed = any(layer.key[1] is not None for layer in self.layers)
+        self.stored: dict[Key, torch.Tensor] = {}
+        self.nearest: dict[Key, torch.Tensor] = {}
+        self.planned: set[str] = set()  # parameters that are not stored as they are
+        self.added: set[str] = set()  # of these, whose outputs are added to something at once
+
+    def stages(self, wanted: Collection[str], hidden: torch.Tensor) -> list[set[str]]:
+        """Names of matrices, those with the same inputs together, in the order in which they run on a sequence."""
+        members: dict[str, set[str]] = defaultdict(set)
+        for layer in self.layers:
+            if layer.name in wanted:
+                members[layer.key[0]].add(layer.name)
+        self.planned = set(members)
+        with torch.no_grad(), _Pass(self.module, self.planned, {}) as seen:
+            self.model.forward(self.module, self.index, hidden)
+        calls = seen.calls
+        self.added = {call.name for call in calls if call.total is not None}
+        first: dict[str, _Call] = {}
+        for call in calls:
+            first.setdefault(call.name, call)
+        stages: list[set[str]] = []
+        x = None
+        for name in [*first, *(members.keys() - first.keys())]:
+            call = first.get(name)
+            if x is None or call is None or call.x is not x:
+                stages.append(set())
+            x = call and call.x
+            stages[-1] |= members[name]
+        return stages or [set()]
+
+    def measure(self, members: list[Layer], weights: Weights, exact: Iterable, stored: Iterable) -> None:
+        """Gives the layers of a stage their Hessians and pulls."""
+        names = {layer.key[0] for layer in members}
+        sums: dict[Key, moments.Moment] = {}
+        for batch, both in enumerate(zip(exact, stored, strict=True)):
+            seen: dict[Key, list[_Pair]] = defaultdict(list)
+            for pairs in self.pool.map(
+                functools.partial(self._pairs, names), *(fisher.parts(self.model, h) for h in both)
+            ):
+                for key, pair in pairs:
+                    seen[key].append(pair)
+            blocks = []
+            for key, found in seen.items():
+                moment, known = sums.setdefault(key, moments.Moment()), weights.get(key, {}).get(batch)
+                if known is not None:
+                    blocks += moment.add(_weighted(found, known))
+            for _ in self.pool.map(lambda block: block(), sorted(blocks, key=moments.work, reverse=True)):
+                pass
+        for layer in members:
+            moments.measured(layer, sums, {})
+
+    def store(self, members: list[Layer]) -> None:
+        """Take over what stands in place of matrices."""
+        self.stored |= {layer.key: layer.stored for layer in members if layer.stored is not None}
+        self.nearest |= {layer.key: layer.nearest for layer in members if layer.nearest is not None}
+        for layer in members:
+            layer.hessian = layer.pull = None
+
+    def through(self, hidden: torch.Tensor, instead: Mapping[Key, torch.Tensor]) -> torch.Tensor:
+        """Hidden states of a batch after the layer, with other matrices in it."""
+
+        def part(hidden: torch.Tensor) -> torch.Tensor:
+            with _Pass(self.module, (), instead):
+                return fisher.forward(self.model, self.module, self.index, hidden)
+
+        return torch.cat(list(self.pool.map(part, fisher.parts(self.model, hidden))))
+
+    def _run(self, hidden: torch.Tensor, names: set[str], instead: Mapping, results: Iterable | None = None) -> _Pass:
+        """A pass that ends when it has seen all of `names`; experts may get any number of calls."""
+        due = None if self.routed else (names, names & self.added)
+        seen = _Pass(self.module, names, instead, self.planned, results, due)
+        with torch.no_grad(), contextlib.suppress(_Enough), seen:
+            self.model.forward(self.module, self.index, hidden)
+        return seen
+
+    def _pairs(self, names: set[str], exact: torch.Tensor, stored: torch.Tensor) -> list[tuple[Key, _Pair]]:
+        """What a worker's part shows of a stage's matrices."""
+        one = self._run(exact, names, {})
+        other = self._run(stored, names, self.stored, one.others if self.routed else None)
+        same = [(a.key, a.x.shape) for a in one.calls] == [(b.key, b.x.shape) for b in other.calls]
+        return [
+            (a.key, _Pair((b if same else a).x.flatten(0, -2), a.off(b, a.name in self.added) if same else None))
+            for a, b in zip(one.calls, other.calls if same else one.calls, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """x: [tokens, in], behind what is stored; off: float32 [tokens, out], what its outputs should repair, or None."""
+
+    x: torch.Tensor
+    off: torch.Tensor | None
+
+
+def _weighted(pairs: list[_Pair], weights: torch.Tensor) -> list[moments.Taken]:
+    """With the tokens' weights float32 [n]; their mean for all where there are not as many."""
+    counts = [len(pair.x) for pair in pairs]
+    if sum(counts) != len(weights):
+        weights = weights.mean().expand(sum(counts))
+    plain = any(pair.off is None for pair in pairs)
+    each = zip(pairs, weights.split(counts), strict=True)
+    found = [(pair.x, w.to(pair.x.device), pair.off) for pair, w in each]
+    return [[part for part in parts if part is not None][: 2 if plain else 3] for parts in found]
+
+
+@dataclass
+class _Call:
+    """A product y = x W^T. total: y and what it is added to."""
+
+    name: str
+    expert: int | None
+    x: torch.Tensor
+    y: torch.Tensor
+    total: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.version = self.y._version
+
+    @property
+    def key(self) -> Key:
+        return self.name, self.expert
+
+    def off(self, other: _Call, added: bool) -> torch.Tensor | None:
+        """float32 [tokens, out]: by how much the other model's outputs, or sums, fall short of these."""
+        ours, theirs = (self.total, other.total) if added else (self.y, other.y)
+        if ours is None or theirs is None or not (self.intact(added) and other.intact(added)):
+            return None
+        return (ours.float() - theirs.float()).flatten(0, -2)
+
+    def intact(self, added: bool) -> bool:
+        """Whether nothing was written over y since."""
+        return added or self.y._version == self.version
+
+
+class _Enough(Exception):
+    pass
+
+
+class _Pass(Watch):
+    """One of the two models' passes through a layer.
+
+    calls: of matrices in `names`, in order. instead: other matrices to multiply with. others: results of matrices that
+    are not `planned`, or `results`, to be given in their place. due: names that are to have calls, and those that are
+    to have totals: then the pass ends.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        names: Collection[str],
+        instead: Mapping[Key, torch.Tensor],
+        planned: Collection[str] = (),
+        results: Iterable | None = None,
+        due: tuple[set[str], set[str]] | None = None,
+    ):
+        super().__init__(module, lambda *_: None)
+        self.names, self.instead, self.planned = names, instead, planned
+        self.results, self.due = None if results is None else iter(list(results)), due
+        self.calls: list[_Call] = []
+        self.others: list[torch.Tensor] = []
+
+    def product(
+        self, name: str, expert: int | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Watch`."""
+        if name not in self.planned and self.results is not None:
+            return next(self.results)
+        y = torch.nn.functional.linear(x, self.instead.get((name, expert), weight), bias)
+        if name not in self.planned:
+            self.others.append(y)
+        if name in self.names:
+            self.calls.append(_Call(name, expert, x, y))
+            self._end()
+        return y
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func in ADDITIONS and self.calls:
+            a, b = args[0], args[1] if len(args) > 1 else None
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
+                for call in self.calls:
+                    if (
+                        call.total is None
+                        and call.y.shape == a.shape
+                        and call.y.data_ptr() in (a.data_ptr(), b.data_ptr())
+                    ):
+                        call.total = result.clone()
+                        self._end()
+        return result
+
+    def _end(self) -> None:
+        if self.due and self.due[0] <= {c.name for c in self.calls}:
+            if self.due[1] <= {c.name for c in self.calls if c.total is not None}:
+                raise _Enough
+
+
+def _divergences(head: Callable, exact: torch.Tensor, *others: torch.Tensor) -> list[float]:
+    """KL divergence of the float model's distribution from those behind other hidden states, in nats a token."""
+    sums = [0.0] * len(others)
+    for number, hidden in enumerate(exact.split(1)):
+        wanted = head(hidden).log_softmax(-1)
+        for i, other in enumerate(others):
+            given = head(other[number : number + 1]).log_softmax(-1)
+            sums[i] += float((wanted.exp() * (wanted - given)).sum(-1).mean())
+    return [total / len(exact) for total in sums]
