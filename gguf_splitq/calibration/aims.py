@@ -96,8 +96,8 @@ def run(
     is stored ("feedback"); None without such tokens. tokens: int64 [sequences, CONTEXT]. held: others, at most BATCH,
     for which layers are given `nearest` as well. weights(index): what `information` kept. wanted(index, layers): the
     names of those that are not stored as they are. done: decoder layers that come as one stage, not measured, because
-    what is stored of them is known. The same tokens give the same bits at any number of threads. Raises InputError when an
-    activation is NaN or Inf.
+    what is stored of them is known. The same tokens give the same bits at any number of threads. Raises InputError when
+    an activation is NaN or Inf.
     """
     streams = [model.inputs(tokens, scratch) for _ in range(2)]
     tried = [hidden for hidden in model.inputs(held) for _ in range(3)] if len(held) else []

@@ -155,7 +155,7 @@ class Moment:
     information: float = 0.0
     count: int = 0
 
-    def add(self, taken: Sequence[Taken]) -> list[Callable[[], None]]:
+    def add(self, taken: Sequence[Taken]) -> list[functools.partial[None]]:
         """What remains to be done, in any order, to add these."""
         if not taken:
             return []
@@ -169,7 +169,7 @@ class Moment:
         self.information += sum(float(information.sum()) for _, information, *_ in taken)
         self.count += sum(len(x) for x, *_ in taken)
         starts = range(0, size, COLUMNS)
-        blocks: list[Callable[[], None]] = [functools.partial(_add_block, taken, start, self.total) for start in starts]
+        blocks = [functools.partial(_add_block, taken, start, self.total) for start in starts]
         if self.pull is not None:
             blocks += [functools.partial(_add_pull, taken, start, self.pull) for start in starts]
         return blocks
@@ -202,7 +202,7 @@ def whole(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def work(block: Callable[[], None]) -> int:
+def work(block: functools.partial[None]) -> int:
     """Larger for what takes longer: such blocks begin first."""
     return block.args[1] * sum(len(x) for x, *_ in block.args[0])
 

@@ -47,10 +47,16 @@ def coder(kind: TensorType, layout: Layout) -> Callable[..., Solution] | None:
     return functools.partial(_in_blocks, kind=kind) if formats.for_type(kind) else None
 
 
-def _in_blocks(weight: torch.Tensor, hessian: torch.Tensor, kind: TensorType, passes: int = solver.PASSES) -> Solution:
+def _in_blocks(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    kind: TensorType,
+    passes: int = solver.PASSES,
+    each: solver.Each = map,
+) -> Solution:
     fmt = formats.for_type(kind, weight.device)
     assert fmt
-    return solver.solve(weight, hessian, fmt, passes=passes)
+    return solver.solve(weight, hessian, fmt, passes=passes, each=each)
 
 
 def on_gpu(kind: TensorType | None) -> bool:

@@ -149,7 +149,7 @@ def polished(
         rows.refit()
         return (nearest, fed, rows.error()), (rows.fmt.pack(rows.codes(), rows.params), rows.value().T)
 
-    size = _piece(*weight.shape, ON_GPU if weight.is_cuda else 1)
+    size = _piece(len(weight), weight.shape[1], ON_GPU if weight.is_cuda else 1)
     stages, parts = zip(*each(work, weight.split(size)), strict=True)
     errors = (sum(stage) / len(weight) for stage in zip(*stages, strict=True))
     packed, values = (torch.cat(part) for part in zip(*parts, strict=True))
