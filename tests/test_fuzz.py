@@ -43,7 +43,7 @@ from gguf_splitq.types import columns
 SECONDS = float(os.environ.get("SPLITQ_FUZZ_SECONDS", 0))  # for each kind of file; 0: as many mutants as below
 MUTANTS = 100
 MEMORY = 64 << 20  # bytes, for files of a few kilobytes
-CALIBRATION = {"model": "m", "calib": "c", "calib_tokens": 4096, "calib_dtype": "f32"}
+CALIBRATION = {"model": "m", "calib": "c", "calib_tokens": 4096, "calib_dtype": "f32", "aim": "plain"}
 
 
 def model(folder):
@@ -103,6 +103,12 @@ def hessians(folder):
     return write(folder / "hessians.gguf", kv, [(f"0 {name}", (8, 8), 0) for name in "ab"], [matrix, matrix])
 
 
+def weights(folder):
+    kv = {"gguf_splitq.calibration": Value.of(json.dumps(CALIBRATION))}
+    matrix = np.float32([[1, 2, 3], [0, 0, 1]]).tobytes()
+    return write(folder / "weights.gguf", kv, [(f"0 {name}", (2, 3), 0) for name in ("a", "b[1]")], [matrix, matrix])
+
+
 def saved_plan(folder):
     names = [t.name for t in gguf_file.read(model(folder)).tensors]
     linear = {name: "sq3" for name in names if name.startswith("blk.") and "norm" not in name}
@@ -113,6 +119,10 @@ def saved_plan(folder):
 def use_hessians(path):
     known = Hessians(path, SimpleNamespace(settings=CALIBRATION), 1)
     known.fill(0, [Layer(name, torch.zeros(4, 8)) for name in "abc"])
+
+
+def use_weights(path):
+    Hessians(path, SimpleNamespace(settings=CALIBRATION), 1).weights(0)
 
 
 def use_imatrix(path):
@@ -155,6 +165,7 @@ USES = {  # command -> (a sound file, what is done with it)
     "imatrix": (modern, use_imatrix),
     "imatrix, legacy": (legacy, use_imatrix),
     "hessians": (hessians, use_hessians),
+    "weights": (weights, use_weights),
     "plan": (saved_plan, use_plan),
 }
 WITH_METADATA = [name for name, (make, _) in USES.items() if make not in (legacy, saved_plan, contained)]
@@ -257,9 +268,9 @@ def test_a_value_may_end_anywhere(folder, key):
         ({"gguf_splitq.calibration": "[1]"}, None, "'gguf_splitq.calibration' is not a JSON dict"),
         ({"gguf_splitq.calibration": 3}, None, "'gguf_splitq.calibration' is of type u32 where a string is due"),
         ({"gguf_splitq.calibration": "{}"}, None, "measured with model None"),
-        ({}, np.eye(8, dtype=np.float16), r"'a' is f16 \[8, 8\] where f32 \[8, 8\] is due"),
-        ({}, np.eye(4, dtype=np.float32), r"'a' is f32 \[4, 4\] where"),
-        ({}, np.full((8, 8), np.nan, np.float32), "'a' holds NaN"),
+        ({}, np.eye(8, dtype=np.float16), r"'0 a' is f16 \[8, 8\] where f32 \[8, 8\] is due"),
+        ({}, np.eye(4, dtype=np.float32), r"'0 a' is f32 \[4, 4\] where"),
+        ({}, np.full((8, 8), np.nan, np.float32), "'0 a' holds NaN"),
     ],
 )
 def test_what_are_no_hessians(folder, kv, matrix, words):

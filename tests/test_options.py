@@ -269,19 +269,21 @@ def test_with_a_budget_it_is_asked_for_before_measuring(tmp_path, monkeypatch, h
         convert(model, bpw=4.0, calib=tmp_path / "text.txt", outfile=tmp_path / "out.gguf")
 
 
-def test_room_for_hessians_and_journal_is_asked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("aim, one", [("plain", 4 * 256**2), ("half", 8 * 32768)])
+def test_room_for_what_is_measured_and_journal_is_asked_for(tmp_path, monkeypatch, aim, one):
     from gguf_splitq.calibration import solve
     from gguf_splitq.convert import convert
 
     def solving(*_):
         raise InterruptedError
 
-    free = 2 * 14 * 4 * 256**2  # what the Hessians of 14 matrices take, in the journal and in their file
+    free = 2 * 14 * one  # what is measured of 14 matrices, in the journal and in its file
     monkeypatch.setattr(gguf_file.os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1))
     monkeypatch.setattr(solve, "run", solving)
     model = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors(256, 256))
     (tmp_path / "text.txt").write_text("a text")
     given = dict(calib=tmp_path / "text.txt", outfile=tmp_path / "out.gguf", hessians=tmp_path / "h.gguf")
+    given |= dict(aim=aim, calib_tokens=32768)
     with pytest.raises(EnvironmentFailed, match="MiB are needed and 7.0 MiB are free"):
         convert(model, "sq4", **given)
     free += 2_000_000  # the output, and as many solved rows
