@@ -3,7 +3,8 @@
 
 Random weights, random tokens: the time depends on neither. Calibration (the layer forward, then forward and backward,
 and its second moments) grows linearly with the tokens and is scaled to 160 k when fewer are run; solving does not
-depend on them. Head and embedding are run with a small vocabulary and are counted with the layer.
+depend on them. Head and embedding are run with a small vocabulary and are counted with the layer. The aims are plain:
+half-way ones run the layer forward again, twice for each of its four stages, and wait for nothing else.
 """
 
 import tempfile
@@ -44,28 +45,33 @@ def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threa
     from gguf_splitq import types
     from gguf_splitq.calibration import moments
     from gguf_splitq.calibration.model import CONTEXT, Model
-    from gguf_splitq.coding import formats, solver
+    from gguf_splitq.coding import families
+    from gguf_splitq.types.columns import PLAIN
 
     torch.set_num_threads(threads)
-    model, target = Model(folder, device, getattr(torch, dtype)), types.get(type)
+    model, kind = Model(folder, device, getattr(torch, dtype)), types.get(type)
+    code, on_gpu = families.coder(kind, PLAIN), device != "cpu" and families.on_gpu(kind)
     text = torch.randint(VOCABULARY, (max(1, tokens // CONTEXT), CONTEXT))
     seconds, start = {}, time.perf_counter()
 
     def lap(step: str) -> None:
         nonlocal start
-        if device == "cuda":
+        if device != "cpu":
             torch.cuda.synchronize()
         seconds[f"{step} s"], start = time.perf_counter() - start, time.perf_counter()
 
     def solve(layer: moments.Layer) -> None:
-        solver.solve(layer.weight.float().cpu(), layer.hessian.cpu(), formats.for_type(target))
+        at = layer.hessian.device if on_gpu else "cpu"
+        code(layer.weight.float().to(at), layer.hessian.to(at))
+        layer.hessian = None
 
     for _, layers in moments.run(model, text, folder, threads):
         lap("calibration")
-        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
+        together = 1 if on_gpu else threads
+        with ThreadPoolExecutor(together, initializer=lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
             list(pool.map(solve, layers))
         lap("solve")
-    seconds["GPU GiB"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0
+    seconds["GPU GiB"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else 0
     return seconds
 
 
@@ -88,9 +94,9 @@ def main() -> None:
             )
         seconds["calibration s"] *= TOKENS / args.tokens
         total = sum(seconds[step] for step in ("calibration s", "solve s")) * SHAPES[shape][-1]
-        rows.append({"shape": shape, "all layers min": total / 60} | seconds)
+        rows.append({"shape": shape, "layers": SHAPES[shape][-1], "all layers min": total / 60} | seconds)
     note = "" if args.tokens == TOKENS else f" ({args.tokens} were run, the rest is scaled up)"
-    columns = {"shape": "", "calibration s": ".1f", "solve s": ".1f", "all layers min": ".1f"}
+    columns = {"shape": "", "calibration s": ".1f", "solve s": ".1f", "layers": "", "all layers min": ".1f"}
     columns |= {"GPU GiB": ".1f"} if args.device == "cuda" else {}
     show(f"One decoder layer on {args.device} in {args.dtype}, {args.type}, {TOKENS} tokens{note}", rows, columns)
     save("slices", {"options": vars(args), "rows": rows}, args.keep)

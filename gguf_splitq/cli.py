@@ -412,6 +412,8 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--no-check", dest="load", action="store_false", help=check)
 
     g = p.add_argument_group("memory and speed")
+    device = "what --calib runs on: cpu, cuda, cuda:1 ... (default: %(default)s: a GPU that PyTorch sees, else cpu)"
+    g.add_argument("--device", default="auto", metavar="D", help=device)
     g.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
     ram = "memory to stay below, such as 1500M or 2G (default: no limit); what is needed is stated beforehand"
     g.add_argument("--max-ram", metavar="SIZE", help=ram)

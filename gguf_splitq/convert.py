@@ -148,7 +148,15 @@ def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
     assert given.calib and given.bpw is not None  # Convert.check
     step = functools.partial(progress.step, "measuring sensitivity")
     costs = sensitivity.of_checkpoint(
-        job.source.path, file, wanted, given.calib, given.calib_tokens, given.workers, given.scratch, step
+        job.source.path,
+        file,
+        wanted,
+        given.calib,
+        given.calib_tokens,
+        given.workers,
+        given.scratch,
+        step,
+        given.processor,
     )
     chosen = mix.choose(job.entries, costs, given.bpw, job.architecture)
     entries = job.make(chosen.types)
@@ -188,6 +196,7 @@ def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Prog
         given.tune,
         given.precision,
         given.aim,
+        given.processor,
     )
 
 

@@ -85,9 +85,10 @@ class Convert(Options):
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
     written. tune: train block scales and norms on the calibration tokens. calib_dtype: what the Hessians are
-    computed in: "f32", "bf16", or "auto" for what the processor is fast in. aim: "half" to repair half of what the
-    matrices before have done to a matrix's outputs, or "plain". claq_metric: what gives a column
-    of cq2.x, sq2.x and so on more bits, "hessian" or "outlier".
+    computed in: "f32", "bf16", or "auto" for what the device is fast in. device: what a calibration runs on: "cpu",
+    "cuda", "cuda:1", or "auto" for a GPU where there is one. aim: "half" to repair half of what the matrices before
+    have done to a matrix's outputs, or "plain". claq_metric: what gives a column of cq2.x, sq2.x and so on more bits,
+    "hessian" or "outlier".
     dry_run: print the plan, write nothing but save_plan. report: a JSON file for the per-tensor errors. max_ram: bytes,
     or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
     template for the vision or audio part of the checkpoint; the template alone lies beside the output. container: write
@@ -111,6 +112,7 @@ class Convert(Options):
     hessians: str | Path | None = _path("read", "--hessians", None)
     tune: bool = False
     calib_dtype: str = "auto"
+    device: str = "auto"
     aim: str = "half"
     claq_metric: str = "hessian"
     dry_run: bool = False
@@ -199,7 +201,12 @@ class Convert(Options):
         """What calibration computes in here: "f32" or "bf16"."""
         from .calibration import solve
 
-        return solve.precision(self.calib_dtype)
+        return solve.precision(self.calib_dtype, self.processor)
+
+    @functools.cached_property
+    def processor(self) -> str:
+        """What a calibration runs on, as PyTorch names it."""
+        return check_device(self.device)
 
     @property
     def journal(self) -> Path:
@@ -232,6 +239,8 @@ class Convert(Options):
         """Raise what is wrong with these options, the model's own content aside."""
         self.check_paths()
         _ = self.workers, self.limit
+        if self.device != "auto":
+            check_device(self.device)
         check_choice(self.type, self.bpw, self.plan_file, self.save_plan, self.calib)
         check_calibration(self.calib, self.calib_tokens, self.imatrix, self.hessians, self.tune)
         self.check_files(Path(self.model))
@@ -496,6 +505,25 @@ def check_threads(threads: int | None) -> int:
     if threads is not None and not 0 < threads <= MAX_THREADS:
         raise UsageError(f"--threads {threads} is no number of threads to work with: give 1 to {MAX_THREADS}")
     return threads or resources.cores()
+
+
+def check_device(device: str) -> str:
+    """As PyTorch names it; of "auto" a GPU where there is one. UsageError for one that PyTorch does not see."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device, re.ASCII):
+        raise UsageError(f"--device {device[:60]}: not a device to solve on: give cpu, cuda, cuda:N or auto")
+    if device == "cpu":
+        return device
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    if int(device.partition(":")[2] or 0) >= count:
+        seen = f"{count} GPU{'s' * (count != 1)}"
+        raise UsageError(
+            f"--device {device}: PyTorch {torch.__version__} sees {seen}: give another, or install PyTorch for CUDA"
+        )
+    return device
 
 
 def parse_size(size: str | int | None) -> int | None:

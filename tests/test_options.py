@@ -400,6 +400,11 @@ def test_an_empty_type(refused):
     refused("convert", "model.gguf", "--type", "", words=["type '' is not known"])
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", "", "cuda:999"])
+def test_devices_that_nothing_runs_on(refused, device):
+    refused("convert", "model.gguf", "--type", "sq4", f"--device={device}", words=[f"--device {device}"])
+
+
 @pytest.mark.parametrize("threads", ["-1", "0", "99999999999999999999"])
 def test_numbers_of_threads_that_nothing_runs(refused, threads):
     refused("convert", "model.gguf", "--type", "sq4", f"--threads={threads}", words=[f"--threads {threads}"])

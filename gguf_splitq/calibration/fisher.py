@@ -3,8 +3,8 @@
 
 A small error dy at a matrix's output changes the model's distribution by the divergence (g . dy)^2 / 2 in expectation,
 g being the gradient at that output of log p(label) with the label drawn from the model: the Fisher information. The
-model runs forward once, the hidden states between the layers kept in a file, then backward, each layer run again with
-gradients.
+model runs forward once, the hidden states between the layers kept in a file, or on the GPU where there is room, then
+backward, each layer run again with gradients.
 
 A sum in floating point depends on how many threads share it. So none is shared: a sequence goes to a thread, a thread
 computes alone, and what threads give is joined in the order of the sequences. A GPU takes a batch whole.
@@ -91,14 +91,14 @@ def parts(model: Model, batch: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-    """The hidden states after a layer, on the CPU."""
+    """The hidden states after a layer."""
     with torch.no_grad():
         output = model.forward(layer, index, hidden)
         if not torch.isfinite(output).all():
             with Watch(layer, _finite(index)):  # where it comes from
                 model.forward(layer, index, hidden)
             raise InputError(f"decoder layer {index}: an activation is NaN or Inf: check the checkpoint")
-        return output.cpu()
+        return output
 
 
 def _finite(index: int) -> Callable:
@@ -113,17 +113,17 @@ def _finite(index: int) -> Callable:
 def _at_the_head(
     head: Callable, device: torch.device, hidden: torch.Tensor, random: torch.Generator, pool: ThreadPoolExecutor
 ) -> torch.Tensor:
-    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer, on the CPU."""
+    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer."""
 
     def gradient(hidden: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
-            hidden = hidden.to(device).requires_grad_()
+            hidden = hidden.detach().to(device).requires_grad_()
             logits = head(hidden).flatten(0, 1)
         p = logits.detach().softmax(-1)
         up_to = p.cumsum(-1)
         labels = torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
         slope = p.neg_().scatter_add_(1, labels, torch.ones_like(chance))  # of log p(label) by the logits
-        return torch.autograd.grad(logits, hidden, slope)[0].cpu()
+        return torch.autograd.grad(logits, hidden, slope)[0]
 
     gradients = []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
@@ -139,14 +139,14 @@ def _through(
     """The gradient at the layer's input, from that at its output, and what is taken of its matrices on the way."""
     calls = []
     with torch.enable_grad(), Watch(layer, lambda *call: calls.append(call)):
-        hidden = hidden.to(model.device).requires_grad_()
+        hidden = hidden.detach().to(model.device).requires_grad_()
         output = model.forward(layer, index, hidden)
     wanted = [hidden, *(y for _, _, _, y in calls)]
     first, *rest = torch.autograd.grad(output, wanted, gradient.to(model.device), allow_unused=True)
     taken = []
     for (name, expert, x, _), g in zip(calls, rest, strict=True):
         taken.append(((name, expert), None if g is None else take(x.detach().flatten(0, -2), g.flatten(0, -2))))
-    return first.cpu(), taken
+    return first, taken
 
 
 def _joined(taken: Sequence[list[tuple[tuple[str, int | None], Any]]]) -> dict[tuple[str, int | None], list[Any]]:

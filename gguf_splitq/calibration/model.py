@@ -52,6 +52,7 @@ CONTEXT = 512  # tokens per sequence: what llama-perplexity and llama-imatrix us
 BATCH = 8  # sequences
 SAMPLED = 16  # sequences that a thread draws at a time
 TOGETHER = 4  # threads that draw, so that memory is bounded
+SPARE = 0.5  # of a GPU's memory, that hidden states leave to the layer being run and solved
 HELD_OUT = 16  # one sequence, of those not calibrated on, to so many that are
 TEMPERATURE, SEED = 1.2, 0  # of drawn text
 SAMPLING = {"temperature": TEMPERATURE, "seed": SEED}
@@ -202,7 +203,7 @@ class Model:
                     f"{self.path}: decoder layers of {type(self.module).__name__} are given more than one another's "
                     f"hidden states: {self.advice}"
                 )
-            states.append(hidden.cpu())
+            states.append(hidden if isinstance(states, OnDisk) else hidden.cpu())
         self._arguments_of(batches[0][:1].shape)  # now, not from several threads at once
         return states
 
@@ -401,12 +402,14 @@ class Model:
 class OnDisk:
     """A list of tensors in a file without a name in `folder`, each read when it is asked for.
 
-    All have the size of the first, the last may be smaller; what is put back has the size of what was there.
+    Those that are on a GPU stay there, as long as SPARE of its memory is free besides. All have the size of the first,
+    the last may be smaller; what is put back has the size of what was there.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.dtype, self.size = folder, torch.float32, 0
         self.shapes: list[torch.Size] = []
+        self.kept: dict[int, torch.Tensor] = {}
         self.file = tempfile.TemporaryFile(dir=folder)
 
     def __len__(self) -> int:
@@ -422,6 +425,8 @@ class OnDisk:
         self[len(self) - 1] = tensor
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        if index in self.kept:
+            return self.kept[index]
         shape = self.shapes[index]
         self.file.seek(index * self.size)
         tensor = torch.empty(shape, dtype=self.dtype)  # aligned as any other tensor, on which a sum may depend
@@ -429,12 +434,23 @@ class OnDisk:
         return tensor
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
+        self.kept.pop(index, None)
+        if tensor.is_cuda and _spare(tensor):
+            self.kept[index] = tensor.detach()
+            return
         try:
             self.file.seek(index * self.size)
             self.file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             self.file.flush()
         except OSError as error:
             raise disk_error(error, self.folder, len(self) * self.size) from error
+
+
+def _spare(tensor: torch.Tensor) -> bool:
+    """Whether the GPU has room for one more such tensor beside what it computes."""
+    free, total = torch.cuda.mem_get_info(tensor.device)
+    unused = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
+    return free + unused - tensor.nbytes > SPARE * total
 
 
 class _Drawn(transformers.LogitsProcessor):

@@ -31,6 +31,7 @@ from .model import BATCH, Model
 from .watch import matrices
 
 COLUMNS = 512  # of a Hessian that are one thread's work
+ON_GPU = 2048  # of them at a time there: half of the matrix is left out, and products are large enough
 CHECKED = 2  # layers, the first that are solved, whose codes are tried on other tokens
 
 Taken = Sequence[torch.Tensor]  # of a sequence: x [tokens, in] and float32 |g|^2 [tokens], maybe e [tokens, out]
@@ -168,18 +169,19 @@ class Moment:
             self.pull = None
         self.information += sum(float(information.sum()) for _, information, *_ in taken)
         self.count += sum(len(x) for x, *_ in taken)
-        starts = range(0, size, COLUMNS)
-        blocks = [functools.partial(_add_block, taken, start, self.total) for start in starts]
+        width = ON_GPU if self.total.is_cuda else COLUMNS
+        starts = range(0, size, width)
+        blocks = [functools.partial(_add_block, taken, start, self.total, width) for start in starts]
         if self.pull is not None:
-            blocks += [functools.partial(_add_pull, taken, start, self.pull) for start in starts]
+            blocks += [functools.partial(_add_pull, taken, start, self.pull, width) for start in starts]
         return blocks
 
     def mean(self) -> torch.Tensor | None:
         return None if self.total is None or not self.information else whole(self.total) / self.information
 
 
-def _add_block(taken: Sequence[Taken], start: int, total: torch.Tensor) -> None:
-    end = min(start + COLUMNS, len(total))
+def _add_block(taken: Sequence[Taken], start: int, total: torch.Tensor, width: int) -> None:
+    end = min(start + width, len(total))
     product = total.new_zeros(end, end - start, dtype=torch.float32)
     for x, information, *_ in taken:
         x = x[:, :end].float()
@@ -187,8 +189,8 @@ def _add_block(taken: Sequence[Taken], start: int, total: torch.Tensor) -> None:
     total[:end, start:end] += product
 
 
-def _add_pull(taken: Sequence[Taken], start: int, total: torch.Tensor) -> None:
-    columns = slice(start, start + COLUMNS)
+def _add_pull(taken: Sequence[Taken], start: int, total: torch.Tensor, width: int) -> None:
+    columns = slice(start, start + width)
     product = torch.zeros_like(total[:, columns], dtype=torch.float32)
     for x, information, off in taken:
         product.addmm_(off.T, x[:, columns].float() * information[:, None])

@@ -67,10 +67,11 @@ def of_checkpoint(
     threads: int,
     scratch: Path,
     progress: Callable[[int, int], None],
+    device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
     """`measure` on the checkpoint that `file` was made from, on `TOKENS` of at most `tokens` tokens of the text."""
     torch.set_num_threads(threads)
-    model = Model(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    model = Model(folder, device)
     count = min(tokens, TOKENS)
     text = model.sample_tokens(count, threads) if calib == "self" else model.read_tokens(Path(calib), count)
     return measure(model, text, file, candidates, scratch, threads, progress)

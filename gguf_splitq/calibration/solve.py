@@ -7,7 +7,9 @@ the order in which they run. With plain ones their Hessians come from the backwa
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +35,7 @@ from .model import CONTEXT, Model, held_out
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+ON_GPU = threading.Lock()  # there one matrix is solved at a time, so that its memory is bounded
 
 
 @dataclass
@@ -95,19 +98,21 @@ def run(
     tune: bool = False,
     dtype: str = "auto",
     aim: str = "half",
+    device: str = "cpu",
 ) -> Solved:
-    """Solve every tensor that has a format; the model runs on a GPU when there is one.
+    """Solve every tensor that has a format, on the device that the model runs on.
 
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
     from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
     progress: what is being done, steps done and in all. hessians: a file of what was measured, read when it is there
     and else written. tune: train scales and norms. dtype: as of `precision`. aim: "half" or "plain".
+    device: as PyTorch names it.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
-    dtype = precision(dtype)
-    model = Model(folder, _device(), DTYPES[dtype])
+    dtype = precision(dtype, device)
+    model = Model(folder, device, DTYPES[dtype])
     cache = Hessians(hessians, journal, len(model)) if hessians or aim == "half" else None
     sample = None
     if not (cache and cache.complete) or tune or aim == "half":
@@ -117,7 +122,7 @@ def run(
         assert cache and sample
         solved.divergence = _half_way(model, sample, file, entries, threads, solvers, journal, cache, progress)
     else:
-        # The solver's operations are too small to share, or for a GPU: a matrix to a thread, and a thread to a matrix.
+        # The solver's operations are too small for threads to share: a matrix to a thread, and a thread to a matrix.
         with _alone(solvers) as pool:
             for index, layers in _calibrated(model, sample, threads, journal, cache, progress):
                 if journal.find(_part(index)) is None:
@@ -131,7 +136,7 @@ def run(
     if tune:
         assert sample
         if journal.find("tuned") is None:
-            again = functools.partial(Model, folder, _device())
+            again = functools.partial(Model, folder, device)
             changed = tuning.run(again, file, entries, solved.rows, sample[0], functools.partial(progress, "tuning"))
             journal.keep("tuned", *changed)
         rows, solved.tuned = journal.part("tuned")
@@ -140,15 +145,11 @@ def run(
     return solved
 
 
-def precision(choice: str) -> str:
-    """What calibration computes in, "f32" or "bf16"; of "auto" the latter where the processor multiplies it fast."""
+def precision(choice: str, device: str = "cpu") -> str:
+    """What calibration computes in, "f32" or "bf16"; of "auto" the latter where the device multiplies it fast."""
     able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = _device() == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    fast = device != "cpu" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return choice if choice in DTYPES else "bf16" if fast else "f32"
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _sample(
@@ -392,15 +393,17 @@ def _solve_tensor(
             return layer.unknown
         if layer.pooled:
             pooled.append(f"{entry.name}[{number}]")
-        weight, hessian = torch.from_numpy(rows), layer.hessian.cpu()
-        try:
-            solved = code(aims.moved(weight, layer, order), hessian, each=each)
-        except InputError as error:
-            raise InputError(f"tensor {entry.name!r}: {error}") from error
-        matrices.append(solved.packed.cpu().numpy())
-        sides += [] if solved.side is None else [solved.side]
-        errors.append(solved.errors)
-        tried += _tried(weight, solved.weight.cpu(), entry, layer)
+        hessian = layer.hessian if families.on_gpu(entry.target) else layer.hessian.cpu()
+        with ON_GPU if hessian.is_cuda else contextlib.nullcontext():
+            weight = torch.from_numpy(rows).to(hessian.device)
+            try:
+                solved = code(aims.moved(weight, layer, order), hessian, each=each)
+            except InputError as error:
+                raise InputError(f"tensor {entry.name!r}: {error}") from error
+            matrices.append(solved.packed.cpu().numpy())
+            sides += [] if solved.side is None else [solved.side]
+            errors.append(solved.errors)
+            tried += _tried(weight, solved.weight.to(weight.device), entry, layer)
     stored = {entry.name: np.concatenate(matrices)}
     if sides:
         stored[side_name(entry.name)] = np.stack(sides)
@@ -412,10 +415,11 @@ def _tried(weight: torch.Tensor, fed: torch.Tensor, entry: Entry, layer: moments
     if not layer.held:
         return np.zeros(3)
     sums = np.zeros(3)
-    for i, change in enumerate((weight, _nearest(weight, entry).sub_(weight), fed - weight)):
+    nearest = _nearest(weight.cpu(), entry).to(weight.device)
+    for i, change in enumerate((weight, nearest.sub_(weight), fed - weight)):
         for x, information in layer.held:
-            outputs = (x.cpu().float() @ change.T).square_().sum(1, dtype=torch.float64)
-            sums[i] += float(outputs @ information.cpu().double())
+            outputs = (x.to(change.device).float() @ change.T).square_().sum(1, dtype=torch.float64)
+            sums[i] += float(outputs @ information.to(change.device).double())
     return sums
 
 

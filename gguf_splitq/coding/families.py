@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,16 +48,11 @@ def coder(kind: TensorType, layout: Layout) -> Callable[..., Solution] | None:
     return functools.partial(_in_blocks, kind=kind) if formats.for_type(kind) else None
 
 
-def _in_blocks(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    kind: TensorType,
-    passes: int = solver.PASSES,
-    each: solver.Each = map,
-) -> Solution:
+def _in_blocks(weight: torch.Tensor, hessian: torch.Tensor, kind: TensorType, **options: Any) -> Solution:
+    """`solver.solve` with these options, on the device of the weight."""
     fmt = formats.for_type(kind, weight.device)
     assert fmt
-    return solver.solve(weight, hessian, fmt, passes=passes, each=each)
+    return solver.solve(weight, hessian, fmt, **options)
 
 
 def on_gpu(kind: TensorType | None) -> bool:

@@ -162,11 +162,13 @@ class Sweeps(sweeps.Sweeps):
             scale,
         ]  # not read but where there are some
         new, below, changes = torch.empty_like(scale), torch.empty_like(scale), torch.empty_like(pull)
-        _refit[(triton.cdiv(n_rows, LANES),)](
-            units, pull.contiguous(), h, scale, offset, scale if grid.table is None else grid.table, *steps, new, below,
-            changes, n_rows, h.stride(0), float(grid.least), float(grid.most), len(scale), fmt.block_size, grid.kind,
-            fmt.has_offset, LANES, HALVINGS,
-        )  # fmt: skip
+        table = scale if grid.table is None else grid.table
+        with torch.cuda.device_of(units):
+            _refit[(triton.cdiv(n_rows, LANES),)](
+                units, pull.contiguous(), h, scale, offset, table, *steps, new, below, changes,
+                n_rows, h.stride(0), float(grid.least), float(grid.most),
+                len(scale), fmt.block_size, grid.kind, fmt.has_offset, LANES, HALVINGS,
+            )  # fmt: skip
         return fmt.nearest(
             new.T.contiguous(), below.T.contiguous(), params
         ), changes  # what can be stored is nearest to itself
@@ -184,10 +186,11 @@ def _swept(
     n_columns, n_lanes = len(aims), n_copies * n_rows
     aims, base, old = (part.contiguous() for part in (aims, base, old))
     units, changes = (torch.empty((n_columns, n_lanes), device=aims.device) for _ in range(2))
-    _sweep[(triton.cdiv(n_lanes, LANES),)](
-        aims, base, old, push, scale, offset, block, numbers, *levels.tables, units, changes,
-        n_rows, n_lanes, aims.shape[1], base.shape[1], old.shape[1], *push.stride(), n_blocks * n_rows,
-        levels.wide, float(levels.first), len(levels.tables[0]) - 1.0, n_columns,
-        triton.next_power_of_2(n_columns), LANES,
-    )  # fmt: skip
+    with torch.cuda.device_of(aims):
+        _sweep[(triton.cdiv(n_lanes, LANES),)](
+            aims, base, old, push, scale, offset, block, numbers, *levels.tables, units, changes,
+            n_rows, n_lanes, aims.shape[1], base.shape[1], old.shape[1], *push.stride(), n_blocks * n_rows,
+            levels.wide, float(levels.first), len(levels.tables[0]) - 1.0,
+            n_columns, triton.next_power_of_2(n_columns), LANES,
+        )  # fmt: skip
     return units, changes

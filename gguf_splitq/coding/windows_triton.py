@@ -156,8 +156,9 @@ def _run(
     n_chains, length = trellis.walk.shape
     width = LANES[trellis.bits]
     held = errors if states is None else states.contiguous()  # errors: any pointer, not read
-    _code[triton.cdiv(scales.numel(), width),](
-        aims, base, scales, push, costs, trellis.levels, held, edges, errors, scales.shape[1], scales.numel(),
-        *push.stride(), trellis.bits, length, n_chains, states is not None, close, width, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(aims):
+        _code[triton.cdiv(scales.numel(), width),](
+            aims, base, scales, push, costs, trellis.levels, held, edges, errors, scales.shape[1], scales.numel(),
+            *push.stride(), trellis.bits, length, n_chains, states is not None, close, width, num_warps=1,
+        )  # fmt: skip
     return edges, errors
