@@ -10,7 +10,7 @@ from pathlib import Path
 import crafted
 import numpy as np
 import pytest
-from test_kernels import check_products, driver, has_products, run  # noqa: F401
+from test_kernels import bfloat16, by_tiles, check_products, driver, has_products, run  # noqa: F401
 
 from gguf_splitq import types
 from gguf_splitq.files import gguf_file
@@ -65,9 +65,14 @@ class Matrix:
         self.dense = np.empty((rows, columns))
         self.dense[:, self.order] = self.levels * self.scale.astype(np.float64) + self.added
 
-    def product(self, x: np.ndarray) -> np.ndarray:
-        """float64 [..., rows] of float32 [..., columns] as the kernels round it: 8 bits for 32 stored columns."""
+    def product(self, x: np.ndarray, tiles: bool = False) -> np.ndarray:
+        """float64 [..., rows] of float32 [..., columns] as the kernels round it: 8 bits for 32 stored columns.
+
+        tiles: as AMX tiles do, which multiply window types only.
+        """
         x = x[..., self.order]
+        if tiles:
+            return bfloat16(x * self.scale.astype(np.float32)) @ bfloat16(self.levels.T)
         blocks = (x * self.scale.astype(np.float32)).reshape(-1, 32)
         largest = np.abs(blocks).max(1, keepdims=True)
         inverse = np.divide(127, largest, where=largest > 0, out=np.zeros_like(largest), dtype=np.float32)
@@ -126,7 +131,7 @@ def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide,
     threads = (1, 2, 3, 4) if blocks in (18, 40) else (1,)
     got = multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), threads=threads)
     full = x @ matrix.dense.T
-    check(got, matrix.product(x), full, has_products)
+    check(got, matrix.product(x, name.endswith("wc") and by_tiles(driver, tokens)), full, has_products)
     if has_products:
         got = multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), reference=1)
         check(got, full, full, False)
@@ -134,7 +139,7 @@ def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide,
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
 @pytest.mark.parametrize("shared", [0, 1], ids=["a row for each expert", "one row for all"])
-@pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (40, 2, 5)])
+@pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (60, 2, 5)])
 @pytest.mark.parametrize("name", TYPES)
 def test_experts(driver, has_products, name, tokens, used, experts, shared, interleaved):  # noqa: F811
     """Each expert has a side tensor of its own, and as many wide blocks and outliers as it likes."""
@@ -149,7 +154,9 @@ def test_experts(driver, has_products, name, tokens, used, experts, shared, inte
     data = b"".join(m.weights for m in matrices) + x.tobytes() + ids.tobytes()
     sizes = (columns, rows, experts, tokens, used, interleaved)
     pairs = [(matrices[ids[t, u]], x[t, 0 if shared else u]) for t in range(tokens) for u in range(used)]
-    exact, full = np.stack([m.product(v[None])[0] for m, v in pairs]), np.stack([v @ m.dense.T for m, v in pairs])
+    tiles = by_tiles(driver, np.bincount(ids.ravel(), minlength=experts)[ids.ravel()]) & name.endswith("wc")
+    exact = np.stack([m.product(v[None], tiled)[0] for (m, v), tiled in zip(pairs, tiles, strict=True)])
+    full = np.stack([v @ m.dense.T for m, v in pairs])
     got = multiply(driver, "mul_id", name, *sizes, data=data, side=sides(matrices), last=[shared], threads=(1, 4))
     check(got, exact, full, has_products)
     if has_products:

@@ -28,6 +28,7 @@ from gguf_splitq.convert import convert
 ARM = platform.machine() in ("aarch64", "arm64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+AMX = ["-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 # x86: flags, and the feature in /proc/cpuinfo that running needs
 X86 = {
@@ -36,6 +37,7 @@ X86 = {
     "avx-vnni": ([*AVX2, "-mavxvnni"], "avx_vnni"),
     "avx512": (AVX512, "avx512_vnni"),
     "avx512-vbmi": ([*AVX512, "-mavx512vbmi"], "avx512vbmi"),
+    "amx": ([*AVX512, *AMX], "amx_bf16"),
 }
 # Arm: flags, the feature as Linux and as macOS name it, and a processor for qemu that has nothing more
 NEON = {
@@ -45,6 +47,7 @@ NEON = {
 }
 TARGETS = [*X86, *NEON]
 ROWS = 40
+TILES_FROM = 24  # tokens, as in splitq-amx.h
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -177,7 +180,7 @@ def test_encoders_use_what_the_processor_has(unforced, tensor_type, processor):
     assert got == tensor_type.encode_numpy(rows, None).tobytes()
 
 
-PRODUCTS = [t for t in types.CUSTOM if t.name in ("sq4", "sq3", "sq2", "sq4w", "sq3w", "sq2w")]
+PRODUCTS = [t for t in types.CUSTOM if t.name in ("sq4", "sq3", "sq2", "sdr4", "sq4w", "sq3w", "sq2w")]
 
 
 def activations(shape: tuple, rng) -> tuple[np.ndarray, np.ndarray]:
@@ -189,6 +192,17 @@ def activations(shape: tuple, rng) -> tuple[np.ndarray, np.ndarray]:
     inverse = np.divide(1, scale, where=scale > 0, out=np.zeros_like(scale))
     q8 = scale.astype(np.float16).astype(np.float64) * np.rint(blocks * inverse)
     return x, q8.reshape(shape)
+
+
+def by_tiles(driver, counts) -> np.ndarray:
+    """Where so many tokens of one matrix are multiplied by AMX tiles, which round both factors to bfloat16."""
+    return (np.asarray(counts) >= TILES_FROM) & (Path(driver[-1]).name == "amx")
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to 8 significant bits, ties to even; as float64."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32).astype(np.float64)
 
 
 def multiply(driver, command: str, tensor_type, columns: int, rows: int, *sizes, data: bytes, last=()) -> np.ndarray:
@@ -226,7 +240,8 @@ def test_sweeps_of_error_feedback_give_the_same_codes(driver, runtime_library, n
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
 @pytest.mark.parametrize("blocks, rows, tokens", [
-    (1, 1, 1), (18, 37, 1), (33, 70, 2), (48, 5, 3), (16, 33, 4), (3, 64, 5), (18, 37, 17), (40, 130, 33), (7, 19, 600),
+    (1, 1, 1), (18, 37, 1), (33, 70, 2), (48, 5, 3), (16, 33, 4), (3, 64, 5), (18, 37, 17), (5, 33, 24), (40, 130, 33),
+    (7, 19, 600),
 ])  # fmt: skip
 @pytest.mark.parametrize("tensor_type", PRODUCTS, ids=lambda t: t.name)
 def test_matrix_products(driver, has_products, tensor_type, blocks, rows, tokens, interleaved):
@@ -239,8 +254,12 @@ def test_matrix_products(driver, has_products, tensor_type, blocks, rows, tokens
     assert (got.size > 0) == has_products
     if has_products:
         weights = tensor_type.decode_numpy(x).reshape(rows, -1).astype(np.float64)
+        exact, full = q8 @ weights.T, y @ weights.T
         usual = np.square(y.astype(np.float64)) @ np.square(weights.T)
-        check_products(got, q8 @ weights.T, y @ weights.T, usual.sum())
+        if by_tiles(driver, tokens):
+            assert np.square(got.reshape(full.shape) - full).sum() < 0.2 * np.square(exact - full).sum()
+            exact = bfloat16(y) @ bfloat16(weights.T)
+        check_products(got, exact, full, usual.sum())
 
 
 def test_only_whole_panels_are_interleaved(driver):
@@ -249,7 +268,7 @@ def test_only_whole_panels_are_interleaved(driver):
     assert multiply(driver, "mul", sq2, 32, 33, 1, 1, 1, 1, data=data).size == 0
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 7, 11])
 def test_batches_share_a_matrix(driver, has_products, tokens):
     """src0 [2 matrices], src1 [6 batches]: batch b meets matrix b // 3."""
     rng = np.random.default_rng(tokens)
@@ -259,12 +278,13 @@ def test_batches_share_a_matrix(driver, has_products, tokens):
     got = multiply(driver, "mul", sq4, 128, 21, 2, tokens, 3, 0, data=x.tobytes() + y.tobytes())
     if has_products:
         weights = sq4.decode_numpy(x).reshape(2, 21, 128).astype(np.float64).repeat(3, 0).swapaxes(1, 2)
-        check_products(got, q8 @ weights, y @ weights)
+        tiles = by_tiles(driver, 3 * tokens)
+        check_products(got, bfloat16(y) @ bfloat16(weights) if tiles else q8 @ weights, y @ weights)
 
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
 @pytest.mark.parametrize("shared", [False, True], ids=["a row for each expert", "one row for all"])
-@pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (5, 3, 4), (40, 2, 5), (64, 1, 200)])
+@pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (5, 3, 4), (40, 2, 5), (64, 1, 200), (70, 2, 6)])
 @pytest.mark.parametrize("tensor_type", PRODUCTS, ids=lambda t: t.name)
 def test_experts(driver, has_products, tensor_type, tokens, used, experts, shared, interleaved):
     rng = np.random.default_rng(tokens)
@@ -276,8 +296,12 @@ def test_experts(driver, has_products, tensor_type, tokens, used, experts, share
     sizes = (experts, tokens, used, interleaved)
     got = multiply(driver, "mul_id", tensor_type, 32 * blocks, rows, *sizes, data=data, last=[int(shared)])
     if has_products:
-        weights = tensor_type.decode_numpy(x).reshape(experts, rows, -1).astype(np.float64)[ids]
-        check_products(got, *((weights @ a[..., None])[..., 0] for a in (q8, y)))
+        weights = tensor_type.decode_numpy(x).reshape(experts, rows, -1).astype(np.float64)
+        exact, tiled, full = (
+            (w[ids] @ a[..., None])[..., 0] for w, a in ((weights, q8), (bfloat16(weights), bfloat16(y)), (weights, y))
+        )
+        tiles = by_tiles(driver, np.bincount(ids.ravel(), minlength=experts)[ids])
+        check_products(got, np.where(tiles[..., None], tiled, exact), full)
 
 
 def perplexity(programs, model, *options, environment=None, threads=2) -> tuple[float, bool]:

@@ -161,7 +161,7 @@ static int products() {
     int failures = 0;
     for (ggml_type type : types) {
         const matrix m(type, rows, columns);
-        for (int64_t tokens : { 1, 5, 70 }) {
+        for (int64_t tokens : { 1, 5, 33, 70 }) { // 33, 70: by tiles, where the processor has them
             const std::vector<float> x = normal(tokens*columns);
             const std::vector<float> wanted = product(m, type, rows, columns, tokens, x, ggml_backend_cpu_buffer_type(), true);
             for (ggml_backend_buffer_type_t buft : buffer_types()) {

@@ -34,6 +34,7 @@ set(GGML_SPLITQ_CPU_SOURCES
     ggml-cpu/sdr-a4.h
     ggml-cpu/splitq.c
     ggml-cpu/splitq.h
+    ggml-cpu/splitq-amx.h
     ggml-cpu/splitq-hook.cpp
     ggml-cpu/splitq-hook.h
     ggml-cpu/splitq-ints.h

@@ -8,7 +8,7 @@
 #include "columns-mul.h"
 #include "vec.h"
 
-// Two kernels:
+// Three kernels:
 //
 //   row by row   for few tokens and weights as they are in the file: LANES blocks of a row give LANES integer sums, which
 //                meet LANES scales in one multiply-add.
@@ -16,7 +16,10 @@
 //                splitq-hook.cpp are stored so; of others, rows are interleaved into the work buffer when many tokens share
 //                the effort.
 //
-// Activations are quantized to q8_0 once. Both kernels add in an order that depends on the length of a row alone.
+//   tiles        for many tokens, where the processor has them: a panel's blocks are decoded once for all tokens, see
+//                splitq-amx.h.
+//
+// Activations are quantized once, to q8_0 or, for tiles, to bfloat16. All kernels add in an order that depends on the length of a row alone.
 
 #if defined(LANES)
 
@@ -29,6 +32,8 @@
 #define SPLITQ_UNROLL_8
 #define SPLITQ_UNROLL_16
 #endif
+
+#include "splitq-amx.h"
 
 #define SPLITQ_FEW 3 // tokens up to which rows are multiplied as stored
 
@@ -133,6 +138,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
 // mul_rows_<type>: rows times one token. A last group that is not whole is read beyond the row's end, which meets
 // activations of zero, or from a copy where that would be beyond `end`, the end of the tensor.
 // mul_panel_<type>: LANES rows times n tokens, n constant, 1 or even; y: a token's blocks after the other's.
+// decode_<type>: LANES rows as nb tiles.
 #define SPLITQ_KERNELS(name, units, scale, kind)                                                                      \
     static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_##kind table, const struct few * y, vec_f sum) { \
         for (int g = 0; g < groups; ++g, x += LANES, ++y) {                                                           \
@@ -204,6 +210,17 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         if (n >= 2)                  { mul_panel_##name(x, nb, y,  2, out); return  2; }                              \
         mul_panel_##name(x, nb, y, 1, out);                                                                           \
         return 1;                                                                                                     \
+    }                                                                                                                 \
+                                                                                                                      \
+    static void decode_##name(const uint8_t * x, int nb, tile * to) {                                                 \
+        const size_t size = sizeof(splitq_block_##name);                                                              \
+        const vec_##kind table = load_table_##kind(name);                                                             \
+        for (int b = 0; b < nb; ++b, x += LANES*size) {                                                               \
+            vec_b w[8];                                                                                               \
+            panel_##name(x, table, w);                                                                                \
+            arrange_##kind(w);                                                                                        \
+            tile_rows(w, mul_f(scale(load_d(x + LANES*(size - 1))), set_f(0x1p-4f)), to + b);                         \
+        }                                                                                                             \
     }
 
 SPLITQ_KERNELS(sq4,  1, scale_f, codes)
@@ -219,16 +236,17 @@ struct kernels {
     int units;
     void (*mul_rows)(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct few * y, float * out);
     int  (*mul_panel)(const uint8_t * x, int nb, const struct many * y, int n, float * const * out);
+    void (*decode)(const uint8_t * x, int nb, tile * to);
 };
 
 static const struct kernels * kernels_of(enum ggml_type type) {
-    static const struct kernels sq4  = { 4, 1, mul_rows_sq4,  mul_panel_some_sq4 };
-    static const struct kernels sq3  = { 4, 2, mul_rows_sq3,  mul_panel_some_sq3 };
-    static const struct kernels sq2  = { 4, 2, mul_rows_sq2,  mul_panel_some_sq2 };
-    static const struct kernels sdr4 = { 4, 1, mul_rows_sdr4, mul_panel_some_sdr4 };
-    static const struct kernels sq4w = { 8, 1, mul_rows_sq4w, mul_panel_some_sq4w };
-    static const struct kernels sq3w = { 8, 2, mul_rows_sq3w, mul_panel_some_sq3w };
-    static const struct kernels sq2w = { 8, 2, mul_rows_sq2w, mul_panel_some_sq2w };
+    static const struct kernels sq4  = { 4, 1, mul_rows_sq4,  mul_panel_some_sq4, decode_sq4 };
+    static const struct kernels sq3  = { 4, 2, mul_rows_sq3,  mul_panel_some_sq3, decode_sq3 };
+    static const struct kernels sq2  = { 4, 2, mul_rows_sq2,  mul_panel_some_sq2, decode_sq2 };
+    static const struct kernels sdr4 = { 4, 1, mul_rows_sdr4, mul_panel_some_sdr4, decode_sdr4 };
+    static const struct kernels sq4w = { 8, 1, mul_rows_sq4w, mul_panel_some_sq4w, decode_sq4w };
+    static const struct kernels sq3w = { 8, 2, mul_rows_sq3w, mul_panel_some_sq3w, decode_sq3w };
+    static const struct kernels sq2w = { 8, 2, mul_rows_sq2w, mul_panel_some_sq2w, decode_sq2w };
     static const struct kernels columns = { .word = 4 }; // see columns-mul.h
     switch (type) {
         case GGML_TYPE_SPLITQ_SQ4:  return &sq4;
@@ -289,11 +307,11 @@ struct token {
 struct job {
     int64_t matrix, count;
     struct token * tokens; // NULL: all that broadcasting gives this matrix
-    char * packed;         // their activations, struct few or struct many
+    char * packed;         // their activations, struct few, struct many or tiles
 };
 
 // How an operation's work buffer is used: jobs, tokens of the jobs (both MUL_MAT_ID only), packed activations, and for each
-// thread the panels of one chunk of rows.
+// thread the panels of one chunk of rows and their tiles.
 struct layout {
     int64_t nb;                     // blocks in a row
     int64_t chunk;                  // rows of a unit of work
@@ -302,15 +320,19 @@ struct layout {
     bool    alone;                  // a single token: each thread packs it for itself and takes its share of the rows
     size_t  few, many;              // bytes of a token's activations
     size_t  tokens, packed, panels; // offsets
-    size_t  panel, size;            // bytes of a thread's panels, of the whole
+    size_t  panel, tiles, size;     // bytes of a thread's panels, of its tiles, of the whole
 };
 
 static bool row_by_row(const struct layout * l, int64_t count) {
     return !l->interleaved && !l->columns && count <= SPLITQ_FEW;
 }
 
+static bool by_tiles(const struct layout * l, int64_t count) {
+    return !l->columns && count >= TILES_FROM && tiles_allowed();
+}
+
 static size_t packed_size(const struct layout * l, int64_t count) {
-    return count*(row_by_row(l, count) ? l->few : l->many);
+    return by_tiles(l, count) ? (count + TILE - 1)/TILE*l->nb*sizeof(tile) : GGML_PAD(count*(row_by_row(l, count) ? l->few : l->many), 64);
 }
 
 static struct layout layout_of(const struct ggml_tensor * op, int n_threads) {
@@ -329,13 +351,19 @@ static struct layout layout_of(const struct ggml_tensor * op, int n_threads) {
     l.alone  = !ids && matrices*tokens == 1 && (l.interleaved || row_by_row(&l, 1));
     l.tokens = ids ? GGML_PAD(sizeof(int64_t) + sizeof(struct job)*matrices, 64) : 0;
     l.packed = l.tokens + (ids ? GGML_PAD(sizeof(struct token)*tokens, 64) : 0);
-    l.panels = GGML_PAD(l.packed + (ids ? tokens*MAX(l.few, l.many) : (l.alone ? n_threads : matrices)*packed_size(&l, tokens)), 64);
+    const bool tiles = by_tiles(&l, tokens); // of some experts, maybe; each of those fills its last tile up
+    const int64_t jobs = MIN(matrices, tokens), tiled = tiles ? MIN(matrices, tokens/TILES_FROM) : 0;
+    const size_t token = tiles ? sizeof(tile)/TILE*l.nb : 0;
+    l.panels = l.packed + (ids ? tokens*MAX(MAX(l.few, l.many), token) + tiled*TILE*token + 64*jobs : (l.alone ? n_threads : matrices)*packed_size(&l, tokens));
+    l.panels = GGML_PAD(l.panels, 64);
     l.chunk = 256;
+    while (tiles && l.chunk > 2*LANES && l.chunk*l.nb*sizeof(tile)/LANES > TILES_KEPT) { l.chunk /= 2; }
     while (l.chunk > LANES && (ids ? 1 : matrices)*((x->ne[1] + l.chunk - 1)/l.chunk) < 4*n_threads) {
         l.chunk /= 2;
     }
     l.panel = row_by_row(&l, tokens) || l.interleaved ? 0 : GGML_PAD(ggml_row_size(x->type, x->ne[0])*l.chunk, 64);
-    l.size = l.panels + l.panel*n_threads;
+    l.tiles = tiles ? l.chunk/LANES*l.nb*sizeof(tile) : 0;
+    l.size = l.panels + (l.panel + l.tiles)*n_threads;
     return l;
 }
 
@@ -413,7 +441,7 @@ static struct columns_side side_of(const struct job * job, const struct ggml_ten
 
 // Thread ith of nth packs its share of each row.
 static void pack(const struct layout * l, const struct job * job, const struct ggml_tensor * dst, int ith, int nth) {
-    const bool rows = row_by_row(l, job->count);
+    const bool tiles = by_tiles(l, job->count), rows = row_by_row(l, job->count);
     const int64_t n = rows ? (l->nb + LANES - 1)/LANES : l->nb;
     const int first = n*ith/nth, last = n*(ith + 1)/nth;
     const struct kernels * k = kernels_of(dst->src[0]->type);
@@ -421,6 +449,10 @@ static void pack(const struct layout * l, const struct job * job, const struct g
     for (int64_t t = 0; t < job->count; ++t) {
         if (l->columns) {
             columns_pack(&side, row_of(job, dst, t), first, last, t, job->count, job->packed);
+        } else if (tiles) {
+            const float * x = row_of(job, dst, t);
+            tile * y = (tile *) job->packed + t/TILE*l->nb;
+            for (int b = first; b < last; ++b) { tile_token(x + 32*b, side.scale ? side.scale + 32*b : NULL, y[b].bf16[t % TILE]); }
         } else if (rows) {
             pack_few(row_of(job, dst, t), side.scale, l->nb, k->units, k->word, first, last, (struct few *) (job->packed + l->few*t));
         } else {
@@ -429,6 +461,31 @@ static void pack(const struct layout * l, const struct job * job, const struct g
             for (int b = first; t % 2 && b < last; ++b) { pair(y[b - l->nb].q, y[b].q); }
         }
     }
+    for (int64_t t = job->count; tiles && t % TILE; ++t) { // up to a whole tile
+        tile * y = (tile *) job->packed + t/TILE*l->nb;
+        for (int b = first; b < last; ++b) { memset(y[b].bf16[t % TILE], 0, sizeof(y->bf16[0])); }
+    }
+}
+
+// Rows [first, last) of one matrix times its tokens, by tiles; x: the rows' panels, decoded into `decoded`.
+static void mul_by_tiles(const struct layout * l, const struct job * job, const struct ggml_tensor * dst, int64_t first, int64_t last, const uint8_t * x, tile * decoded) {
+    const int64_t panels = (last - first + LANES - 1)/LANES, nb = l->nb;
+    const size_t panel_size = LANES*ggml_row_size(dst->src[0]->type, dst->src[0]->ne[0]);
+    struct tile_config before;
+    for (int64_t p = 0; p < panels; ++p) { kernels_of(dst->src[0]->type)->decode(x + p*panel_size, nb, decoded + p*nb); }
+    tiles_begin(&before);
+    for (int64_t t = 0; t < job->count; t += 2*TILE) {
+        const int64_t tokens = MIN(2*TILE, job->count - t);
+        float * out[2*TILE];
+        for (int i = 0; i < tokens; ++i) { out[i] = result_of(job, dst, t + i) + first; }
+        for (int64_t p = 0; p < panels; p += 2) {
+            float sums[2*TILE][2][TILE];
+            const int64_t rows = MIN(2*LANES, last - first - LANES*p);
+            mul_tiles((const tile *) job->packed + t/TILE*nb, tokens > TILE, decoded + p*nb, rows > LANES, nb, sums);
+            for (int i = 0; i < tokens; ++i) { memcpy(out[i] + LANES*p, sums[i], sizeof(float)*rows); }
+        }
+    }
+    tiles_end(&before);
 }
 
 // Rows [first, last) of one matrix times its tokens.
@@ -451,6 +508,10 @@ static void mul(const struct layout * l, const struct job * job, const struct gg
         }
     }
     const char * panel = l->interleaved ? row : panels;
+    if (by_tiles(l, job->count)) {
+        mul_by_tiles(l, job, dst, first, last, (const uint8_t *) panel, (tile *) (panels + l->panel));
+        return;
+    }
     if (l->columns) {
         const struct columns_side side = side_of(job, dst);
         for (int64_t t = 0, n; t < job->count; t += n) {
@@ -555,7 +616,7 @@ bool splitq_mul_forward(const struct ggml_compute_params * params, struct ggml_t
     for (int64_t c = ith; c < n_jobs*chunks; c = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const struct job job = SPLITQ_JOB(c/chunks);
         const int64_t first = c % chunks*l.chunk;
-        mul(&l, &job, dst, first, MIN(first + l.chunk, x->ne[1]), work + l.panels + l.panel*ith);
+        mul(&l, &job, dst, first, MIN(first + l.chunk, x->ne[1]), work + l.panels + (l.panel + l.tiles)*ith);
     }
     return true;
 }
