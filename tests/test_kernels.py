@@ -47,7 +47,7 @@ NEON = {
 }
 TARGETS = [*X86, *NEON]
 ROWS = 40
-TILES_FROM = 24  # tokens, as in splitq-amx.h
+TILES_FROM = 16  # tokens, as in splitq-amx.h
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -240,7 +240,7 @@ def test_sweeps_of_error_feedback_give_the_same_codes(driver, runtime_library, n
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
 @pytest.mark.parametrize("blocks, rows, tokens", [
-    (1, 1, 1), (18, 37, 1), (33, 70, 2), (48, 5, 3), (16, 33, 4), (3, 64, 5), (18, 37, 17), (5, 33, 24), (40, 130, 33),
+    (1, 1, 1), (18, 37, 1), (33, 70, 2), (48, 5, 3), (16, 33, 4), (3, 64, 5), (18, 37, 17), (5, 33, 16), (40, 130, 33),
     (7, 19, 600),
 ])  # fmt: skip
 @pytest.mark.parametrize("tensor_type", PRODUCTS, ids=lambda t: t.name)
@@ -268,7 +268,7 @@ def test_only_whole_panels_are_interleaved(driver):
     assert multiply(driver, "mul", sq2, 32, 33, 1, 1, 1, 1, data=data).size == 0
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 11])
+@pytest.mark.parametrize("tokens", [1, 7])
 def test_batches_share_a_matrix(driver, has_products, tokens):
     """src0 [2 matrices], src1 [6 batches]: batch b meets matrix b // 3."""
     rng = np.random.default_rng(tokens)
@@ -284,7 +284,7 @@ def test_batches_share_a_matrix(driver, has_products, tokens):
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
 @pytest.mark.parametrize("shared", [False, True], ids=["a row for each expert", "one row for all"])
-@pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (5, 3, 4), (40, 2, 5), (64, 1, 200), (70, 2, 6)])
+@pytest.mark.parametrize("tokens, used, experts", [(1, 2, 8), (5, 3, 4), (40, 2, 5), (64, 1, 200)])
 @pytest.mark.parametrize("tensor_type", PRODUCTS, ids=lambda t: t.name)
 def test_experts(driver, has_products, tensor_type, tokens, used, experts, shared, interleaved):
     rng = np.random.default_rng(tokens)

@@ -3,8 +3,8 @@
 //
 // A tile of weights has a block of 32 columns of a panel, a tile of activations the same columns of TILE tokens, both as
 // bfloat16, and TDPBF16PS adds their product to float sums. So a scale is multiplied in once, when the weights are decoded,
-// and no sum is touched until the row ends. Tiles of int8 would take as many instructions, since scales are of 32 columns,
-// and the sums of each block would have to leave the tile to be scaled, which takes three times as long as the products.
+// and no sum is touched until the row ends. Tiles of int8 would take as many of these instructions, since scales are of 32
+// columns, and the sums of each block would have to leave their tile to be scaled: a third of the speed.
 //
 // What rounding costs: a level times its scale has at most 11 significant bits and bfloat16 keeps 8, as of activations.
 // Both errors together are smaller than that of q8_0, see docs/kernels.md.
@@ -13,7 +13,7 @@
 #include "splitq-vec.h"
 
 #define TILE 16       // tokens, and rows
-#define TILES_FROM 24 // tokens: with fewer, decoding takes longer than the other kernels
+#define TILES_FROM 16 // tokens: with fewer, decoding the weights takes longer than the other kernels
 #define TILES_KEPT (1 << 20) // bytes of decoded rows that a thread multiplies by one token after the other: half of its L2
 
 typedef struct { uint16_t bf16[TILE][32]; } tile;

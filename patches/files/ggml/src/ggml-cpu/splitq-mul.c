@@ -15,11 +15,11 @@
 //   panels       for everything else: LANES interleaved rows, a row in each lane. Tensors in the buffer type of
 //                splitq-hook.cpp are stored so; of others, rows are interleaved into the work buffer when many tokens share
 //                the effort.
-//
 //   tiles        for many tokens, where the processor has them: a panel's blocks are decoded once for all tokens, see
 //                splitq-amx.h.
 //
-// Activations are quantized once, to q8_0 or, for tiles, to bfloat16. All kernels add in an order that depends on the length of a row alone.
+// Activations are rounded once, to q8_0 or, for tiles, to bfloat16. All kernels add in an order that depends on the length of
+// a row alone.
 
 #if defined(LANES)
 
