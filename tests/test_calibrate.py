@@ -520,8 +520,11 @@ def test_other_tokens_come_from_between_those_that_are_used(checkpoint, tmp_path
     assert 4 <= len(used) < 8 and held.shape == (0, 512)
 
 
+@pytest.mark.parametrize("aim, key", [("half", "divergence"), ("plain", "held_out")])
 @pytest.mark.parametrize("pays", [True, False])
-def test_a_calibration_that_did_not_pay_says_so(runtime_library, checkpoint, tmp_path, capsys, monkeypatch, pays):
+def test_a_calibration_that_did_not_pay_says_so(
+    runtime_library, checkpoint, tmp_path, capsys, monkeypatch, pays, aim, key
+):
     report, divide = tmp_path / "report.json", Model.split_text
 
     def split(model, path, count):
@@ -530,8 +533,8 @@ def test_a_calibration_that_did_not_pay_says_so(runtime_library, checkpoint, tmp
 
     monkeypatch.setattr(Model, "split_text", split)
     options = dict(calib=str(TEXT), calib_tokens=2048, report=report, threads=1)
-    convert.convert(checkpoint("llama"), "sq2", tmp_path / "out.gguf", **options)
-    held, out = json.loads(report.read_text())["calibration"]["held_out"], capsys.readouterr().out
+    convert.convert(checkpoint("llama"), "sq2", tmp_path / "out.gguf", aim=aim, **options)
+    held, out = json.loads(report.read_text())["calibration"][key], capsys.readouterr().out
     assert (held["feedback"] < held["nearest"]) == pays == ("WARNING: the calibration did not pay" not in out)
 
 
@@ -539,18 +542,21 @@ def test_a_text_that_is_used_up_is_said_not_to_be_tried(runtime_library, checkpo
     text, report = tmp_path / "short.txt", tmp_path / "report.json"
     text.write_text(TEXT.read_text()[:9000])
     convert.convert(checkpoint("llama"), "sq4", tmp_path / "out.gguf", calib=text, report=report, threads=2)
-    assert json.loads(report.read_text())["calibration"]["held_out"] is None
+    calibration = json.loads(report.read_text())["calibration"]
+    assert calibration["held_out"] is None and calibration["divergence"] is None
     assert "not tried on other tokens" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key, what", [("held_out", "output error"), ("divergence", "KL divergence")])
 @pytest.mark.parametrize(
     "nearest, feedback, said",
-    [(0, 0, "no output error"), (0, 1, "WARNING.*above none"), (2, 1, "error 50.0% of"), (1, 2, "WARNING.*200.0% of")],
+    [(0, 0, "no {}"), (0, 1, "WARNING.*{}.*above none"), (2, 1, "{}.* 50.0% of"), (1, 2, "WARNING.*{}.*200.0% of")],
 )
-def test_what_other_tokens_say(capsys, nearest, feedback, said):
+def test_what_other_tokens_say(capsys, nearest, feedback, said, key, what):
     done = dict(errors={}, tokens=2048, seconds=1, dtype="f32", left_reasons={}, pooled=[], tuned=None)
-    display._show_calibration(display.console(), done | {"held_out": {"nearest": nearest, "feedback": feedback}})
-    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+    done |= {"held_out": None, "divergence": None, key: {"nearest": nearest, "feedback": feedback}}
+    display._show_calibration(display.console(), done)
+    assert re.search(said.format(what), " ".join(capsys.readouterr().out.split()))
 
 
 @pytest.mark.parametrize(
