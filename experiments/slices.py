@@ -43,7 +43,7 @@ def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threa
     import torch
 
     from gguf_splitq import types
-    from gguf_splitq.calibration import moments
+    from gguf_splitq.calibration import aims, moments
     from gguf_splitq.calibration.model import CONTEXT, Model
     from gguf_splitq.coding import families
     from gguf_splitq.types.columns import PLAIN
@@ -52,25 +52,38 @@ def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threa
     model, kind = Model(folder, device, getattr(torch, dtype)), types.get(type)
     code, on_gpu = families.coder(kind, PLAIN), device != "cpu" and families.on_gpu(kind)
     text = torch.randint(VOCABULARY, (max(1, tokens // CONTEXT), CONTEXT))
-    seconds, start = {}, time.perf_counter()
+    seconds, start = dict.fromkeys(("backward s", "forward s", "solve s"), 0.0), time.perf_counter()
 
     def lap(step: str) -> None:
         nonlocal start
         if device != "cpu":
             torch.cuda.synchronize()
-        seconds[f"{step} s"], start = time.perf_counter() - start, time.perf_counter()
+        now = time.perf_counter()
+        seconds[f"{step} s"] += now - start
+        start = now
 
     def solve(layer: moments.Layer) -> None:
-        at = layer.hessian.device if on_gpu else "cpu"
-        code(layer.weight.float().to(at), layer.hessian.to(at))
-        layer.hessian = None
+        at = layer.hessian.device if on_gpu else torch.device("cpu")
+        weight, every = layer.weight.float().to(at), torch.arange(len(layer.weight))
+        found = code(aims.moved(weight, layer, every), layer.hessian.to(at), each=each)
+        layer.stored = found.weight.to(layer.weight)
 
-    for _, layers in moments.run(model, text, folder, threads):
-        lap("calibration")
-        together = 1 if on_gpu else threads
-        with ThreadPoolExecutor(together, initializer=lambda: torch.set_num_threads(1)) as pool, torch.no_grad():
-            list(pool.map(solve, layers))
-        lap("solve")
+    weights: dict = {}
+    aims.information(model, text, folder, threads, weights.__setitem__)
+    lap("backward")
+
+    def wanted(_: int, layers: list[moments.Layer]) -> set[str]:
+        return {layer.name for layer in layers}
+
+    alone = {"initializer": lambda: torch.set_num_threads(1)}
+    with ThreadPoolExecutor(1 if on_gpu else threads, **alone) as pool, ThreadPoolExecutor(threads, **alone) as pieces:
+        each = map if on_gpu else pieces.map
+        for stage in aims.run(model, text, text[:0], weights.__getitem__, wanted, folder, threads):
+            lap("forward")
+            with torch.no_grad():
+                list(pool.map(solve, stage.layers))
+            lap("solve")
+    lap("forward")
     seconds["GPU GiB"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else 0
     return seconds
 
@@ -92,11 +105,19 @@ def main() -> None:
             seconds = measure(
                 checkpoint(Path(folder), shape), args.type, args.tokens, args.device, args.dtype, args.threads
             )
-        seconds["calibration s"] *= TOKENS / args.tokens
-        total = sum(seconds[step] for step in ("calibration s", "solve s")) * SHAPES[shape][-1]
+        for step in ("backward s", "forward s"):
+            seconds[step] *= TOKENS / args.tokens
+        total = sum(seconds[step] for step in ("backward s", "forward s", "solve s")) * SHAPES[shape][-1]
         rows.append({"shape": shape, "layers": SHAPES[shape][-1], "all layers min": total / 60} | seconds)
     note = "" if args.tokens == TOKENS else f" ({args.tokens} were run, the rest is scaled up)"
-    columns = {"shape": "", "calibration s": ".1f", "solve s": ".1f", "layers": "", "all layers min": ".1f"}
+    columns = {
+        "shape": "",
+        "backward s": ".1f",
+        "forward s": ".1f",
+        "solve s": ".1f",
+        "layers": "",
+        "all layers min": ".1f",
+    }
     columns |= {"GPU GiB": ".1f"} if args.device == "cuda" else {}
     show(f"One decoder layer on {args.device} in {args.dtype}, {args.type}, {TOKENS} tokens{note}", rows, columns)
     save("slices", {"options": vars(args), "rows": rows}, args.keep)
