@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """`make slices`: what error feedback costs on larger models, from one decoder layer of their shapes.
 
-Random weights, random tokens: the time depends on neither. Calibration (the layer forward, then forward and backward,
-and its second moments) grows linearly with the tokens and is scaled to 160 k when fewer are run; solving does not
-depend on them. Head and embedding are run with a small vocabulary and are counted with the layer. The aims are plain:
-half-way ones run the layer forward again, twice for each of its four stages, and wait for nothing else.
+Random weights, random tokens: the time depends on neither. Backward is the layer forward, then forward and backward;
+forward is the half-way pass of both models with its second moments. They grow linearly with the tokens and are scaled
+to 160 k when fewer are run; solving does not depend on them. Head and embedding are run with a small vocabulary and
+are counted with the layer.
 """
 
 import tempfile
