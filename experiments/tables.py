@@ -47,7 +47,8 @@ def parts(name: str, result: dict) -> Iterator[tuple[str, Table, dict]]:
 
 def quality(result: dict) -> Table:
     """A row for each type, KLD by what it was made with."""
-    kinds = {"none": "KLD, no data", "imatrix": "KLD, imatrix", "feedback": "KLD, feedback", "tuned": "KLD, trained"}
+    kinds = {"none": "KLD, no data", "imatrix": "KLD, imatrix", "plain": "KLD, plain aims", "feedback": "KLD, feedback"}
+    kinds["tuned"] = "KLD, trained"
     rows: dict[str, dict[str, dict]] = {}
     for row in result["rows"]:
         name, data = row["type"], row["data"]
