@@ -177,6 +177,7 @@ class Moment:
         return blocks
 
     def mean(self) -> torch.Tensor | None:
+        """The Hessian, float64 [in, in]; None where there was nothing to add."""
         return None if self.total is None or not self.information else whole(self.total) / self.information
 
 
