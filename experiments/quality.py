@@ -3,12 +3,13 @@
 
 Only the linear layers differ: embeddings and output are F16 everywhere. "imatrix" files of stock types are made by
 `llama-quantize --pure`, all from the same F16 file and one importance matrix of the calibration text; "feedback" files,
-ours and stock types, by `gguf-splitq convert --calib` from as many tokens of that text, "self" from text that the model
-wrote, "tuned" with `--tune` besides, and "3.5 bpw" by `--bpw 3.5`; all but "self" share one file of Hessians. Finished
+ours and stock types, by `gguf-splitq convert --calib` from as many tokens of that text, "plain" with `--aim plain`
+besides, "self" from text that the model wrote, "tuned" with `--tune`, and "3.5 bpw" by `--bpw 3.5`; "plain" files share
+one file of Hessians, all others but "self" one of token weights. Finished
 rows are kept in build/quality/MODEL/rows.json: a run that was stopped goes on, and what the source of solver or types,
 the texts or the options have changed is measured again.
 
-  python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, feedback, self, tuned, bpw
+  python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, plain, feedback, ...
   python -m experiments.quality --only sq4,Q4_K/imatrix    # types, or one row
   python -m experiments.quality --model ../shared/models/ref-a
 """

@@ -460,7 +460,8 @@ def test_what_is_left_has_the_reason(runtime_library, checkpoint, tmp_path):
     for seen, reason in [({}, "no token reached it"), ({("a", None): moments.Moment()}, "no gradient reached it")]:
         layer = moments.Layer("a", weight)
         moments.measured(layer, seen, {})
-        assert solve._solve_tensor(rows, entry, [layer]) == reason
+        place = layer, torch.arange(len(weight))
+        assert solve._solve_tensor(rows, entry, lambda *_, place=place: place) == reason
     done = solve.Solved(left={"blk.0.ffn_up.weight": reason})
     mtp = plan.Entry(replace(tensor, name="blk.9.ffn_up.weight"), types.get("sq4"), "")
     assert solve._left([entry, mtp], done) == {entry.name: reason, mtp.name: outside}

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from test_solve import problem
-from test_sweeps import exact
+from test_sweeps import to_search, to_sweep
 
 from gguf_splitq import types
 from gguf_splitq.coding import families, formats, solver, sweeps
@@ -45,31 +45,15 @@ def levels():
 
 @pytest.mark.parametrize(("n_cols", "n_rows"), [(32, 1), (128, 37), (160, 16)])
 def test_a_sweep_gives_the_same_codes(levels, n_cols, n_rows):
-    rng = torch.Generator().manual_seed(n_cols)
-    push = torch.randint(-1, 2, (n_cols, n_cols), generator=rng) * (torch.rand(n_cols, n_cols, generator=rng) < 0.05)
-    scale = 2.0 ** torch.randint(-2, 2, (n_cols // 16, n_rows), generator=rng)
-    scale[1] *= -1
-    scale[0, 0] = 0
-    offset = exact(rng, n_cols // 16, n_rows, span=1)
-    numbers = torch.randperm(n_cols, generator=rng)
-    base = exact(rng, n_cols, n_rows)
-    aims = base + exact(rng, n_cols, n_rows, span=1)
-    given = moved(base, push.float(), scale, offset, numbers // 16, numbers)
-    found = [each.sweep(aims.clone().to(DEVICE), *given, levels) for each in BOTH]
+    aims, *given = moved(*to_sweep(n_cols, n_rows))
+    found = [each.sweep(aims.clone(), *given, levels) for each in BOTH]
     assert torch.equal(*found)
     assert len(found[0].unique()) == 10 or n_rows == 1  # all levels, those of plain columns too
 
 
 @pytest.mark.parametrize("n_rows", [1, 45])
 def test_a_search_finds_the_same(levels, n_rows):
-    rng, n = torch.Generator().manual_seed(n_rows), 64
-    weight, hessian = problem(n_rows, n)
-    h = solver.damped(hessian).float()
-    numbers = torch.randperm(n, generator=rng)
-    scale = 0.01 * torch.rand(2, n // 32, n_rows, generator=rng)
-    offset, value = 0.01 * torch.randn(2, n // 32, n_rows, generator=rng), 0.02 * torch.randn(n, n_rows, generator=rng)
-    given = weight.T.contiguous(), value, h @ (weight.T - value), torch.triu(-h / h.diagonal()), h, scale, offset
-    given = moved(*given, numbers // 32, numbers)
+    given = moved(*to_search(n_rows))
     slow, fast = (each.search(*given, levels) for each in BOTH)
     same = slow.copy == fast.copy
     assert same.float().mean() > 0.9 and slow.copy.max() >= 0

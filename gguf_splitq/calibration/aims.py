@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import kl_div
 
 from ..coding import solver
 from . import fisher, moments
@@ -106,11 +107,13 @@ def run(
             with model.layer(index) as module:
                 decoder = _Decoder(model, module, index, pool)
                 names = wanted(index, decoder.layers)
-                stages = [set(names)] if index in done else decoder.stages(names, streams[0][0][:1])
+                measured = index not in done
+                stages = decoder.stages(names, streams[0][0][:1]) if measured else [set(names)]
+                known = weights(index) if measured else {}
                 for number, chosen in enumerate(stages):
                     members = [layer for layer in decoder.layers if layer.name in chosen]
-                    if index not in done:
-                        decoder.measure(members, weights(index), *streams)
+                    if measured:
+                        decoder.measure(members, known, *streams)
                     yield Stage(index, members, number + 1 == len(stages))
                     decoder.store(members)
                 for stream, stands in zip(streams, ({}, decoder.stored), strict=True):
@@ -345,5 +348,5 @@ def _divergences(head: Callable, exact: torch.Tensor, *others: torch.Tensor) -> 
         wanted = head(hidden).log_softmax(-1)
         for i, other in enumerate(others):
             given = head(other[number : number + 1]).log_softmax(-1)
-            sums[i] += float((wanted.exp() * (wanted - given)).sum(-1).mean())
+            sums[i] += float(kl_div(given, wanted, reduction="sum", log_target=True)) / hidden.shape[1]
     return [total / len(exact) for total in sums]

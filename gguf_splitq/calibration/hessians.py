@@ -87,7 +87,8 @@ class Hessians:
     def weights(self, index: int) -> Weights:
         """What `keep_weights` stored. InputError when a tensor's kind or shape is wrong."""
         found: dict[Key, dict[int, torch.Tensor]] = {}
-        for name, array in self._arrays(index).items():
+        arrays, _ = self._kept(index)
+        for name, array in arrays.items():
             number, _, matrix = name.partition(" ")
             if number == str(index):
                 part, _, expert = matrix.rstrip("]").partition("[")
@@ -99,12 +100,13 @@ class Hessians:
                 found[part, int(expert) if expert else None] = dict(zip(map(int, sizes[0]), split, strict=True))
         return found
 
-    def _arrays(self, index: int) -> Mapping[str, Tensor | Array]:
-        return self.tensors if self.complete else self.journal.part(_part(index))[0]
+    def _kept(self, index: int) -> tuple[Mapping[str, Tensor | Array], list[str]]:
+        """Arrays by name, those of a decoder layer among them, and the names of pooled ones."""
+        return (self.tensors, self.pooled) if self.complete else self.journal.part(_part(index))
 
     def fill(self, index: int, layers: list[Layer]) -> None:
         """Give matrices without a Hessian theirs. InputError when the file lacks it or its shape is wrong."""
-        arrays, pooled = self._arrays(index), self.pooled if self.complete else self.journal.part(_part(index))[1]
+        arrays, pooled = self._kept(index)
         for layer in layers:
             found = arrays.get(f"{index} {layer.name}")
             if found is None:

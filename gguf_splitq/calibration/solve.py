@@ -32,8 +32,11 @@ from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
 from .model import CONTEXT, Model, held_out
+from .stored import decoded, rounded
 
 Progress = Callable[[str, int, int], None]
+Place = tuple[moments.Layer, torch.Tensor]  # of a GGUF matrix: the layer that has its rows, and their numbers in it
+NOWHERE = "no linear layer of the model has its rows"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 ON_GPU = threading.Lock()  # there one matrix is solved at a time, so that its memory is bounded
 
@@ -224,7 +227,7 @@ def _half_way(
         aims.information(model, tokens, journal.folder, threads, cache.keep_weights, step)
     chosen = {index: [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")] for index in layers}
     solved = {index for index in layers if journal.find(_part(index)) is not None}
-    work = _Decoder(file, journal, bool(len(held)))
+    work = _Decoder(file, bool(len(held)))
 
     def wanted(index: int, layers: list[moments.Layer]) -> set[str]:
         return work.begin(chosen[index], layers)
@@ -240,7 +243,7 @@ def _half_way(
             except StopIteration as end:
                 return end.value
             if stage.index in solved:
-                work.put_back(*journal.part(_part(stage.index)))
+                work.put_back(journal.part(_part(stage.index))[0])
                 continue
             work.solve(stage, pool, pieces.map)
             if stage.last:
@@ -250,14 +253,14 @@ def _half_way(
 class _Decoder:
     """A decoder layer being solved, stage by stage. tried: whether nearest rounding is wanted beside."""
 
-    def __init__(self, file: Gguf, journal: Journal, tried: bool):
-        self.file, self.journal, self.tried = file, journal, tried
+    def __init__(self, file: Gguf, tried: bool):
+        self.file, self.tried = file, tried
 
     def begin(self, entries: list[Entry], layers: list[moments.Layer]) -> set[str]:
         """The names of the layers that are not stored as they are."""
-        self.layers, self.report = layers, _empty()
+        self.report = _empty()
         self.rows: dict[str, np.ndarray] = {}
-        self.places: dict[str, list[tuple[moments.Layer, torch.Tensor]]] = {}
+        self.places: dict[str, list[Place]] = {}
         self.entries = {entry.name: entry for entry in entries}
         for entry in entries:
             found = [moments.match(rows, layers) for rows in each_matrix(self.file, entry.tensor)]
@@ -265,7 +268,7 @@ class _Decoder:
             if len(places) == len(found):
                 self.places[entry.name] = places
             elif _coder(entry):
-                self.report["left"][entry.name] = "no linear layer of the model has its rows"
+                self.report["left"][entry.name] = NOWHERE
         return {layer.name for places in self.places.values() for layer, _ in places}
 
     def solve(self, stage: aims.Stage, pool: ThreadPoolExecutor, each: solver.Each) -> None:
@@ -279,16 +282,17 @@ class _Decoder:
     def _one(self, entry: Entry, each: solver.Each) -> dict[str, np.ndarray]:
         """What is stored of a tensor; the report learns of it."""
         if _coder(entry):
-            found = _solve_tensor(self.file, entry, self.layers, each)
+            places = self.places[entry.name]
+            found = _solve_tensor(self.file, entry, lambda number, _: places[number], each)
             if not isinstance(found, str):
-                stored, self.report["errors"][entry.name], pooled, _ = found
+                rows, self.report["errors"][entry.name], pooled, _ = found
                 self.report["pooled"] += pooled
-                self.rows |= stored
-                return stored
+                self.rows |= rows
+                return rows
             self.report["left"][entry.name] = found
         return {}
 
-    def put_back(self, rows: Mapping[str, Rows], report: dict) -> None:
+    def put_back(self, rows: Mapping[str, Rows]) -> None:
         """The same from a finished layer."""
         for name in self.places:
             self._put(self.entries[name], rows)
@@ -306,15 +310,19 @@ class _Decoder:
         for number, (layer, order) in enumerate(self.places[entry.name]):
             here = slice(first, first + len(order))
             wanted = self.tried or entry.name not in rows
-            weight = self.file.read_rows(entry.tensor, first, len(order)) if wanted else None
-            nearest = None if weight is None else _nearest(_floats(weight, entry), entry)
-            stored = _decoded(entry, rows, number, here) if entry.name in rows else nearest
-            for name, value in (("stored", stored), ("nearest", nearest)):
+            nearest = rounded(self._matrix(entry, here), entry) if wanted else None
+            fed = decoded(entry, rows, number, here) if entry.name in rows else nearest
+            for name, value in (("stored", fed), ("nearest", nearest)):
                 if value is not None:
                     if getattr(layer, name) is None:
                         setattr(layer, name, layer.weight.clone())
                     getattr(layer, name)[order.to(layer.weight.device)] = value.to(layer.weight)
             first = here.stop
+
+    def _matrix(self, entry: Entry, here: slice) -> torch.Tensor:
+        """float32 [n_rows, n_cols]: these rows of the input."""
+        rows = self.file.read_rows(entry.tensor, here.start, here.stop - here.start)
+        return torch.from_numpy(to_float32(rows, entry.tensor.type_id))
 
 
 def _alone(count: int) -> ThreadPoolExecutor:
@@ -343,7 +351,7 @@ def _solve_layer(
     wanted = [entry for entry in wanted if _coder(entry)]
     rows: dict[str, np.ndarray] = {}
     report = _empty()
-    results = pool.map(lambda entry: _solve_tensor(file, entry, layers), wanted)
+    results = pool.map(lambda entry: _solve_tensor(file, entry, lambda _, rows: moments.match(rows, layers)), wanted)
     for entry, found in zip(wanted, results, strict=True):
         if isinstance(found, str):
             report["left"][entry.name] = found
@@ -375,19 +383,20 @@ def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
 
 
 def _solve_tensor(
-    file: Gguf, entry: Entry, layers: list[moments.Layer], each: solver.Each = map
+    file: Gguf, entry: Entry, find: Callable[[int, np.ndarray], Place | None], each: solver.Each = map
 ) -> tuple[dict[str, np.ndarray], dict[str, float], list[str], list[float]] | str:
     """What is stored, errors by stage, the experts that took the pooled Hessian, and as `Solved.tried`; or why not.
 
-    Stored: name -> uint8 [n_rows, row_bytes], and [matrices, size] of a side tensor.
+    find(number, rows): where matrix `number` of the tensor is. Stored: name -> uint8 [n_rows, row_bytes], and
+    [matrices, size] of a side tensor.
     """
     code = _coder(entry)
     assert code
     matrices, sides, errors, pooled, tried = [], [], [], [], np.zeros(3)
     for number, rows in enumerate(each_matrix(file, entry.tensor)):
-        found = moments.match(rows, layers)
+        found = find(number, rows)
         if found is None:
-            return "no linear layer of the model has its rows"
+            return NOWHERE
         layer, order = found
         if layer.hessian is None:
             return layer.unknown
@@ -415,32 +424,9 @@ def _tried(weight: torch.Tensor, fed: torch.Tensor, entry: Entry, layer: moments
     if not layer.held:
         return np.zeros(3)
     sums = np.zeros(3)
-    nearest = _nearest(weight.cpu(), entry).to(weight.device)
+    nearest = rounded(weight.cpu(), entry).to(weight.device)
     for i, change in enumerate((weight, nearest.sub_(weight), fed - weight)):
         for x, information in layer.held:
             outputs = (x.to(change.device).float() @ change.T).square_().sum(1, dtype=torch.float64)
             sums[i] += float(outputs @ information.to(change.device).double())
     return sums
-
-
-def _floats(rows: np.ndarray, entry: Entry) -> torch.Tensor:
-    return torch.from_numpy(to_float32(rows, entry.tensor.type_id))
-
-
-def _nearest(weight: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """float32 [n_rows, n_cols]: what is stored of a matrix without a calibration."""
-    if kind := entry.columns:
-        packed, side = families.code(weight, kind, entry.layout)
-        n_rows, n_cols = weight.shape
-        return torch.from_numpy(kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0))
-    return torch.from_numpy(entry.coder.decode(entry.coder.encode(weight.numpy())))
-
-
-def _decoded(entry: Entry, rows: Mapping[str, Rows], number: int, here: slice) -> torch.Tensor:
-    """float32 [n_rows, n_cols]: what the rows `here`, those of matrix `number`, stand for."""
-    packed = rows[entry.name][here]
-    if kind := entry.columns:
-        [side] = rows[side_name(entry.name)][number : number + 1]
-        layout = kind.read_side(side, len(packed), entry.tensor.n_cols, entry.name)
-        return torch.from_numpy(kind.decode_rows(packed, layout, 0))
-    return torch.from_numpy(entry.coder.decode(packed))

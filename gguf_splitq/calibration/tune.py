@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import kl_div
 from torch.overrides import TorchFunctionMode
 
 from ..coding import formats
 from ..files.gguf_file import Gguf
 from ..plan import Entry
 from ..rewrite import Rows, each_matrix, to_float32
-from ..types.columns import side_name
 from . import moments
 from .model import BATCH, Model
+from .stored import decoded, rounded
 
 PASSES = 2
 RATE = 3e-3  # of both, relative to the values' own size
@@ -136,7 +137,7 @@ def _loss(teacher: Model, student: Model, pieces: Mapping, tokens: torch.Tensor)
         wanted = teacher.module(tokens, use_cache=False).logits.float().log_softmax(-1)
     with _Trained(pieces):
         given = student.module(tokens, use_cache=False).logits.float().log_softmax(-1)
-    return (wanted.exp() * (wanted - given)).sum()
+    return kl_div(given, wanted, reduction="sum", log_target=True)
 
 
 @torch.no_grad()
@@ -164,22 +165,17 @@ def _pieces(
                     if found is None:
                         break
                     layer, order = found
-                    solved = rows[entry.name][first : first + len(matrix)] if entry.name in rows else None
-                    if entry.columns:
-                        if solved is None:
-                            break
-                        n_rows, n_cols = matrix.shape
-                        number = first // n_rows
-                        [data] = rows[side_name(entry.name)][number : number + 1]
-                        side = entry.columns.read_side(data, n_rows, n_cols, entry.name)
-                        decoded = entry.columns.decode_rows(solved, side, 0)
+                    here, solved = slice(first, first + len(matrix)), entry.name in rows
+                    if solved:
+                        weight = decoded(entry, rows, first // len(matrix), here)
+                    elif entry.columns:
+                        break
                     else:
-                        packed = entry.coder.encode(matrix) if solved is None else solved
-                        decoded = entry.coder.decode(packed)
-                    weight = torch.from_numpy(decoded).to(student.device)
-                    stored.setdefault(layer.name, []).append((layer, order.to(student.device), weight))
-                    if solved is not None and isinstance(fmt, OWN_SCALE):
-                        piece = piece_of(entry, fmt, packed)
+                        weight = rounded(torch.from_numpy(matrix), entry)
+                    device = student.device
+                    stored.setdefault(layer.name, []).append((layer, order.to(device), weight.to(device)))
+                    if solved and isinstance(fmt, OWN_SCALE):
+                        piece = piece_of(entry, fmt, rows[entry.name][here])
                         pieces.setdefault(layer.weight.data_ptr(), []).append((piece, order.to(student.device)))
                     first += len(matrix)
         for parts in stored.values():

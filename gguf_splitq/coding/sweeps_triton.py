@@ -157,10 +157,8 @@ class Sweeps(sweeps.Sweeps):
         grid, n_rows = fmt.grid(params), units.shape[1]
         assert grid and len(units) <= COLUMNS
         scale, offset = (of(params).T.contiguous() for of in (fmt.scale, fmt.offset))
-        steps = [step.T.contiguous() for step in grid.steps or ()] or [
-            scale,
-            scale,
-        ]  # not read but where there are some
+        given = grid.steps or (fmt.scale(params),) * 2  # not read but where there are steps
+        steps = [step.T.contiguous() for step in given]
         new, below, changes = torch.empty_like(scale), torch.empty_like(scale), torch.empty_like(pull)
         table = scale if grid.table is None else grid.table
         with torch.cuda.device_of(units):
@@ -169,9 +167,8 @@ class Sweeps(sweeps.Sweeps):
                 n_rows, h.stride(0), float(grid.least), float(grid.most),
                 len(scale), fmt.block_size, grid.kind, fmt.has_offset, LANES, HALVINGS,
             )  # fmt: skip
-        return fmt.nearest(
-            new.T.contiguous(), below.T.contiguous(), params
-        ), changes  # what can be stored is nearest to itself
+        new, below = new.T.contiguous(), below.T.contiguous()
+        return fmt.nearest(new, below, params), changes  # what can be stored is nearest to itself
 
 
 def _swept(
