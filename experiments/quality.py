@@ -4,10 +4,10 @@
 Only the linear layers differ: embeddings and output are F16 everywhere. "imatrix" files of stock types are made by
 `llama-quantize --pure`, all from the same F16 file and one importance matrix of the calibration text; "feedback" files,
 ours and stock types, by `gguf-splitq convert --calib` from as many tokens of that text, "plain" with `--aim plain`
-besides, "self" from text that the model wrote, "tuned" with `--tune`, and "3.5 bpw" by `--bpw 3.5`; "plain" files share
-one file of Hessians, all others but "self" one of token weights. Finished
-rows are kept in build/quality/MODEL/rows.json: a run that was stopped goes on, and what the source of solver or types,
-the texts or the options have changed is measured again.
+besides, "self" from text that the model wrote, "tuned" with `--tune scales`, "trained" with `--tune codes` (on a GPU
+alone), and "3.5 bpw" by `--bpw 3.5`; "plain" files share one file of Hessians, all others but "self" one of token
+weights. Finished rows are kept in build/quality/MODEL/rows.json: a run that was stopped goes on, and what the source of
+solver or types, the texts or the options have changed is measured again.
 
   python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, plain, feedback, ...
   python -m experiments.quality --only sq4,Q4_K/imatrix    # types, or one row
@@ -25,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import gguf_splitq
 from gguf_splitq.errors import EnvironmentFailed
 from gguf_splitq.measure.validate import Baseline, check_overlap
@@ -41,6 +43,8 @@ NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XS"}  # llama-quantize refuses them without
 USES_NO_DATA = {"sq4x", *COLUMNS}  # or next to none without its covariances
 FED = [*WINDOWS, "sq4", "sq3", "sq2", "sdr4", *COLUMNS, "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
 TUNED = [*WINDOWS, "sq4", "sq3", "sq2"]  # with --tune
+TRAINED = [*TUNED, "Q4_K", "IQ4_XS", "Q3_K", "Q2_K"]
+TRAINING = {"tuned": "scales", "trained": "codes"}
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [2.5, 3.0, 3.5, 4.0]
 NEAR = 0.1  # bits per weight: what counts as the same stored size
@@ -59,8 +63,9 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One row: `data` is none, imatrix, plain (feedback with plain aims), feedback, self, tuned or bpw; of the last,
-    `type` is "3.5 bpw".
+    """One row: `data` is none, imatrix, plain (feedback with plain aims), feedback, self, tuned, trained or bpw.
+
+    Of the last, `type` is "3.5 bpw".
     """
 
     type: str
@@ -68,13 +73,13 @@ class Run:
 
     @property
     def solved(self) -> bool:
-        return self.data in ("plain", "feedback", "self", "tuned", "bpw")
+        return self.data in ("plain", "feedback", "self", *TRAINING, "bpw")
 
 
 def runs() -> list[Run]:
     plain = [Run(t, "none") for t in OURS + PEERS if t not in NEEDS_IMATRIX]
     weighted = [Run(t, "imatrix") for t in OURS + PEERS if t not in USES_NO_DATA]
-    tuned = [Run(t, "tuned") for t in TUNED]
+    tuned = [Run(t, "tuned") for t in TUNED] + [Run(t, "trained") for t in TRAINED if torch.cuda.is_available()]
     budgets = [Run(f"{bpw} bpw", "bpw") for bpw in BUDGETS]
     fed = [Run(t, data) for data in ("plain", "feedback") for t in FED]
     return [*plain, *weighted, *fed, Run("sq4", "self"), *budgets, *tuned]
@@ -90,8 +95,7 @@ def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
             options |= {"aim": "plain", "hessians": args.folder / f"hessians-{hessian_key(args)}.gguf"}
         elif source.data != "self":
             options["hessians"] = args.folder / f"weights-{hessian_key(args)}.gguf"
-        if source.data == "tuned":
-            options["tune"] = True
+        options["tune"] = TRAINING.get(source.data)
         if source.data == "bpw":
             return convert(args.model, None, outfile, bpw=float(source.type.split()[0]), **options)
         return convert(args.model, source.type.lower(), outfile, **options)
@@ -233,6 +237,12 @@ def claims_of(rows: list[dict]) -> list[dict]:
     ratio(("sq4", "self"), ("sq4", "feedback"), at_most=1.1)
     for type in TUNED:
         ratio((type, "tuned"), (type, "feedback"), at_most=1.0)
+    for type in TRAINED:
+        ratio((type, "trained"), (type, "feedback"), at_most=1.0)
+    halves = {"sq4": 0.85, "sq3": 0.83, "sq2": 0.8, "Q4_K": 0.87, "IQ4_XS": 0.87, "Q3_K": 0.87, "Q2_K": 0.87}
+    for kind, limits in (("feedback", halves), ("trained", {"sq4": 0.78, "sq3": 0.65, "sq2": 0.53})):
+        for type, limit in limits.items():
+            ratio((type, kind), (type, "plain"), at_most=limit)
 
     for row in rows:
         if "unpatched_kld" in row:
@@ -277,7 +287,9 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         "our types, importance matrix": ("imatrix", True, "o", "#e07b00"),
         "our types, feedback": ("feedback", True, "s", "#d9343f"),
         "our types, feedback on own text": ("self", True, "x", "#a06bd0"),
-        "our types, trained": ("tuned", True, "P", "#a8715a"),
+        "our types, scales trained": ("tuned", True, "P", "#a8715a"),
+        "our types, codes trained": ("trained", True, "P", "#7a1f3d"),
+        "llama.cpp's types, codes trained": ("trained", False, "P", "#0b6b78"),
         "mixed by --bpw": ("bpw", False, "*", "#33a047"),
     }
     # Grey letters on nothing are read on white and on black pages; letters stay letters.
@@ -289,7 +301,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
             x, y = [row["bpw"] for row in points], [row["mean_kld"] for row in points]
             if points:
                 axes.scatter(x, y, label=label, marker=marker, color=color)
-            for row in points if data in ("imatrix", "feedback", "tuned", "bpw") else ():
+            for row in points if data in ("imatrix", "feedback", *TRAINING, "bpw") else ():
                 near = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": color}
                 axes.annotate(row["type"], (row["bpw"], row["mean_kld"]), **near)
         axes.set(yscale="log", xlabel="stored bits per weight, linear layers", ylabel="mean KL divergence to F16, nats")

@@ -48,7 +48,7 @@ def parts(name: str, result: dict) -> Iterator[tuple[str, Table, dict]]:
 def quality(result: dict) -> Table:
     """A row for each type, KLD by what it was made with."""
     kinds = {"none": "KLD, no data", "imatrix": "KLD, imatrix", "plain": "KLD, plain aims", "feedback": "KLD, feedback"}
-    kinds["tuned"] = "KLD, trained"
+    kinds |= {"tuned": "KLD, scales trained", "trained": "KLD, codes trained"}
     rows: dict[str, dict[str, dict]] = {}
     for row in result["rows"]:
         name, data = row["type"], row["data"]

@@ -22,7 +22,8 @@ HEAD = "| file | text | perplexity | / baseline | mean KLD | 99 % KLD | top-1 | 
 FLAGS = {  # keys of `gguf_splitq.options` -> options of `convert`; what is not here decides no more than the texts do
     "tensor_type": "--tensor-type", "token_embedding_type": "--token-embedding-type", "imatrix": "--imatrix",
     "output_tensor_type": "--output-tensor-type", "calib": "--calib", "calib_tokens": "--calib-tokens",
-    "calib_dtype": "--calib-dtype", "tune": "--tune", "claq_metric": "--claq-metric", "aim": "--aim",
+    "calib_dtype": "--calib-dtype", "tune": "--tune", "tune_steps": "--tune-steps", "aim": "--aim",
+    "claq_metric": "--claq-metric",
 }  # fmt: skip
 
 

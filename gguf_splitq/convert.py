@@ -194,6 +194,7 @@ def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Prog
         progress.step,
         given.hessians,
         given.tune,
+        given.steps,
         given.precision,
         given.aim,
         given.processor,
@@ -256,7 +257,7 @@ def memory_needs(
     if given.calib:
         from .calibration import memory
 
-        whole = given.calib == "self" or source.child is None
+        whole = given.calib == "self" or source.child is None or given.tune is not None
         solvers = memory.solvers(entries, given.calib_tokens, given.workers, whole, given.tune, given.limit)
         calibrating = memory.peak(entries, given.calib_tokens, solvers, whole, given.tune)
     reading, encoding = peak_ram(source, entries, given.workers, given.limit, calibrating)
@@ -327,6 +328,7 @@ def deciding(given: options.Convert) -> dict:
         "aim": given.aim if given.calib and given.aim != "half" else None,
         "hessians": given.hessians is not None,
         "tune": given.tune,
+        "tune_steps": given.tune_steps,
         "claq_metric": given.claq_metric if given.claq_metric != "hessian" else None,
     }
     if given.calib == "self":
@@ -347,7 +349,7 @@ def settings(job: Job, calib: str | Path) -> dict:
         "calib_dtype": job.given.precision,
         "aim": job.given.aim,
         "hessians": job.given.hessians is not None,
-        "tune": job.given.tune,
+        "tune": job.given.tune and [job.given.tune, job.given.steps],
         "version": __version__,
     }
 

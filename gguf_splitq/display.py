@@ -72,6 +72,14 @@ def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stat
         _show_calibration(out, result["calibration"])
 
 
+def _tuned(done: dict) -> str:
+    """What training brought."""
+    if done["after"] == done["before"]:
+        return f"tuning: held-out KL divergence {done['before']:.5f}; training gained nothing, and its result was left"
+    codes = f"; {done['changed']:.1%} of the codes changed" if done["changed"] else ""
+    return f"tuning: held-out KL divergence {done['before']:.5f} before, {done['after']:.5f} after{codes}"
+
+
 def _show_calibration(out: Console, done: dict) -> None:
     """What it cost and brought, what it left, and whether it holds on other tokens."""
     total = {stage: sum(e[stage] for e in done["errors"].values()) for stage in ("nearest", "polish")}
@@ -86,7 +94,7 @@ def _show_calibration(out: Console, done: dict) -> None:
     if pooled := done["pooled"]:
         out.print(f"{len(pooled)} experts saw too few tokens and took the Hessian of all, {pooled[0]} first")
     if tuned := done["tuned"]:
-        out.print(f"tuning: held-out KL divergence {tuned['before']:.5f} before, {tuned['after']:.5f} after")
+        out.print(_tuned(tuned))
     what, held = ("KL divergence", done["divergence"]) if done.get("divergence") else ("output error", done["held_out"])
     if not held:
         out.print("not tried on other tokens: the text has no more of them, or the Hessians are a file's")

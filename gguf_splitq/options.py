@@ -84,8 +84,9 @@ class Convert(Options):
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
-    written. tune: train block scales and norms on the calibration tokens. calib_dtype: what the Hessians are
-    computed in: "f32", "bf16", or "auto" for what the device is fast in. device: what a calibration runs on: "cpu",
+    written. tune: train afterwards, "scales" (of blocks, and norms) or "codes", those too, in tune_steps steps.
+    calib_dtype: what the Hessians are computed in: "f32", "bf16", or "auto" for what the device is fast in.
+    device: what a calibration runs on: "cpu",
     "cuda", "cuda:1", or "auto" for a GPU where there is one. aim: "half" to repair half of what the matrices before
     have done to a matrix's outputs, or "plain". claq_metric: what gives a column of cq2.x, sq2.x and so on more bits,
     "hessian" or "outlier".
@@ -110,7 +111,8 @@ class Convert(Options):
     calib: str | Path | None = _path("read", "--calib", None)
     calib_tokens: int = 131_072
     hessians: str | Path | None = _path("read", "--hessians", None)
-    tune: bool = False
+    tune: str | None = None
+    tune_steps: int | None = None
     calib_dtype: str = "auto"
     device: str = "auto"
     aim: str = "half"
@@ -208,6 +210,13 @@ class Convert(Options):
         """What a calibration runs on, as PyTorch names it."""
         return check_device(self.device)
 
+    @functools.cached_property
+    def steps(self) -> int:
+        """What `tune` takes; 0 without it."""
+        from .calibration import tune
+
+        return (self.tune_steps or tune.STEPS[self.tune]) if self.tune else 0
+
     @property
     def journal(self) -> Path:
         """The folder of what a calibration has finished."""
@@ -242,7 +251,7 @@ class Convert(Options):
         if self.device != "auto":
             check_device(self.device)
         check_choice(self.type, self.bpw, self.plan_file, self.save_plan, self.calib)
-        check_calibration(self.calib, self.calib_tokens, self.imatrix, self.hessians, self.tune)
+        check_calibration(self.calib, self.calib_tokens, self.imatrix, self.hessians, self.tune, self.tune_steps)
         self.check_files(Path(self.model))
         check_outputs(self.writes, self.overwrite)
         if not self.plans_only:
@@ -562,7 +571,8 @@ def check_calibration(
     tokens: int,
     imatrix: str | Path | None,
     hessians: str | Path | None = None,
-    tune: bool = False,
+    tune: str | None = None,
+    steps: int | None = None,
 ) -> None:
     """UsageError unless the options of a calibration fit together."""
     if calib and imatrix:
@@ -570,6 +580,9 @@ def check_calibration(
     if (hessians or tune) and not calib:
         option = f"--hessians {hessians}" if hessians else "--tune"
         raise UsageError(f"{option} needs a text to run the model on: give --calib TEXT, or --calib self")
+    if steps is not None and (not tune or steps < 1):
+        cause = "nothing is trained without --tune" if not tune else "too few to train anything"
+        raise UsageError(f"--tune-steps {steps}: {cause}: give --tune codes --tune-steps 1280, or leave it")
     if hessians and (Path(hessians).is_dir() or not Path(hessians).absolute().parent.is_dir()):
         raise UsageError(f"--hessians {hessians}: not a file in a folder that exists: name another")
     if calib and calib != "self":

@@ -66,8 +66,9 @@ def test_a_stock_type_runs_everywhere(model, tmp_path):
 @pytest.mark.parametrize(
     ("given", "base", "line", "words"),
     [
-        (dict(calib="a b.txt", calib_tokens=4096, calib_dtype="f32", hessians=True, tune=True), "owner/name",
-         "gguf-splitq convert owner/name --type sq4 --calib 'a b.txt' --calib-tokens 4096 --calib-dtype f32 --tune",
+        (dict(calib="a b.txt", calib_tokens=4096, calib_dtype="f32", hessians=True, tune="codes"), "owner/name",
+         "gguf-splitq convert owner/name --type sq4 --calib 'a b.txt' --calib-tokens 4096 --calib-dtype f32 "
+         "--tune codes",
          "error feedback on 4096 tokens of a b.txt"),
         (dict(calib="self", calib_tokens=4096, sampling={"n": 1}, bpw=3.5), None,
          "gguf-splitq convert MODEL --bpw 3.5 --calib self --calib-tokens 4096",

@@ -417,7 +417,7 @@ def test_a_tensor_that_only_has_the_name_of_a_side_tensor_is_kept(tmp_path):
 
 def test_calibration_lowers_the_error_and_norms_are_tuned_beside_codebooks(tmp_path):
     report, text = tmp_path / "report.json", str(crafted.DEMO / "calib.txt")
-    options = {"calib": text, "calib_tokens": 2048, "report": report, "tune": True}
+    options = {"calib": text, "calib_tokens": 2048, "report": report, "tune": "scales", "tune_steps": 2}
     convert.convert(wide_llama(tmp_path), "cq2.9", tmp_path / "out.gguf", threads=1, **options)
     calibration = json.loads(report.read_text())["calibration"]
     assert 0 < calibration["tuned"]["after"] <= calibration["tuned"]["before"]

@@ -224,7 +224,9 @@ def test_calibration_options_that_do_not_fit_are_refused(tiny_llama, tmp_path):
         ({"calib": str(tmp_path / "none.txt")}, "there is no such text"),
         ({"calib": "self", "calib_tokens": 10}, "too few"),
         ({"calib": str(short)}, "too few to calibrate on"),
-        ({"tune": True}, "--tune needs a text"),
+        ({"tune": "scales"}, "--tune needs a text"),
+        ({"calib": str(text), "tune_steps": 5}, "nothing is trained without --tune"),
+        ({"calib": str(text), "tune": "codes", "tune_steps": 0}, "--tune-steps 0: too few"),
         ({"hessians": "h.gguf"}, "--hessians h.gguf needs a text"),
         ({"calib": str(text), "hessians": tmp_path / "none" / "h.gguf"}, "not a file in a folder that exists"),
     ]:

@@ -311,7 +311,7 @@ def test_calibration_lowers_the_error_at_any_number_of_threads(checkpoint, tmp_p
 
 def test_norms_are_tuned_beside_scaled_columns(checkpoint, tmp_path):
     report = tmp_path / "report.json"
-    calibrated(checkpoint, "sq2c", tmp_path / "out.gguf", report=report, tune=True)
+    calibrated(checkpoint, "sq2c", tmp_path / "out.gguf", report=report, tune="codes", tune_steps=2)
     tuned = json.loads(report.read_text())["calibration"]["tuned"]
     assert 0 < tuned["after"] < tuned["before"]
 

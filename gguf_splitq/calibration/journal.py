@@ -5,7 +5,8 @@
         settings.json             what decides the result, by name
         tokens.safetensors        the calibration tokens
         layer-00000.safetensors   packed rows of the layer's tensors; their errors as JSON in the metadata
-        hessians-00000.safetensors, tuned.safetensors   with --hessians and --tune
+        hessians-00000.safetensors   with --hessians
+        drawn.safetensors, tuned.safetensors   with --tune: text of the model itself, and the result
 
 Each file appears whole or not at all. The folder is gone when the output is there.
 """

@@ -19,9 +19,9 @@ TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 
 
-def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = False, tune: bool = False) -> int:
-    """Bytes at most. whole: the model is all in memory once (to sample text, or read from a GGUF). tune: scales are
-    trained afterwards.
+def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = False, tune: str | None = None) -> int:
+    """Bytes at most. whole: the model is all in memory once (to sample text, or read from a GGUF). tune: what is
+    trained afterwards, as of `tune.run`.
     """
     layers = defaultdict(list)
     for entry in entries:
@@ -37,12 +37,15 @@ def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = Fals
     calibrating = logits + max((_layer(layer, threads) for layer in layers.values()), default=0)
     stages = [reading, calibrating]
     if tune:  # two models; of one the weights once more as made from their codes, in steps, and with gradients
+        trained = 11 if tune == "codes" else 7  # a code's number, its gradient and two moments
         outputs = 2 * sum(map(_outputs, layers.values())) + 2 * BATCH * logits
-        stages.append(_floats(outside) + 7 * _floats(inside) + outputs)
+        stages.append(_floats(outside) + trained * _floats(inside) + outputs)
     return BASE + _floats(outside) + max(stages)
 
 
-def solvers(entries: Sequence[Entry], tokens: int, threads: int, whole: bool, tune: bool, limit: int | None) -> int:
+def solvers(
+    entries: Sequence[Entry], tokens: int, threads: int, whole: bool, tune: str | None, limit: int | None
+) -> int:
     """How many matrices may be solved at a time: one to a thread, or what `limit` bytes allow, but at least one."""
     while limit is not None and threads > 1 and peak(entries, tokens, threads, whole, tune) > limit:
         threads -= 1

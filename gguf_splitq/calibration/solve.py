@@ -98,7 +98,8 @@ def run(
     solvers: int,
     progress: Progress,
     hessians: str | Path | None = None,
-    tune: bool = False,
+    tune: str | None = None,
+    tune_steps: int = 0,
     dtype: str = "auto",
     aim: str = "half",
     device: str = "cpu",
@@ -108,8 +109,8 @@ def run(
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
     from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
     progress: what is being done, steps done and in all. hessians: a file of what was measured, read when it is there
-    and else written. tune: train scales and norms. dtype: as of `precision`. aim: "half" or "plain".
-    device: as PyTorch names it.
+    and else written. tune: what to train, as `tune.run`, in so many steps. dtype: as of `precision`. aim: "half" or
+    "plain". device: as PyTorch names it.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     start = time.monotonic()
@@ -140,7 +141,9 @@ def run(
         assert sample
         if journal.find("tuned") is None:
             again = functools.partial(Model, folder, device)
-            changed = tuning.run(again, file, entries, solved.rows, sample[0], functools.partial(progress, "tuning"))
+            own = _drawn(again, tuning.drawn(tune_steps, sample[0].numel()), journal, threads)
+            text, step = torch.cat([sample[0], own]), functools.partial(progress, "tuning")
+            changed = tuning.run(again, file, entries, solved.rows, text, sample[1], tune, tune_steps, step)
             journal.keep("tuned", *changed)
         rows, solved.tuned = journal.part("tuned")
         solved.rows |= rows
@@ -170,6 +173,19 @@ def _sample(
         return parts
     arrays, _ = kept
     return torch.from_numpy(arrays["tokens"][:]), torch.from_numpy(arrays["held"][:])
+
+
+def _drawn(model: Callable[[], Model], tokens: int, journal: Journal, threads: int) -> torch.Tensor:
+    """int64 [sequences, CONTEXT] drawn from the model to train on; other ones than are calibrated on.
+
+    As the model speaks: trained on text drawn at a higher temperature, scales and codes gained nothing on real text.
+    """
+    if not tokens:
+        return torch.empty(0, CONTEXT, dtype=torch.long)
+    if (kept := journal.find("drawn")) is None:
+        journal.keep("drawn", {"tokens": model().sample_tokens(tokens, threads, seed=1, temperature=1.0).numpy()})
+        kept = journal.part("drawn")
+    return torch.from_numpy(kept[0]["tokens"][:])
 
 
 def _calibrated(

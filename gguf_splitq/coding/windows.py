@@ -202,6 +202,27 @@ class _Rows(solver.Rows):
         self.units = trellis.levels[self.edges.int()]
 
 
+def nearest(units: torch.Tensor, codes: torch.Tensor, fmt: WindowFormat, chance: torch.Generator) -> torch.Tensor:
+    """uint8 [n_rows, n_cols] like `codes`, whole windows, of levels whose squares' sum to `units` is least.
+
+    units: float32, in levels. Each chain begins at a random place and in the state that `codes` have there, so calls
+    one after the other can change all of it, and one that finds nothing nearer changes nothing.
+    """
+    trellis, device = Trellis.of(fmt.type, units.device), units.device
+    n_chains, length = trellis.walk.shape
+    turns = solver.sent(torch.randint(length, (n_chains, 1), generator=chance), device)
+    walk = trellis.walk.gather(1, (torch.arange(length, device=device) + turns) % length)
+    edge = trellis.windows.argsort()  # of each window
+    aims, before = units.reshape(-1, BLOCK).T[walk.flatten()], codes.reshape(-1, BLOCK).T
+    states = edge[before[walk[:, 0]].int()] >> trellis.bits
+    ones = torch.ones(1, aims.shape[1], device=device)
+    free, costs = torch.zeros(BLOCK, BLOCK, device=device), torch.ones(BLOCK, device=device)
+    edges, _ = _sweeper(device)(aims, aims, ones, free, costs, trellis, states.to(torch.uint8))
+    found = torch.empty_like(before)
+    found[walk.flatten()] = trellis.windows[edges.int()]
+    return found.T.reshape(codes.shape)
+
+
 def _scales(steps: range, mirrors: tuple[int, ...]) -> list[tuple[int, int]]:
     """What is tried of a scale byte, nearest first: what is added to its magnitude, and what is turned of its sign."""
     return [(step, mirror) for mirror in mirrors for step in sorted(steps, key=abs)]
