@@ -176,14 +176,11 @@ def _sample(
 
 
 def _drawn(model: Callable[[], Model], tokens: int, journal: Journal, threads: int) -> torch.Tensor:
-    """int64 [sequences, CONTEXT] drawn from the model to train on; other ones than are calibrated on.
-
-    As the model speaks: trained on text drawn at a higher temperature, scales and codes gained nothing on real text.
-    """
+    """int64 [sequences, CONTEXT] drawn from the model to train on; other ones than are calibrated on."""
     if not tokens:
         return torch.empty(0, CONTEXT, dtype=torch.long)
     if (kept := journal.find("drawn")) is None:
-        journal.keep("drawn", {"tokens": model().sample_tokens(tokens, threads, seed=1, temperature=1.0).numpy()})
+        journal.keep("drawn", {"tokens": model().sample_tokens(tokens, threads, seed=1).numpy()})
         kept = journal.part("drawn")
     return torch.from_numpy(kept[0]["tokens"][:])
 
