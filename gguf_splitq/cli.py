@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .calibration import ranks
 from .errors import SplitqError, printable
 
 # README.md has the same commands; a test compares them and runs them.
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
         os.environ["SPLITQ_DEBUG"] = "1"  # the converter process prints its traceback as well
     wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+    wanted = wanted if ranks.speaks() else []  # another process has nothing to clean up, and ends without a word
     previous = {number: signal.signal(number, _terminate) for number in wanted}
     try:
         run(**args)
@@ -124,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _fail(f"{what}: check the disk, the path and its rights")
     except KeyboardInterrupt:
-        print("gguf-splitq: interrupted; no incomplete file is left", file=sys.stderr)
+        if ranks.speaks():
+            print("gguf-splitq: interrupted; no incomplete file is left", file=sys.stderr)
         return 128 + signal.SIGINT
     except _Terminated as error:
         print("gguf-splitq: terminated; no incomplete file is left", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import __version__, card, display, options, output, plan, rewrite, types
-from .calibration import text
+from .calibration import ranks, text
 from .errors import UsageError
 from .files import checkpoint, gguf_file
 from .files.gguf_file import Gguf, Value
@@ -75,6 +75,17 @@ def convert(model: str | Path, type: str | None = None, outfile: str | Path = ou
     is made again. Raises the errors of `gguf_splitq.errors`.
     """
     given = options.Convert(model, type, outfile, **more)
+    with ranks.together() as processes:
+        if processes.rank:
+            from .calibration import helping
+
+            helping.run(processes, max(1, given.workers // ranks.local()), lambda: given.processor)
+        else:
+            _convert(given, processes)
+    return given.path
+
+
+def _convert(given: options.Convert, processes: ranks.Alone) -> None:
     given.check()
     importance = load_imatrix(given.imatrix) if given.imatrix else None
     display.say(f"checking {given.model}")
@@ -84,22 +95,21 @@ def convert(model: str | Path, type: str | None = None, outfile: str | Path = ou
             job = prepare(given, source, importance)
             if given.plans_only:
                 display.show_plan(given.path, job.entries)
-                return given.path
+                return
             with display.Progress() as progress, job.data(progress) as file:
                 if given.measures:
                     job = choose(job, file, progress)
                 if given.dry_run:
                     display.show_plan(given.path, job.entries)
-                    return given.path
+                    return
                 with journal(job) as kept:
-                    solved = calibrate(job, file, kept, progress)
+                    solved = calibrate(job, file, kept, progress, processes)
                     entries, stats = write(job, file, solved, progress)
             if source.mmproj and given.mmproj_path:
                 checkpoint.keep_mmproj(source.mmproj, given.mmproj_path)
         report(job, entries, stats, solved)
         if given.card_path:
             card.write(given.card_path, given.path, given.hub_id)
-    return given.path
 
 
 def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix | None) -> Job:
@@ -175,7 +185,9 @@ def journal(job: Job) -> contextlib.AbstractContextManager:
     return Journal(job.given.journal, settings(job, job.given.calib))
 
 
-def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Progress) -> Solved | None:
+def calibrate(
+    job: Job, file: Gguf, kept: Journal | None, progress: display.Progress, processes: ranks.Alone
+) -> Solved | None:
     """Tensors coded by error feedback, those that `kept` holds included; None without --calib."""
     given = job.given
     if kept is None or given.calib is None:
@@ -189,7 +201,7 @@ def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Prog
         given.calib,
         given.calib_tokens,
         kept,
-        given.workers,
+        max(1, given.workers // ranks.local()),
         job.solvers,
         progress.step,
         given.hessians,
@@ -198,6 +210,7 @@ def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Prog
         given.precision,
         given.aim,
         given.processor,
+        processes,
     )
 
 
@@ -258,8 +271,10 @@ def memory_needs(
         from .calibration import memory
 
         whole = given.calib == "self" or source.child is None or given.tune is not None
-        solvers = memory.solvers(entries, given.calib_tokens, given.workers, whole, given.tune, given.limit)
-        calibrating = memory.peak(entries, given.calib_tokens, solvers, whole, given.tune)
+        each = given.limit and given.limit // ranks.local()
+        threads = max(1, given.workers // ranks.local())
+        solvers = memory.solvers(entries, given.calib_tokens, threads, whole, given.tune, each)
+        calibrating = ranks.local() * memory.peak(entries, given.calib_tokens, solvers, whole, given.tune)
     reading, encoding = peak_ram(source, entries, given.workers, given.limit, calibrating)
     allowed = given.limit or PROMISED_RAM + 3 * max((e.tensor.n_bytes for e in entries), default=0)
     at_once = reading + encoding <= allowed and source.child is not None and not given.calib

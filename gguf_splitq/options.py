@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output, plan, resources, types
-from .calibration import text
+from .calibration import ranks, text
 from .errors import InputError, UsageError
 from .files import checkpoint
 from .plan import mix
@@ -207,8 +207,8 @@ class Convert(Options):
 
     @functools.cached_property
     def processor(self) -> str:
-        """What a calibration runs on, as PyTorch names it."""
-        return check_device(self.device)
+        """What a calibration runs on, as PyTorch names it; under torchrun a GPU of this process' own."""
+        return ranks.own(check_device(self.device))
 
     @functools.cached_property
     def steps(self) -> int:

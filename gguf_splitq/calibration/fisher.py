@@ -42,6 +42,7 @@ def backward(
     scratch: Path,
     pool: ThreadPoolExecutor,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    before: int = 0,
 ) -> Iterator[tuple[int, torch.nn.Module]]:
     """Yields (layer, its loaded module) from the last to the first, once `see` was called for all batches.
 
@@ -50,7 +51,8 @@ def backward(
     log-likelihood, its labels drawn with a fixed seed. see(layer, batch, taken) comes for each batch, in order: what
     `take` returned by (matrix, expert), in the order of the sequences; an empty list where no gradient reached the
     matrix. expert: None unless the matrix is one of a stack. scratch: the folder for hidden states, `scratch_bytes` of
-    them. progress: decoder layers done and in all, forwards and backwards.
+    them. progress: decoder layers done and in all, forwards and backwards. before: sequences that other processes take,
+    whose labels are drawn before these.
     Raises InputError when an activation is NaN or Inf.
     """
     boundaries = [model.inputs(tokens, scratch)]
@@ -63,6 +65,8 @@ def backward(
         boundaries.append(after)
         progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
+    for _ in range(before):
+        _chance(CONTEXT, random)
     gradients = OnDisk(scratch)
     with model.heads() as head:
         for hidden in boundaries.pop():
@@ -127,10 +131,15 @@ def _at_the_head(
 
     gradients = []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
-        chance = torch.rand(sequence.shape[1], 1, generator=random, device=device)
+        chance = _chance(sequence.shape[1], random)
         few = CONTEXT // BATCH if device.type == "cpu" else CONTEXT  # so that all workers have one sequence's logits
         gradients.append(torch.cat(list(pool.map(gradient, sequence.split(few, 1), chance.split(few))), 1))
     return torch.cat(gradients)
+
+
+def _chance(tokens: int, random: torch.Generator) -> torch.Tensor:
+    """float32 [tokens, 1] from 0 to 1: which label each draws."""
+    return torch.rand(tokens, 1, generator=random, device=random.device)
 
 
 def _through(

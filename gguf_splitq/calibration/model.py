@@ -208,7 +208,8 @@ class Model:
                     f"hidden states: {self.advice}"
                 )
             states.append(hidden if isinstance(states, OnDisk) else hidden.cpu())
-        self._arguments_of(batches[0][:1].shape)  # now, not from several threads at once
+        if batches:
+            self._arguments_of(batches[0][:1].shape)  # now, not from several threads at once
         return states
 
     @contextlib.contextmanager
