@@ -147,7 +147,7 @@ def _out_of_memory(error: RuntimeError) -> str | None:
     """The sentence for PyTorch's errors of memory, on a GPU or not; None for others."""
     torch = sys.modules.get("torch")  # where it is not loaded, nothing of it was raised
     if "out of memory" in str(error) or torch and isinstance(error, torch.cuda.OutOfMemoryError):
-        return "the GPU's memory ran out: close other programs there or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        return "the GPU's memory ran out: close other programs there, give a larger --max-vram, or --device cpu"
     if "can't allocate memory" in str(error):
         return "memory ran out: close other programs or pass a smaller --max-ram"
     return None
@@ -422,3 +422,5 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
     ram = "memory to stay below, such as 1500M or 2G (default: no limit); what is needed is stated beforehand"
     g.add_argument("--max-ram", metavar="SIZE", help=ram)
+    vram = "memory of the GPU to stay below (default: all of it); what is needed is stated beforehand"
+    g.add_argument("--max-vram", metavar="SIZE", help=vram)

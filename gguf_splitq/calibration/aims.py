@@ -117,7 +117,7 @@ def run(
     tried = [hidden for hidden in model.inputs(held) for _ in range(3)] if len(held) else []
     with fisher.workers(threads) as pool:
         for index in range(len(model)):
-            with model.layer(index) as module:
+            with model.layer(index, index + 1) as module:
                 decoder = _Decoder(model, module, index, pool, ranks)
                 names, measured = ranks.first(lambda: wanted(index, decoder.layers)), index not in done
                 stages = decoder.stages(names, streams[0]) if measured else [set(names)]
@@ -197,9 +197,7 @@ class _Decoder:
         sums: dict[Key, moments.Moment] = {}
         for batch, both in enumerate(zip(exact, stored, strict=True), begin):
             seen: dict[Key, list[_Pair]] = defaultdict(list)
-            for pairs in self.pool.map(
-                functools.partial(self._pairs, names), *(fisher.parts(self.model, h) for h in both)
-            ):
+            for pairs in fisher.each_part(self.model, self.pool, functools.partial(self._pairs, names), *both):
                 for key, pair in pairs:
                     seen[key].append(pair)
             blocks = []
@@ -207,8 +205,7 @@ class _Decoder:
                 moment, known = sums.setdefault(key, moments.Moment()), weights.get(key, {}).get(batch)
                 if known is not None:
                     blocks += moment.add(_weighted(found, known))
-            for _ in self.pool.map(lambda block: block(), sorted(blocks, key=moments.work, reverse=True)):
-                pass
+            moments.add_up(blocks, self.pool, self.model)
         every = moments.joined(sums, self.model.device, self.ranks)
         for layer in members:
             moments.measured(layer, every, {})
@@ -233,7 +230,7 @@ class _Decoder:
             with _Pass(self.module, (), instead):
                 return fisher.forward(self.model, self.module, self.index, hidden)
 
-        return torch.cat(list(self.pool.map(part, fisher.parts(self.model, hidden))))
+        return torch.cat(fisher.each_part(self.model, self.pool, part, hidden))
 
     def _run(self, hidden: torch.Tensor, names: set[str], instead: Mapping, results: Iterable | None = None) -> _Pass:
         """A pass that ends when it has seen all of `names`; experts may get any number of calls."""

@@ -7,16 +7,16 @@ model runs forward once, the hidden states between the layers kept in a file, or
 backward, each layer run again with gradients.
 
 A sum in floating point depends on how many threads share it. So none is shared: a sequence goes to a thread, a thread
-computes alone, and what threads give is joined in the order of the sequences. A GPU takes a batch whole.
+computes alone, and what threads give is joined in the order of the sequences. A GPU takes a batch whole, if it can.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from ..errors import InputError
 from .model import BATCH, CONTEXT, Model, OnDisk
 from .watch import Watch
 
+T = TypeVar("T")
 Take = Callable[[torch.Tensor, torch.Tensor], Any]
 Seen = Mapping[tuple[str, int | None], Sequence[Any]]
 See = Callable[[int, int, Seen], None]
@@ -57,27 +58,26 @@ def backward(
     """
     boundaries = [model.inputs(tokens, scratch)]
     for index in range(len(model)):
-        after = OnDisk(scratch)
-        with model.layer(index) as layer:
+        after = OnDisk(scratch, model.room)
+        with model.layer(index, index + 1) as layer:
             through_it = functools.partial(forward, model, layer, index)
             for hidden in boundaries[-1]:
-                after.append(torch.cat(list(pool.map(through_it, parts(model, hidden)))))
+                after.append(torch.cat(each_part(model, pool, through_it, hidden)))
         boundaries.append(after)
         progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
     for _ in range(before):
         _chance(CONTEXT, random)
-    gradients = OnDisk(scratch)
+    gradients = OnDisk(scratch, model.room)
     with model.heads() as head:
         for hidden in boundaries.pop():
             gradients.append(_at_the_head(head, model.device, hidden, random, pool))
     for index in reversed(range(len(model))):
-        with model.layer(index) as layer:
+        with model.layer(index, index - 1) as layer:
             through = functools.partial(_through, model, layer, index, take)
             for batch, hidden in enumerate(boundaries.pop()):
-                found = pool.map(through, parts(model, hidden), parts(model, gradients[batch]))
-                before, taken = zip(*found, strict=True)
-                gradients[batch] = torch.cat(before)
+                earlier, taken = zip(*each_part(model, pool, through, hidden, gradients[batch]), strict=True)
+                gradients[batch] = torch.cat(earlier)
                 see(index, batch, _joined(taken))
                 del taken
             yield index, layer
@@ -89,9 +89,23 @@ def scratch_bytes(layers: int, tokens: int, width: int, dtype: torch.dtype) -> i
     return (layers + 2) * tokens * width * dtype.itemsize
 
 
-def parts(model: Model, batch: torch.Tensor) -> Sequence[torch.Tensor]:
-    """What a worker takes of a batch: a sequence."""
-    return batch.split(1) if model.device.type == "cpu" else [batch]
+def each_part(model: Model, pool: Executor, work: Callable[..., T], *batches: torch.Tensor) -> list[T]:
+    """What `work` gives of each part of these batches, in order. A worker takes a sequence, a GPU all it has room for.
+
+    Once its memory runs out a GPU takes half as much, here and from then on; torch.OutOfMemoryError when one sequence
+    is too much.
+    """
+    while model.at_once is not None:
+        try:
+            return [work(*part) for part in zip(*(batch.split(model.at_once) for batch in batches), strict=True)]
+        except torch.OutOfMemoryError:
+            if model.at_once == 1:
+                raise
+        if model.at_once == BATCH:
+            model.room.say("the GPU's memory ran out: fewer sequences are run at a time, which takes longer")
+        model.at_once //= 2
+        torch.cuda.empty_cache()
+    return list(pool.map(work, *(batch.split(1) for batch in batches)))
 
 
 def forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:

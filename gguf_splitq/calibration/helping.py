@@ -15,7 +15,7 @@ import torch
 
 from ..files.gguf_file import require_space
 from . import aims, fisher, moments, pieces
-from .model import Model
+from .model import Model, Room
 from .ranks import Alone
 
 
@@ -37,13 +37,16 @@ class Job:
     solved: frozenset[int]
 
 
-def run(ranks: Alone, threads: int, device: Callable[[], str]) -> None:
-    """Help until the first process has nothing more to do. Errors as of solve.py, for what this process takes."""
+def run(ranks: Alone, threads: int, device: Callable[[], str], vram: int | None = None) -> None:
+    """Help until the first process has nothing more to do. Errors as of solve.py, for what this process takes.
+
+    device: asked for when there is work. vram: as of `Room`.
+    """
     while (job := ranks.first(_nothing)) is not None:
         torch.set_num_threads(threads)
         name = device()
         ranks.use(name)
-        model = Model(job.folder, name, job.dtype)
+        model = Model(job.folder, name, job.dtype, Room(vram))
         measured = _half_way if job.aim == "half" else _plain
         with pieces.alone(threads) as pool, pieces.alone(threads) as rows:
             for index, layers in measured(model, job, ranks, threads):

@@ -16,11 +16,12 @@ import io
 import re
 import tempfile
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,55 @@ CHARACTERS = 16  # per token, at most, that are looked at of a long text
 REST = -1  # stands for the tensors outside the decoder layers
 
 
+@dataclass
+class Room:
+    """What a calibration may take.
+
+    vram: bytes of the GPU's memory to stay below, None for all it has. ram: bytes of memory that hidden states may take
+    where the GPU has no room for them; what is left goes to a file. say: who is told of what was too much.
+    """
+
+    vram: int | None = None
+    ram: int = 0
+    say: Callable[[str], None] = field(default=lambda line: None)
+    pinned: list[weakref.ref[torch.Tensor]] = field(default_factory=list, repr=False)
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A GPU's tensor where it may stay: as it is, as long as SPARE of the memory is free besides, or in memory."""
+        free, total = _gpu_memory(tensor.device)
+        allowed = total if self.vram is None else min(self.vram, total)
+        if free - (total - allowed) - tensor.nbytes > SPARE * allowed:
+            return tensor.detach()
+        self.pinned = [ref for ref in self.pinned if ref() is not None]
+        if sum(kept.nbytes for ref in self.pinned if (kept := ref()) is not None) + tensor.nbytes > self.ram:
+            return None
+        kept = _pinned(tensor.detach())
+        self.pinned.append(weakref.ref(kept))
+        return kept
+
+
 class Model:
     """A causal language model of which one decoder layer at a time is in memory.
 
     folder: a Hugging Face checkpoint in safetensors, or a GGUF file of an architecture that transformers can read.
     dtype: of weights and hidden states, float32 or bfloat16. Embeddings, final norm and output stay loaded.
+    room: what it may take. at_once: sequences that a GPU runs at a time; None on a CPU, a thread of which takes one.
     Raises UnsupportedError when transformers cannot load it, InputError when a tensor is missing or damaged.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, room: Room | None = None
+    ):
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.path, self.device, self.dtype = Path(folder), torch.device(device), dtype
+        self.room, cuda = room or Room(), self.device.type == "cuda"
+        self.at_once = BATCH if cuda else None
+        self.reader = ThreadPoolExecutor(1, "read") if cuda else None
+        if cuda and self.room.vram is not None:
+            total = _gpu_memory(self.device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.room.vram / total), self.device)
+        self.ahead: tuple[int, Future[dict[str, Any]]] | None = None  # a layer that is being read meanwhile
         # What transformers is pointed at: a folder, with the name of the GGUF in it when it is one.
         self.source, self.advice = {"pretrained_model_name_or_path": str(folder)}, "convert without --calib"
         if self.path.is_file():
@@ -196,7 +234,7 @@ class Model:
         use them as `states[i]` and `states[i] = ...`.
         Raises UnsupportedError when layers are given more than hidden states that depends on the tokens.
         """
-        states: list[torch.Tensor] | OnDisk = [] if folder is None else OnDisk(folder)
+        states: list[torch.Tensor] | OnDisk = [] if folder is None else OnDisk(folder, self.room)
         batches = tokens.split(BATCH) if isinstance(tokens, torch.Tensor) else tokens
         for batch in batches:
             with self._explained():
@@ -213,9 +251,10 @@ class Model:
         return states
 
     @contextlib.contextmanager
-    def layer(self, index: int) -> Iterator[torch.nn.Module]:
+    def layer(self, index: int, then: int | None = None) -> Iterator[torch.nn.Module]:
         """The decoder layer with its weights, which are gone afterwards.
 
+        then: the one that comes next, which is read while a GPU runs this one.
         Raises InputError when a tensor is missing, has the wrong shape, or holds NaN or Inf.
         """
         layer = self.layers[index]
@@ -223,6 +262,7 @@ class Model:
         try:
             with self._explained():
                 self._load(index)
+                self._read_ahead(then)
             yield layer.requires_grad_(False)
         finally:
             for name, tensor in empty.items():
@@ -319,7 +359,7 @@ class Model:
 
     def _load(self, index: int) -> Any:
         """Fill the parameters of a layer, or of all that is outside of layers; returns what transformers reports."""
-        with self.read(self.names[index]) as tensors:
+        with self._tensors(index) as tensors:
             loading = replace(self.loading, weight_mapping=deepcopy(self.loading.weight_mapping))  # it keeps state
             found, _ = convert_and_load_state_dict_in_model(self.module, tensors, loading)
         ours = f"{self.prefix}.{index}."
@@ -335,6 +375,25 @@ class Model:
                 name = name if index == REST else ours + name
                 raise self._damaged(f"tensor {name!r} holds NaN or Inf")
         return found
+
+    @contextlib.contextmanager
+    def _tensors(self, index: int) -> Iterator[dict[str, Any]]:
+        """What the checkpoint has of a layer: read already, or to be read."""
+        ahead, self.ahead = self.ahead, None
+        if ahead and ahead[0] == index:
+            yield ahead[1].result()
+            return
+        with self.read(self.names[index]) as tensors:
+            yield tensors
+
+    def _read_ahead(self, index: int | None) -> None:
+        """Begin to read a layer into memory, if there is one of that number and something reads."""
+        if self.reader and index in range(len(self)) and self.read == self._read_files:
+            self.ahead = index, self.reader.submit(self._in_memory, self.names[index])
+
+    def _in_memory(self, names: list[str]) -> dict[str, Any]:
+        with self._read_files(names) as slices:
+            return {name: _pinned(part[...]) for name, part in slices.items()}
 
     def _damaged(self, what: str) -> SplitqError:
         if "gguf_file" in self.source:  # which was checked before: transformers reads it otherwise than llama.cpp
@@ -407,12 +466,12 @@ class Model:
 class OnDisk:
     """A list of tensors in a file without a name in `folder`, each read when it is asked for.
 
-    Those that are on a GPU stay there, as long as SPARE of its memory is free besides. All have the size of the first,
-    the last may be smaller; what is put back has the size of what was there.
+    Those that are on a GPU stay there or in memory, as `Room` says. All have the size of the first, the last may be
+    smaller; what is put back has the size of what was there.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.dtype, self.size = folder, torch.float32, 0
+    def __init__(self, folder: Path, room: Room):
+        self.folder, self.room, self.dtype, self.size = folder, room, torch.float32, 0
         self.shapes: list[torch.Size] = []
         self.kept: dict[int, torch.Tensor] = {}
         self.file = tempfile.TemporaryFile(dir=folder)
@@ -440,8 +499,8 @@ class OnDisk:
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
         self.kept.pop(index, None)
-        if tensor.is_cuda and _spare(tensor):
-            self.kept[index] = tensor.detach()
+        if _on_gpu(tensor) and (kept := self.room.place(tensor)) is not None:
+            self.kept[index] = kept
             return
         try:
             self.file.seek(index * self.size)
@@ -451,11 +510,19 @@ class OnDisk:
             raise disk_error(error, self.folder, len(self) * self.size) from error
 
 
-def _spare(tensor: torch.Tensor) -> bool:
-    """Whether the GPU has room for one more such tensor beside what it computes."""
-    free, total = torch.cuda.mem_get_info(tensor.device)
-    unused = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
-    return free + unused - tensor.nbytes > SPARE * total
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process may still take of a GPU, and those that it has."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in memory that a GPU reads without help."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 class _Drawn(transformers.LogitsProcessor):

@@ -17,10 +17,12 @@ kept, to tell whether the codes are better than nearest rounding's there too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -105,8 +107,7 @@ def run(
         blocks = []
         for key, parts in taken.items():
             blocks += moments.setdefault(key, Moment()).add(parts)
-        for _ in pool.map(lambda block: block(), sorted(blocks, key=work, reverse=True)):
-            pass
+        add_up(blocks, pool, model)
 
     with fisher.workers(threads) as pool:
         every = batches if held is None or not len(held) else [*batches, held]
@@ -268,7 +269,31 @@ def whole(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def work(block: functools.partial[None]) -> int:
+def add_up(blocks: Iterable[functools.partial[None]], pool: Executor, model: Model) -> None:
+    """Do what `Moment.add` has left to be done."""
+    with tensor_cores(model.device, model.dtype):
+        for _ in pool.map(lambda block: block(), sorted(blocks, key=_work, reverse=True)):
+            pass
+
+
+@contextlib.contextmanager
+def tensor_cores(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Float32 products on a GPU in TF32 where inputs have no more bits than that: bfloat16 has 8, TF32 has 11.
+
+    The other factor, which the tokens' weights are part of, is rounded to 11 bits; sums are float32.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _work(block: functools.partial[None]) -> int:
     """Larger for what takes longer: such blocks begin first."""
     return block.args[1] * sum(len(x) for x, *_ in block.args[0])
 

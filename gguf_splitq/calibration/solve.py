@@ -29,7 +29,7 @@ from . import tune as tuning
 from .helping import Job
 from .hessians import Hessians
 from .journal import Journal
-from .model import CONTEXT, Model, held_out
+from .model import CONTEXT, Model, Room, held_out
 from .moments import ALONE
 from .pieces import alone
 from .ranks import Alone
@@ -105,6 +105,7 @@ def run(
     aim: str = "half",
     device: str = "cpu",
     ranks: Alone = ALONE,
+    room: Room | None = None,
 ) -> Solved:
     """Solve every tensor that has a format, on the device that the model runs on.
 
@@ -112,14 +113,14 @@ def run(
     from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
     progress: what is being done, steps done and in all. hessians: a file of what was measured, read when it is there
     and else written. tune: what to train, as `tune.run`, in so many steps. dtype: as of `precision`. aim: "half" or
-    "plain".
-    device: as PyTorch names it. ranks: the processes that share the work, of which this is the first.
+    "plain". device: as PyTorch names it. ranks: the processes that share the work, of which this is the first. room:
+    what it may take of the GPU's memory, and hidden states of memory.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
     dtype = precision(dtype, device)
-    model = Model(folder, device, DTYPES[dtype])
+    model = Model(folder, device, DTYPES[dtype], room)
     cache = Hessians(hessians, journal, len(model)) if hessians or aim == "half" else None
     sample = None
     if not (cache and cache.complete) or tune or aim == "half":
