@@ -94,8 +94,8 @@ class Convert(Options):
     or text like "2G"; max_vram: the same of a GPU's memory. load: try whether the patched llama.cpp, where it is built,
     loads the file. mmproj: a file or template for the vision or audio part of the checkpoint; the template alone lies
     beside the output. container: write this project's types as rows of bytes that every GGUF reader takes
-    (`files/container.py`), not with their own ids. card: a model card for a hub; README.md alone lies beside the output.
-    overwrite: replace an existing outfile, save_plan and card; a report replaces an earlier one anyway.
+    (`files/container.py`), not with their own ids. card: a model card for a hub; README.md alone lies beside the
+    output. overwrite: replace an existing outfile, save_plan and card; a report replaces an earlier one anyway.
     """
 
     model: str | Path = _path("read", "the model")

@@ -94,7 +94,8 @@ def test_the_next_layer_is_read_while_one_runs(checkpoint, tmp_path, monkeypatch
         tiny = Model(checkpoint("qwen3moe"))
         with ThreadPoolExecutor(1) as reader:
             tiny.reader = reader if ahead else None
-            monkeypatch.setattr(tiny, "_in_memory", lambda names, tiny=tiny: read.append(1) or Model._in_memory(tiny, names))
+            in_memory = tiny._in_memory
+            monkeypatch.setattr(tiny, "_in_memory", lambda names, do=in_memory: read.append(1) or do(names))
             every = [(i, layer) for i, layers in moments.run(tiny, text, tmp_path) for layer in layers]
         found.append({(i, layer.name): layer.hessian for i, layer in every if layer.hessian is not None})
     assert len(read) == 2  # the second of two layers on the way forward, the first on the way back

@@ -105,12 +105,12 @@ def run(
     """Yields stage after stage, the first layer first; its layers have `hessian` and `pull`, and are given `stored`.
 
     Returns the divergence from the float model on `held`, in nats a token, of nearest rounding ("nearest") and of what
-    is stored ("feedback"); None without such tokens. tokens: int64 [sequences, CONTEXT]. held: others, at most BATCH,
-    for which layers are given `nearest` as well. weights(index): what `information` kept. wanted(index, layers): the
-    names of those that are not stored as they are. done: decoder layers that come as one stage, not measured, because
-    what is stored of them is known. ranks: the processes that share the tokens, all of which take the same stages; what
-    is held, known, wanted and stored is asked of the first. The same tokens give the same bits at any number of
-    threads. Raises InputError when an activation is NaN or Inf.
+    is stored ("feedback"), or of an encoder's vectors 1 - cosine; None without such tokens. tokens: int64 [sequences,
+    CONTEXT]. held: others, at most BATCH, for which layers are given `nearest` as well. weights(index): what
+    `information` kept. wanted(index, layers): the names of those that are not stored as they are. done: decoder layers
+    that come as one stage, not measured, because what is stored of them is known. ranks: the processes that share the
+    tokens, all of which take the same stages; what is held, known, wanted and stored is asked of the first. The same
+    tokens give the same bits at any number of threads. Raises InputError when an activation is NaN or Inf.
     """
     begin, batches = ranks.share(tokens.split(BATCH))
     streams = [model.inputs(batches, scratch) for _ in range(2)]
@@ -138,7 +138,8 @@ def run(
     if not tried:
         return None
     with model.heads() as head, torch.no_grad():
-        return dict(zip(("nearest", "feedback"), _divergences(head, *tried), strict=True))
+        compared = _turned if model.encoder else _divergences
+        return dict(zip(("nearest", "feedback"), compared(head, *tried), strict=True))
 
 
 def moved(weight: torch.Tensor, layer: Layer, order: torch.Tensor) -> torch.Tensor:
@@ -361,6 +362,12 @@ class _Pass(Watch):
         if self.due and self.due[0] <= {c.name for c in self.calls}:
             if self.due[1] <= {c.name for c in self.calls if c.total is not None}:
                 raise _Enough
+
+
+def _turned(head: Callable, exact: torch.Tensor, *others: torch.Tensor) -> list[float]:
+    """Mean of 1 - cosine between the sequences' vectors, of each of the others."""
+    wanted = fisher.vectors(head(exact).double())
+    return [float(1 - (fisher.vectors(head(other).double()) * wanted).sum(1).mean()) for other in others]
 
 
 def _divergences(head: Callable, exact: torch.Tensor, *others: torch.Tensor) -> list[float]:

@@ -2,9 +2,10 @@
 """Inputs and gradients of every matrix of a model, on calibration tokens, one decoder layer in memory at a time.
 
 A small error dy at a matrix's output changes the model's distribution by the divergence (g . dy)^2 / 2 in expectation,
-g being the gradient at that output of log p(label) with the label drawn from the model: the Fisher information. The
-model runs forward once, the hidden states between the layers kept in a file, or on the GPU where there is room, then
-backward, each layer run again with gradients.
+g being the gradient at that output of log p(label) with the label drawn from the model: the Fisher information. Of an
+encoder, it turns the sequence's vector v, the normalised mean of its outputs, by |dv|^2 = (g . dy)^2 in expectation, g
+being the gradient of r . v for a random direction r. The model runs forward once, the hidden states between the layers
+kept in a file, or on the GPU where there is room, then backward, each layer run again with gradients.
 
 A sum in floating point depends on how many threads share it. So none is shared: a sequence goes to a thread, a thread
 computes alone, and what threads give is joined in the order of the sequences. A GPU takes a batch whole, if it can.
@@ -67,11 +68,11 @@ def backward(
         progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
     for _ in range(before):
-        _chance(CONTEXT, random)
+        _chance(model, random)
     gradients = OnDisk(scratch, model.room)
     with model.heads() as head:
         for hidden in boundaries.pop():
-            gradients.append(_at_the_head(head, model.device, hidden, random, pool))
+            gradients.append((_at_the_vector if model.encoder else _at_the_head)(head, model, hidden, random, pool))
     for index in reversed(range(len(model))):
         with model.layer(index, index - 1) as layer:
             through = functools.partial(_through, model, layer, index, take)
@@ -129,13 +130,13 @@ def _finite(index: int) -> Callable:
 
 
 def _at_the_head(
-    head: Callable, device: torch.device, hidden: torch.Tensor, random: torch.Generator, pool: ThreadPoolExecutor
+    head: Callable, model: Model, hidden: torch.Tensor, random: torch.Generator, pool: ThreadPoolExecutor
 ) -> torch.Tensor:
     """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer."""
 
     def gradient(hidden: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
-            hidden = hidden.detach().to(device).requires_grad_()
+            hidden = hidden.detach().to(model.device).requires_grad_()
             logits = head(hidden).flatten(0, 1)
         p = logits.detach().softmax(-1)
         up_to = p.cumsum(-1)
@@ -145,15 +146,38 @@ def _at_the_head(
 
     gradients = []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
-        chance = _chance(sequence.shape[1], random)
-        few = CONTEXT // BATCH if device.type == "cpu" else CONTEXT  # so that all workers have one sequence's logits
+        chance = _chance(model, random)
+        few = CONTEXT if model.at_once else CONTEXT // BATCH  # so that all workers have one sequence's logits
         gradients.append(torch.cat(list(pool.map(gradient, sequence.split(few, 1), chance.split(few))), 1))
     return torch.cat(gradients)
 
 
-def _chance(tokens: int, random: torch.Generator) -> torch.Tensor:
-    """float32 [tokens, 1] from 0 to 1: which label each draws."""
-    return torch.rand(tokens, 1, generator=random, device=random.device)
+def _at_the_vector(
+    head: Callable, model: Model, hidden: torch.Tensor, random: torch.Generator, pool: ThreadPoolExecutor
+) -> torch.Tensor:
+    """`_at_the_head` of an encoder."""
+
+    def gradient(hidden: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            hidden = hidden.detach().to(model.device).requires_grad_()
+            found = vectors(head(hidden))
+        return torch.autograd.grad(found, hidden, direction)[0]
+
+    sequences = hidden.split(1)
+    return torch.cat(list(pool.map(gradient, sequences, [_chance(model, random) for _ in sequences])))
+
+
+def vectors(outputs: torch.Tensor) -> torch.Tensor:
+    """float32 [sequences, hidden] of an encoder's outputs [sequences, tokens, hidden]: their means, of length 1."""
+    return torch.nn.functional.normalize(outputs.mean(1), dim=-1)
+
+
+def _chance(model: Model, random: torch.Generator) -> torch.Tensor:
+    """What a sequence draws labels with, float32 [CONTEXT, 1] from 0 to 1; of an encoder its direction [1, hidden]."""
+    if model.encoder:
+        width = model.module.get_input_embeddings().embedding_dim
+        return torch.randn(1, width, generator=random, device=random.device)
+    return torch.rand(CONTEXT, 1, generator=random, device=random.device)
 
 
 def _through(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A causal language model that is never whole in memory: one decoder layer at a time, read when its turn comes.
+"""A language model that is never whole in memory: one decoder layer at a time, read when its turn comes.
 
 transformers builds the model from its configuration without weights (on PyTorch's meta device) and converts the
 checkpoint's tensors as it loads them: renames, joins, stacks the experts of a mixture. Both are its own machinery
@@ -44,6 +44,11 @@ try:
         rename_source_key,
     )
     from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 except ImportError as error:
     raise EnvironmentFailed(
         f"transformers {transformers.__version__} cannot load models layer by layer ({error}): install 5.23 or later"
@@ -89,11 +94,12 @@ class Room:
 
 
 class Model:
-    """A causal language model of which one decoder layer at a time is in memory.
+    """A causal language model, or an encoder, of which one decoder layer at a time is in memory.
 
     folder: a Hugging Face checkpoint in safetensors, or a GGUF file of an architecture that transformers can read.
     dtype: of weights and hidden states, float32 or bfloat16. Embeddings, final norm and output stay loaded.
-    room: what it may take. at_once: sequences that a GPU runs at a time; None on a CPU, a thread of which takes one.
+    encoder: it gives hidden states and no logits. room: what it may take. at_once: sequences that a GPU runs at a time;
+    None on a CPU, a thread of which takes one.
     Raises UnsupportedError when transformers cannot load it, InputError when a tensor is missing or damaged.
     """
 
@@ -125,7 +131,8 @@ class Model:
         return len(self.layers)
 
     def read_tokens(self, path: Path, count: int) -> torch.Tensor:
-        """int64 [sequences, CONTEXT] taken evenly from a text, the model's first token in front of each sequence.
+        """int64 [sequences, CONTEXT] taken evenly from a text, the model's first token in front of each sequence, and
+        behind it what separates an encoder's.
 
         Raises InputError when the text is none or gives less than four sequences, or the tokenizer is not this
         model's, and UnsupportedError when transformers cannot load it.
@@ -145,14 +152,15 @@ class Model:
             raise UnsupportedError(
                 f"{self.path}: transformers cannot load a tokenizer from it ({one_line(error)}): use --calib self"
             ) from error
-        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        marks = (tokenizer.cls_token_id, tokenizer.sep_token_id) if self.encoder else (tokenizer.bos_token_id, None)
+        first, last = ([] if mark is None else [mark] for mark in marks)
         size = self.module.get_input_embeddings().num_embeddings
-        if (largest := max(first + ids, default=0)) >= size:
+        if (largest := max(first + ids + last, default=0)) >= size:
             raise InputError(
                 f"{self.path}: the tokenizer gives token {largest} and the embedding has {size} rows: "
                 "put the tokenizer there that belongs to this checkpoint"
             )
-        body = CONTEXT - len(first)
+        body = CONTEXT - len(first) - len(last)
         available = len(ids) // body
         sequences = min(available, count // CONTEXT)
         if sequences < 4:
@@ -161,12 +169,12 @@ class Model:
         used = torch.linspace(0, available - 1, sequences).long()
         others = torch.tensor(sorted({*range(available)} - {*used.tolist()}), dtype=torch.long)
         others = others[torch.linspace(0, len(others) - 1, min(len(others), held_out(sequences))).long()]
-        start = torch.tensor(first, dtype=torch.long)
+        start, end = (torch.tensor(mark, dtype=torch.long) for mark in (first, last))
 
-        def begun(chosen: torch.Tensor) -> torch.Tensor:
-            return torch.cat([start.expand(len(chosen), -1), rows[chosen]], 1)
+        def marked(chosen: torch.Tensor) -> torch.Tensor:
+            return torch.cat([start.expand(len(chosen), -1), rows[chosen], end.expand(len(chosen), -1)], 1)
 
-        return begun(used), begun(others)
+        return marked(used), marked(others)
 
     def _words(self, tokenizer: Any, path: Path, documents: Mapping[int, str | text.Chat], limit: int) -> str:
         """The documents as one text, or parts of it taken evenly when it is longer than `limit` characters."""
@@ -200,7 +208,10 @@ class Model:
         temperature 1, the text is too uniform (KL divergence of ref-a in sq4: 0.0089, so 0.0077, of real text 0.0068).
         The model is whole in memory meanwhile. Another seed gives other text, a processor of another kind too. The same
         at any number of threads, of which at most TOGETHER are used.
+        UnsupportedError of an encoder.
         """
+        if self.encoder:
+            raise UnsupportedError(f"{self.path}: an encoder writes no text: give --calib TEXT")
         first = self.module.generation_config.bos_token_id
         vocabulary = self.module.get_input_embeddings().num_embeddings
         sequences, at_once = max(4, count // CONTEXT), SAMPLED if self.device.type == "cpu" else SAMPLED_ON_GPU
@@ -277,7 +288,9 @@ class Model:
         return result[0] if self.tuples else result
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 logits [batch, tokens, vocabulary] of the hidden states after the last layer."""
+        """float32 logits [batch, tokens, vocabulary] of the hidden states after the last layer, or an encoder's output
+        [batch, tokens, hidden].
+        """
         with self.heads() as head:
             return head(hidden)
 
@@ -289,7 +302,8 @@ class Model:
         def head(hidden: torch.Tensor) -> torch.Tensor:
             now.hidden = hidden.to(self.device)
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            return self.module(tokens, use_cache=False).logits.float()
+            found = self.module(tokens, use_cache=False)
+            return (found.last_hidden_state if self.encoder else found.logits).float()
 
         with self._standing_in(lambda *_, **__: (now.hidden,) if self.tuples else now.hidden):
             yield head
@@ -302,14 +316,18 @@ class Model:
         config = transformers.AutoConfig.from_pretrained(**self.source, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise UnsupportedError(f"{self.path}: the checkpoint is quantized already: {self.advice}")
+        kind = _kind(config)
+        self.encoder = kind is transformers.AutoModel
         with contextlib.ExitStack() as stack:
             for context in transformers.PreTrainedModel.get_init_context(self.dtype, False, False, None):
                 stack.enter_context(context)
             # "eager" calls F.linear for each expert, which is where moments.py listens.
-            self.module = transformers.AutoModelForCausalLM.from_config(
+            self.module = kind.from_config(
                 config, dtype=self.dtype, experts_implementation="eager", trust_remote_code=False
             )
         self.module.eval().requires_grad_(False)
+        if config.get_text_config() is not config:
+            self._leave_out_others()
         lists = {name: m for name, m in self.module.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)}
         if not lists:
             raise UnsupportedError(
@@ -324,7 +342,18 @@ class Model:
         found.missing_keys -= {key for key in found.missing_keys if key.startswith(self.prefix + ".")}
         self.module._finalize_model_loading(self.module, self.loading, found)
         for name in sorted(found.missing_keys):
-            raise self._damaged(f"tensor {name!r} is missing")
+            if not (self.encoder and name.startswith("pooler.")):  # which not all encoders have, and llama.cpp has not
+                raise self._damaged(f"tensor {name!r} is missing")
+
+    def _leave_out_others(self) -> None:
+        """Take out what is not on the way from tokens to logits: the vision or audio part."""
+        embedding, output = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        way = next(name for name, module in self.module.named_modules() if module is embedding).split(".")[:-1]
+        for depth, step in enumerate(way):
+            owner = self.module.get_submodule(".".join(way[:depth]))
+            for name, child in list(owner.named_children()):
+                if name != step and child is not output:
+                    setattr(owner, name, None)
 
     def _find_tensors(self) -> None:
         """Which checkpoint tensors make up each layer, by the names that transformers gives them."""
@@ -551,6 +580,17 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return type(a) is type(b) and bool(a == b)
+
+
+def _kind(config: Any) -> Any:
+    """What makes such a model: as an encoder what is trained to fill in words, unless it is one of its kind that writes."""
+    writes = any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in config.architectures or ())
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
+        return transformers.AutoModel
+    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if sees and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def held_out(sequences: int) -> int:

@@ -20,6 +20,7 @@ import torch
 
 from ..coding import families, solver
 from ..coding.solver import Solution
+from ..errors import UnsupportedError
 from ..files.gguf_file import Gguf, require_space
 from ..plan import Entry, is_linear
 from ..rewrite import Rows, each_matrix, to_float32
@@ -51,7 +52,7 @@ class Solved:
     pooled: matrices solved with the Hessian of all experts of the layer, because this expert saw too few tokens.
     tried: tensor name -> on tokens that are not in the Hessians, the outputs' square, that of the error that nearest
     rounding makes and of the one of these rows; of the layers solved first, with plain aims. divergence: with half-way
-    ones, of the whole model on such tokens, "nearest" and "feedback", in nats a token.
+    ones, of the whole model on such tokens, "nearest" and "feedback", in nats a token or as `measure` says.
     seconds: of the whole run. tuned: the held-out divergence before and after training, in nats a token.
     """
 
@@ -65,6 +66,7 @@ class Solved:
     seconds: float = 0.0
     tuned: dict[str, float] | None = None
     divergence: dict[str, float] | None = None
+    measure: str = "KL divergence"
 
     def add(self, rows: Mapping[str, Rows], report: dict) -> None:
         """Take in a finished layer."""
@@ -84,7 +86,7 @@ class Solved:
 
     def report(self) -> dict:
         """For the JSON report."""
-        same = ("tokens", "dtype", "seconds", "errors", "pooled", "tuned", "held_out", "divergence")
+        same = ("tokens", "dtype", "seconds", "errors", "pooled", "tuned", "held_out", "divergence", "measure")
         return {key: getattr(self, key) for key in same} | {"left": list(self.left), "left_reasons": self.left}
 
 
@@ -121,11 +123,15 @@ def run(
     torch.set_num_threads(threads)
     dtype = precision(dtype, device)
     model = Model(folder, device, DTYPES[dtype], room)
+    if tune and model.encoder:
+        raise UnsupportedError(f"{folder}: --tune trains what a model writes, and this is an encoder: leave it out")
     cache = Hessians(hessians, journal, len(model)) if hessians or aim == "half" else None
     sample = None
     if not (cache and cache.complete) or tune or aim == "half":
         sample = _sample(model, calib, tokens, journal, threads)
     solved = Solved(tokens=sample[0].numel() if sample else tokens, dtype=dtype)
+    if model.encoder:
+        solved.measure = "1 - cosine"
     ranks.first(lambda: _job(model, aim, sample, journal, cache))
     ranks.use(device)
     if aim == "half":
