@@ -71,7 +71,12 @@ def test_hessians_are_weighted_by_what_turns_the_vectors(bert, tmp_path):
 
 @pytest.mark.parametrize("aim", ["half", "plain"])
 def test_feedback_turns_vectors_less_than_nearest_rounding(
-    runtime_library, bert, any_vocabulary, tmp_path, capsys, aim  # noqa: F811
+    runtime_library,
+    bert,
+    any_vocabulary,
+    tmp_path,
+    capsys,
+    aim,  # noqa: F811
 ):
     report = tmp_path / "report.json"
     options = dict(calib=str(TEXT), calib_tokens=12 * 512, report=report, threads=1, load=False, aim=aim)

@@ -118,7 +118,7 @@ def test_a_process_that_dies_ends_the_run_and_it_goes_on(whole, tmp_path, victim
     said = child.communicate(timeout=60)[1]
     assert child.returncode > 0 and not (tmp_path / "out.gguf").exists()
     spoken = re.findall("^gguf-splitq: .*", said, re.MULTILINE)
-    assert len(spoken) == int(victim) and "File \"" + str(ROOT) not in said, said
+    assert len(spoken) == int(victim) and 'File "' + str(ROOT) not in said, said
     again = launched(model, *given(options, tmp_path / "out.gguf"))
     assert "solving: 2 of 2" in ended(again)
     nearly(crafted.read_gguf(tmp_path / "out.gguf")[1], made["half"][0])

@@ -125,7 +125,7 @@ def run(
                 for number, chosen in enumerate(stages):
                     members = [layer for layer in decoder.layers if layer.name in chosen]
                     if measured:
-                        decoder.measure(members, known, *streams, begin)
+                        decoder.measure(members, known, streams[0], streams[1], begin)
                     yield Stage(index, members, number + 1 == len(stages))
                     decoder.store(members)
                 for stream, stands in zip(streams, ({}, decoder.stored), strict=True):

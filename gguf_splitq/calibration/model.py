@@ -103,9 +103,7 @@ class Model:
     Raises UnsupportedError when transformers cannot load it, InputError when a tensor is missing or damaged.
     """
 
-    def __init__(
-        self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, room: Room | None = None
-    ):
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, room: Room | None = None):
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.path, self.device, self.dtype = Path(folder), torch.device(device), dtype
@@ -417,7 +415,7 @@ class Model:
 
     def _read_ahead(self, index: int | None) -> None:
         """Begin to read a layer into memory, if there is one of that number and something reads."""
-        if self.reader and index in range(len(self)) and self.read == self._read_files:
+        if self.reader and index is not None and 0 <= index < len(self) and self.read == self._read_files:
             self.ahead = index, self.reader.submit(self._in_memory, self.names[index])
 
     def _in_memory(self, names: list[str]) -> dict[str, Any]:
@@ -583,7 +581,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _kind(config: Any) -> Any:
-    """What makes such a model: as an encoder what is trained to fill in words, unless it is one of its kind that writes."""
+    """What makes such a model. An encoder is what fills in words, unless it is one of its kind that writes."""
     writes = any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in config.architectures or ())
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
         return transformers.AutoModel

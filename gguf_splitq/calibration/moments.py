@@ -25,7 +25,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -152,7 +151,8 @@ def _take(x: torch.Tensor, g: torch.Tensor) -> Taken:
     return x, g.float().square().sum(1)
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """A `Moment` without the sums: their shapes."""
 
     total: torch.Size | None
@@ -195,16 +195,15 @@ class Moment:
 
     def sizes(self) -> Sizes:
         """What other processes are told of it."""
-        return Sizes(*(of if of is None else of.shape for of in (self.total, self.pull)), self.information, self.count)
+        total, pull = (None if of is None else of.shape for of in (self.total, self.pull))
+        return Sizes(total, pull, self.information, self.count)
 
     def mean(self) -> torch.Tensor | None:
         """The Hessian, float64 [in, in]; None where there was nothing to add."""
         return None if self.total is None or not self.information else whole(self.total) / self.information
 
 
-def joined(
-    moments: Mapping[Key, Moment], device: torch.device, ranks: Alone
-) -> Mapping[Key, Moment]:
+def joined(moments: Mapping[Key, Moment], device: torch.device, ranks: Alone) -> Mapping[Key, Moment]:
     """The sums of all processes, by matrix."""
     if ranks.count == 1:
         return moments
@@ -212,11 +211,12 @@ def joined(
     sums = {}
     for key, size in ranks.first(lambda: _all_sizes(parts)).items():
         own = moments.get(key, Moment())
-        total, pull = (
-            shape and ranks.summed(torch.zeros(shape, dtype=torch.float64, device=device) if of is None else of)
-            for of, shape in ((own.total, size.total), (own.pull, size.pull))
-        )
-        sums[key] = Moment(total, pull, size.information, size.count)
+        sums[key] = Moment(information=size.information, count=size.count)
+        for name in ("total", "pull"):
+            if shape := getattr(size, name):
+                part = getattr(own, name)
+                part = torch.zeros(shape, dtype=torch.float64, device=device) if part is None else part
+                setattr(sums[key], name, ranks.summed(part))
     return sums
 
 
