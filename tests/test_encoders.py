@@ -64,7 +64,7 @@ def test_hessians_are_weighted_by_what_turns_the_vectors(bert, tmp_path):
         for name, g in zip(linears, torch.autograd.grad(turned, list(outputs.values())), strict=True):
             x, w = inputs[name].detach().double(), g[0].double().square().sum(1)
             sums[name] = sums[name][0] + x.T @ (x * w[:, None]), sums[name][1] + w.sum()
-    found = {f"{i}.{l.name}": l.hessian for i, layers in moments.run(model, text, tmp_path) for l in layers}
+    found = {f"{i}.{m.name}": m.hessian for i, layers in moments.run(model, text, tmp_path) for m in layers}
     for name, (total, weight) in sums.items():
         torch.testing.assert_close(found[f"{name}.weight"], total / weight, rtol=1e-3, atol=1e-6)
 
@@ -73,7 +73,7 @@ def test_hessians_are_weighted_by_what_turns_the_vectors(bert, tmp_path):
 def test_feedback_turns_vectors_less_than_nearest_rounding(
     runtime_library,
     bert,
-    any_vocabulary,
+    any_vocabulary,  # noqa: F811
     tmp_path,
     capsys,
     aim,  # noqa: F811

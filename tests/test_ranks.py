@@ -64,7 +64,7 @@ def nearly(found, expected):
     for name, (kind, data) in expected.items():
         assert found[name][0] == kind
         same = np.mean(np.asarray(found[name][1]) == np.asarray(data))
-        assert same == 1 or kind == "SQ4" and same > 0.98, (name, same)
+        assert same == 1 or "SQ4" in kind and same > 0.98, (name, same)
 
 
 @pytest.mark.parametrize("aim", ["half", "plain"])
@@ -119,8 +119,10 @@ def test_a_process_that_dies_ends_the_run_and_it_goes_on(whole, tmp_path, victim
     assert child.returncode > 0 and not (tmp_path / "out.gguf").exists()
     spoken = re.findall("^gguf-splitq: .*", said, re.MULTILINE)
     assert len(spoken) == int(victim) and 'File "' + str(ROOT) not in said, said
-    again = launched(model, *given(options, tmp_path / "out.gguf"))
-    assert "solving: 2 of 2" in ended(again)
+    if victim == "1":
+        ended(launched(model, *given(options, tmp_path / "out.gguf")))
+    else:  # one process goes on with what two have left
+        convert.convert(model, "sq4", tmp_path / "out.gguf", **options)
     nearly(crafted.read_gguf(tmp_path / "out.gguf")[1], made["half"][0])
     assert not kept.exists()
 

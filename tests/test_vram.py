@@ -29,7 +29,7 @@ def test_hidden_states_are_where_there_is_room(gpu, tmp_path, vram, ram, gpu_has
     states, given = OnDisk(tmp_path, room), [torch.randint(256, (100,), dtype=torch.uint8) for _ in range(9)]
     for tensor in given:
         states.append(tensor)
-        gpu.free = 1000 - 100 * sum(kept.data_ptr() == t.data_ptr() for kept, t in zip(states.kept.values(), given))
+        gpu.free = 1000 - 100 * sum(kept.data_ptr() == given[i].data_ptr() for i, kept in states.kept.items())
     own = [kept.data_ptr() == given[i].data_ptr() for i, kept in states.kept.items()]
     assert (own.count(True), own.count(False)) == (gpu_has, memory_has)
     assert all(map(torch.equal, states, given))

@@ -72,6 +72,7 @@ def information(
     """
     found: dict[Key, dict[int, torch.Tensor]] = {}
     begin, batches = ranks.share(tokens.split(BATCH))
+    before = {0: begin * BATCH}
 
     def take(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         return g.float().square().sum(1).cpu()
@@ -81,7 +82,7 @@ def information(
             found.setdefault(key, {}).update({begin + batch: torch.cat(list(parts))} if parts else {})
 
     with fisher.workers(threads) as pool:
-        for index, _ in fisher.backward(model, batches, take, see, scratch, pool, progress, begin * BATCH):
+        for index, _ in fisher.backward(model, batches, take, see, scratch, pool, progress, before):
             every: dict[Key, dict[int, torch.Tensor]] = {}
             for key, parts in itertools.chain(*(part.items() for part in ranks.gathered(found))):
                 every.setdefault(key, {}).update(parts)
@@ -119,9 +120,9 @@ def run(
         for index in range(len(model)):
             with model.layer(index, index + 1) as module:
                 decoder = _Decoder(model, module, index, pool, ranks)
-                names, measured = ranks.first(lambda: wanted(index, decoder.layers)), index not in done
+                names, measured = ranks.first(functools.partial(wanted, index, decoder.layers)), index not in done
                 stages = decoder.stages(names, streams[0]) if measured else [set(names)]
-                known = ranks.first(lambda: weights(index)) if measured else {}
+                known = ranks.first(functools.partial(weights, index)) if measured else {}
                 for number, chosen in enumerate(stages):
                     members = [layer for layer in decoder.layers if layer.name in chosen]
                     if measured:

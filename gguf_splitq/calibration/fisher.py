@@ -17,6 +17,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -44,7 +45,7 @@ def backward(
     scratch: Path,
     pool: ThreadPoolExecutor,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    before: int = 0,
+    before: Mapping[int, int] = MappingProxyType({}),
 ) -> Iterator[tuple[int, torch.nn.Module]]:
     """Yields (layer, its loaded module) from the last to the first, once `see` was called for all batches.
 
@@ -53,8 +54,8 @@ def backward(
     log-likelihood, its labels drawn with a fixed seed. see(layer, batch, taken) comes for each batch, in order: what
     `take` returned by (matrix, expert), in the order of the sequences; an empty list where no gradient reached the
     matrix. expert: None unless the matrix is one of a stack. scratch: the folder for hidden states, `scratch_bytes` of
-    them. progress: decoder layers done and in all, forwards and backwards. before: sequences that other processes take,
-    whose labels are drawn before these.
+    them. progress: decoder layers done and in all, forwards and backwards. before: how many sequences of other
+    processes come before a batch, so that each sequence draws the same labels whoever runs it.
     Raises InputError when an activation is NaN or Inf.
     """
     boundaries = [model.inputs(tokens, scratch)]
@@ -67,11 +68,11 @@ def backward(
         boundaries.append(after)
         progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
-    for _ in range(before):
-        _chance(model, random)
     gradients = OnDisk(scratch, model.room)
     with model.heads() as head:
-        for hidden in boundaries.pop():
+        for batch, hidden in enumerate(boundaries.pop()):
+            for _ in range(before.get(batch, 0)):
+                _chance(model, random)
             gradients.append((_at_the_vector if model.encoder else _at_the_head)(head, model, hidden, random, pool))
     for index in reversed(range(len(model))):
         with model.layer(index, index - 1) as layer:

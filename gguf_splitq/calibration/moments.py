@@ -110,7 +110,9 @@ def run(
 
     with fisher.workers(threads) as pool:
         every = batches if held is None or not len(held) else [*batches, held]
-        for index, module in fisher.backward(model, every, _take, see, scratch, pool, progress, begin * BATCH):
+        others = len(tokens) - sum(map(len, batches))  # of other processes; those that are held come last
+        before = {0: begin * BATCH, len(batches): others - begin * BATCH}
+        for index, module in fisher.backward(model, every, _take, see, scratch, pool, progress, before):
             if index not in skip:
                 layers, sums = layers_of(module), joined(moments, model.device, ranks)
                 for layer in layers:

@@ -67,6 +67,7 @@ class Several(Alone):
 
     def __init__(self) -> None:
         import torch.distributed as dist
+        import torch.distributed.nn  # noqa: F401  (its defaults would hold the group, and its threads, if it came later)
 
         self.dist, self.rank, self.count = dist, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.tensors: Any = None  # the group that tensors go through: the default one
