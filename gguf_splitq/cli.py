@@ -138,8 +138,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(sentence: str, code: int = 6) -> int:
-    """Print what went wrong and return the exit code; 6 is what the machine lacks."""
-    print(f"gguf-splitq: {printable(sentence)}", file=sys.stderr)
+    """Print what went wrong, unless another process does, and return the exit code; 6 is what the machine lacks."""
+    if sentence:
+        print(f"gguf-splitq: {printable(sentence)}", file=sys.stderr)
     return code
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -62,7 +61,7 @@ class Alone:
 class Several(Alone):
     """As torchrun has started them.
 
-    A process that has ended raises EnvironmentFailed at the first, and ends the others without a word.
+    Where one has ended the others raise EnvironmentFailed, all but the first without a word.
     """
 
     def __init__(self) -> None:
@@ -119,12 +118,11 @@ class Several(Alone):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if self.rank:
-                sys.exit(EnvironmentFailed.exit_code)
-            raise EnvironmentFailed(
+            cause = (
                 f"another process of this run has ended ({one_line(error)}): see what it says; the same command goes "
                 "on from what is finished"
-            ) from error
+            )
+            raise EnvironmentFailed("" if self.rank else cause) from error
 
 
 def launched() -> bool:
