@@ -147,7 +147,7 @@ def _at_the_head(
 
     gradients = []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
-        chance = _chance(model, random)
+        chance = _chance(model, random, sequence.shape[1])
         few = CONTEXT if model.at_once else CONTEXT // BATCH  # so that all workers have one sequence's logits
         gradients.append(torch.cat(list(pool.map(gradient, sequence.split(few, 1), chance.split(few))), 1))
     return torch.cat(gradients)
@@ -173,12 +173,12 @@ def vectors(outputs: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(outputs.mean(1), dim=-1)
 
 
-def _chance(model: Model, random: torch.Generator) -> torch.Tensor:
-    """What a sequence draws labels with, float32 [CONTEXT, 1] from 0 to 1; of an encoder its direction [1, hidden]."""
+def _chance(model: Model, random: torch.Generator, tokens: int = CONTEXT) -> torch.Tensor:
+    """What a sequence draws labels with, float32 [tokens, 1] from 0 to 1; of an encoder its direction [1, hidden]."""
     if model.encoder:
         width = model.module.get_input_embeddings().embedding_dim
         return torch.randn(1, width, generator=random, device=random.device)
-    return torch.rand(CONTEXT, 1, generator=random, device=random.device)
+    return torch.rand(tokens, 1, generator=random, device=random.device)
 
 
 def _through(
