@@ -98,7 +98,7 @@ def test_what_an_encoder_cannot_do_is_refused(runtime_library, bert, any_vocabul
     with pytest.raises(errors.UnsupportedError, match="an encoder writes no text: give --calib TEXT"):
         convert.convert(bert, "sq4", tmp_path / "a.gguf", calib="self", load=False)
     with pytest.raises(errors.UnsupportedError, match="--tune trains what a model writes"):
-        convert.convert(bert, "sq4", tmp_path / "a.gguf", calib=str(TEXT), tune=True, load=False)
+        convert.convert(bert, "sq4", tmp_path / "a.gguf", calib=str(TEXT), tune="scales", load=False)
     assert list(tmp_path.glob("*.gguf")) == []
 
 
