@@ -417,7 +417,8 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     check = "do not try whether llama.cpp loads the file (default: tried, where it is built)"
     g.add_argument("--no-check", dest="load", action="store_false", help=check)
 
-    g = p.add_argument_group("memory and speed")
+    launcher = "Several GPUs: torchrun --nproc-per-node N -m gguf_splitq convert ..."
+    g = p.add_argument_group("memory and speed", launcher)
     device = "what --calib runs on: cpu, cuda, cuda:1 ... (default: %(default)s: a GPU that PyTorch sees, else cpu)"
     g.add_argument("--device", default="auto", metavar="D", help=device)
     g.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")

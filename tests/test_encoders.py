@@ -102,6 +102,23 @@ def test_what_an_encoder_cannot_do_is_refused(runtime_library, bert, any_vocabul
     assert list(tmp_path.glob("*.gguf")) == []
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "RobertaModel", "ModernBertModel", "DistilBertModel"])
+def test_layer_by_layer_is_the_whole_encoder(tmp_path, kind):
+    torch.manual_seed(0)
+    kind, text = getattr(transformers, kind), tokens(2) % 900
+    options = dict(vocab_size=900, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    config = kind.config_class(max_position_embeddings=520, pad_token_id=0, **options)
+    kind(config).save_pretrained(tmp_path)
+    model = Model(tmp_path)
+    states = model.inputs(text)
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            states = [model.forward(layer, index, state) for state in states]
+    whole = transformers.AutoModel.from_pretrained(tmp_path).eval()(text).last_hidden_state
+    torch.testing.assert_close(model.head(states[0]), whole)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_what_writes_is_none(checkpoint, kind):  # noqa: F811
     assert not Model(checkpoint(kind)).encoder

@@ -121,6 +121,8 @@ def test_products_are_in_tf32_where_inputs_have_no_more_bits():
 def test_the_estimate_follows_what_is_on_the_gpu():
     one, two = (memory.on_gpu(entries(*[()] * n), 16) for n in (1, 2))
     assert one == two < memory.on_gpu(entries(()), 32) < memory.on_gpu(entries((), (8,)), 32)
+    plain, several = (memory.peak(entries(()), 2048, 1, several=several) for several in (False, True))
+    assert several == plain + 3 * 4 * (4 * 1024**2 + 3 * 1024 * 2816)  # rows go to other processes
     assert one > 2 * 4 * (4 * 1024**2 + 3 * 1024 * 2816) + 8 * (6 * 1024**2 + 2816**2)
 
 
