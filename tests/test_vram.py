@@ -15,21 +15,26 @@ from gguf_splitq.calibration.model import Model, OnDisk, Room
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """(free bytes, all bytes) of a GPU that all tensors seem to be on."""
-    found = SimpleNamespace(free=1000, total=1000)
+    """Bytes of a GPU that all tensors seem to be on."""
+    found = SimpleNamespace(free=1000, own=0, total=1000)
     monkeypatch.setattr(model, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(model, "_gpu_memory", lambda device: (found.free, found.total))
+    monkeypatch.setattr(model, "_gpu_memory", lambda device: (found.free, found.own, found.total))
     monkeypatch.setattr(model, "_pinned", torch.clone)
     return found
 
 
-@pytest.mark.parametrize(("vram", "ram", "gpu_has", "memory_has"), [(None, 250, 4, 2), (700, 0, 3, 0), (None, 0, 4, 0)])
-def test_hidden_states_are_where_there_is_room(gpu, tmp_path, vram, ram, gpu_has, memory_has):
+@pytest.mark.parametrize(
+    ("vram", "ram", "others", "gpu_has", "memory_has"),
+    [(None, 250, 0, 4, 2), (700, 0, 0, 3, 0), (None, 0, 0, 4, 0), (700, 0, 300, 3, 0), (None, 0, 300, 1, 0)],
+)
+def test_hidden_states_are_where_there_is_room(gpu, tmp_path, vram, ram, others, gpu_has, memory_has):
+    gpu.free -= others
     room = Room(vram, ram)
     states, given = OnDisk(tmp_path, room), [torch.randint(256, (100,), dtype=torch.uint8) for _ in range(9)]
     for tensor in given:
         states.append(tensor)
-        gpu.free = 1000 - 100 * sum(kept.data_ptr() == given[i].data_ptr() for i, kept in states.kept.items())
+        gpu.own = 100 * sum(kept.data_ptr() == given[i].data_ptr() for i, kept in states.kept.items())
+        gpu.free = 1000 - gpu.own - others
     own = [kept.data_ptr() == given[i].data_ptr() for i, kept in states.kept.items()]
     assert (own.count(True), own.count(False)) == (gpu_has, memory_has)
     assert all(map(torch.equal, states, given))

@@ -81,9 +81,9 @@ class Room:
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """A GPU's tensor where it may stay: as it is, as long as SPARE of the memory is free besides, or in memory."""
-        free, total = _gpu_memory(tensor.device)
+        free, own, total = _gpu_memory(tensor.device)
         allowed = total if self.vram is None else min(self.vram, total)
-        if free - (total - allowed) - tensor.nbytes > SPARE * allowed:
+        if min(free, allowed - own) - tensor.nbytes > SPARE * allowed:
             return tensor.detach()
         self.pinned = [ref for ref in self.pinned if ref() is not None]
         if sum(kept.nbytes for ref in self.pinned if (kept := ref()) is not None) + tensor.nbytes > self.ram:
@@ -111,8 +111,8 @@ class Model:
         self.at_once = BATCH if cuda else None
         self.reader = ThreadPoolExecutor(1, "read") if cuda else None
         if cuda and self.room.vram is not None:
-            total = _gpu_memory(self.device)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.room.vram / total), self.device)
+            total = _gpu_memory(self.device)[2]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.room.vram / total), self.device.index)
         self.ahead: tuple[int, Future[dict[str, Any]]] | None = None  # a layer that is being read meanwhile
         # What transformers is pointed at: a folder, with the name of the GGUF in it when it is one.
         self.source, self.advice = {"pretrained_model_name_or_path": str(folder)}, "convert without --calib"
@@ -541,10 +541,10 @@ def _on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _gpu_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that this process may still take of a GPU, and those that it has."""
-    free, total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+def _gpu_memory(device: torch.device) -> tuple[int, int, int]:
+    """Bytes of a GPU that are free to this process, that its tensors have, and in all."""
+    (free, total), own = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
+    return free + torch.cuda.memory_reserved(device) - own, own, total
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
