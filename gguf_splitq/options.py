@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output, plan, resources, types
-from .calibration import text
+from .calibration import ranks, text
 from .errors import InputError, UsageError
 from .files import checkpoint
 from .plan import mix
@@ -91,11 +91,11 @@ class Convert(Options):
     have done to a matrix's outputs, or "plain". claq_metric: what gives a column of cq2.x, sq2.x and so on more bits,
     "hessian" or "outlier".
     dry_run: print the plan, write nothing but save_plan. report: a JSON file for the per-tensor errors. max_ram: bytes,
-    or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
-    template for the vision or audio part of the checkpoint; the template alone lies beside the output. container: write
-    this project's types as rows of bytes that every GGUF reader takes (`files/container.py`), not with their own ids.
-    card: a model card for a hub; README.md alone lies beside the output. overwrite: replace an existing outfile,
-    save_plan and card; a report replaces an earlier one anyway.
+    or text like "2G"; max_vram: the same of a GPU's memory. load: try whether the patched llama.cpp, where it is built,
+    loads the file. mmproj: a file or template for the vision or audio part of the checkpoint; the template alone lies
+    beside the output. container: write this project's types as rows of bytes that every GGUF reader takes
+    (`files/container.py`), not with their own ids. card: a model card for a hub; README.md alone lies beside the
+    output. overwrite: replace an existing outfile, save_plan and card; a report replaces an earlier one anyway.
     """
 
     model: str | Path = _path("read", "the model")
@@ -125,6 +125,7 @@ class Convert(Options):
     card: str | Path | None = _path("written", "--card", None, at="card_path")
     threads: int | None = None
     max_ram: str | int | None = None
+    max_vram: str | int | None = None
     overwrite: bool = False
     revision: str | None = None
 
@@ -140,6 +141,11 @@ class Convert(Options):
     def limit(self) -> int | None:
         """Bytes of memory to stay below."""
         return parse_size(self.max_ram)
+
+    @functools.cached_property
+    def vram(self) -> int | None:
+        """Bytes of a GPU's memory to stay below."""
+        return parse_size(self.max_vram, "--max-vram")
 
     @functools.cached_property
     def plan(self) -> mix.Mix | None:
@@ -207,8 +213,8 @@ class Convert(Options):
 
     @functools.cached_property
     def processor(self) -> str:
-        """What a calibration runs on, as PyTorch names it."""
-        return check_device(self.device)
+        """What a calibration runs on, as PyTorch names it; under torchrun a GPU of this process' own."""
+        return ranks.own(check_device(self.device))
 
     @functools.cached_property
     def steps(self) -> int:
@@ -247,7 +253,7 @@ class Convert(Options):
     def check(self) -> None:
         """Raise what is wrong with these options, the model's own content aside."""
         self.check_paths()
-        _ = self.workers, self.limit
+        _ = self.workers, self.limit, self.vram
         if self.device != "auto":
             check_device(self.device)
         check_choice(self.type, self.bpw, self.plan_file, self.save_plan, self.calib)
@@ -535,14 +541,14 @@ def check_device(device: str) -> str:
     return device
 
 
-def parse_size(size: str | int | None) -> int | None:
+def parse_size(size: str | int | None, option: str = "--max-ram") -> int | None:
     """Bytes from text such as "1500M" or "2G" (powers of 1024); UsageError for what no machine has."""
     if size is None:
         return None
     match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?)(i?B)?", str(size).strip(), re.IGNORECASE | re.ASCII)
     found = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if not 0 < found < 1 << 63:
-        raise UsageError(f"--max-ram {str(size)[:60]!r} is not a size: write e.g. 1500M or 2G")
+        raise UsageError(f"{option} {str(size)[:60]!r} is not a size: write e.g. 1500M or 2G")
     return found
 
 
