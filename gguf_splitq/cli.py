@@ -391,7 +391,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--hessians", metavar="FILE", help=hessians)
     tune = "train afterwards: scales (and norms; minutes), or codes too (GPU); the model must fit into memory twice"
     g.add_argument("--tune", nargs="?", const="scales", choices=("scales", "codes"), help=f"{tune} (default: no)")
-    steps = "steps to train, of 4096 tokens each (default: 64 for scales, 1280 for codes)"
+    steps = "steps to train, of 4096 tokens each (default: 64 for scales, 640 for codes)"
     g.add_argument("--tune-steps", type=int, metavar="N", help=steps)
     dtype = "what to compute in (default: %(default)s: bf16 where the processor is fast in it, else f32)"
     g.add_argument("--calib-dtype", choices=("auto", "f32", "bf16"), default="auto", help=dtype)

@@ -588,7 +588,7 @@ def check_calibration(
         raise UsageError(f"{option} needs a text to run the model on: give --calib TEXT, or --calib self")
     if steps is not None and (not tune or steps < 1):
         cause = "nothing is trained without --tune" if not tune else "too few to train anything"
-        raise UsageError(f"--tune-steps {steps}: {cause}: give --tune codes --tune-steps 1280, or leave it")
+        raise UsageError(f"--tune-steps {steps}: {cause}: give --tune codes --tune-steps 640, or leave it")
     if hessians and (Path(hessians).is_dir() or not Path(hessians).absolute().parent.is_dir()):
         raise UsageError(f"--hessians {hessians}: not a file in a folder that exists: name another")
     if calib and calib != "self":
