@@ -35,8 +35,9 @@ PROMISED_RAM = 1_500_000_000  # bytes, beside three times the largest tensor
 class Job:
     """A conversion that is decided.
 
-    make: tensor -> type, to the plan's entries. mix: the types that --plan or --bpw chose. importance: tensor ->
-    float32 [experts * n_cols]. kv: the metadata without what `metadata` adds. solvers: matrices solved at a time.
+    make: tensor -> type, to the plan's entries. budget: what types are still to be chosen for. mix: those that a plan or
+    a budget chose. importance: tensor -> float32 [experts * n_cols]. kv: the metadata without what `metadata` adds.
+    solvers: matrices solved at a time.
     at_once: encode while the checkpoint is being read. loads: whether the finished file is to be loaded.
     """
 
@@ -44,6 +45,7 @@ class Job:
     source: checkpoint.Source
     make: Callable[[Mapping[str, str] | None], list[plan.Entry]]
     entries: list[plan.Entry]
+    budget: mix.Budget | None
     mix: mix.Mix | None
     importance: Mapping[str, np.ndarray]
     kv: dict[str, Value]
@@ -63,7 +65,7 @@ class Job:
     def metadata(self) -> dict[str, Value]:
         """The output's."""
         given = self.given
-        target = mix.most_used(self.entries, self.architecture) if given.budget else types.get(given.base)
+        target = mix.most_used(self.entries, self.architecture) if given.mixed else types.get(given.base)
         return output.metadata(self.kv, target, deciding(given), given.label)
 
 
@@ -108,10 +110,13 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
     head = source.header
     importance = matrix.for_tensors(head.tensors) if matrix else None
     architecture = head.get("general.architecture", str, "")
+    base = given.base
+    if given.room is not None:
+        base = mix.base(8 * given.room / max(1, sum(t.n_weights for t in head.tensors)))
     make = functools.partial(
         plan.make,
         head.tensors,
-        given.base,
+        base,
         given.tensor_type,
         given.token_embedding_type,
         given.output_tensor_type,
@@ -119,33 +124,40 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
         importance,
         claq_metric=given.claq_metric,
     )
-    entries = make()
-    if given.plan and given.plan_file:
-        mix.check_names(given.plan, entries, given.plan_file, architecture)
-        entries = make(given.plan.types)
-    elif given.bpw is not None:
-        mix.check(entries, given.bpw, architecture)
-        measured = {t.name for found in mix.candidates(entries).values() for t in found}
-        options.check_library(sorted(measured), weighted=True)
-    solvers, peak, at_once = memory_needs(given, source, entries)
+    entries = likely = make()
     kv = {key: value for key, value in head.kv.items() if not key.startswith("quantize.")}
     kv |= matrix.metadata() if matrix else {}
+    if given.calib and given.calib != "self" and not given.plans_only:
+        kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text.whole(Path(given.calib))))
+    budget = given.budget
+    if given.plan and given.plan_file:
+        mix.check_names(given.plan, entries, given.plan_file, architecture)
+        entries = likely = make(given.plan.types)
+    elif given.measures:
+        likely = make(dict.fromkeys(mix.candidates(entries, whole=given.bpw is None), base))  # what memory is stated for
+        if given.room is not None:
+            said = output.metadata(kv, types.get(base), deciding(given), given.label)
+            budget = mix.Budget.of_size(given.room, len(rewrite.header(said, likely, given.container)), entries)
+        assert budget
+        mix.check(entries, budget, architecture)
+        measured = {t.name for found in mix.candidates(entries, budget.whole).values() for t in found}
+        options.check_library(sorted(measured), weighted=True)
+    solvers, peak, at_once = memory_needs(given, source, likely)
     loads = given.load and loading.check_plan(source, entries, kv, given.scratch, given.container)
     if not given.plans_only:
         require_space(given, source, entries)
         what = "measuring" if given.dry_run else "writing"
         display.say(f"{what} {given.path}, in at most about {gguf_file.mib(peak)} of memory")
-        if given.calib and given.calib != "self":
-            kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text.whole(Path(given.calib))))
-    return Job(given, source, make, entries, given.plan, importance or {}, kv, solvers, at_once, loads)
+    return Job(given, source, make, entries, budget, given.plan, importance or {}, kv, solvers, at_once, loads)
 
 
 def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
-    """The job with the types that cost the least divergence under --bpw, measured on the text."""
+    """The job with the types that cost the least divergence under its budget, measured on the text."""
     from .calibration import sensitivity
 
-    given, wanted = job.given, mix.candidates(job.entries)
-    assert given.calib and given.bpw is not None  # Convert.check
+    given, budget = job.given, job.budget
+    assert given.calib and budget  # Convert.check
+    wanted = mix.candidates(job.entries, budget.whole)
     step = functools.partial(progress.step, "measuring sensitivity")
     costs = sensitivity.of_checkpoint(
         job.source.path,
@@ -158,7 +170,7 @@ def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
         step,
         given.processor,
     )
-    chosen = mix.choose(job.entries, costs, given.bpw, job.architecture)
+    chosen = mix.choose(job.entries, costs, budget, job.architecture)
     entries = job.make(chosen.types)
     display.say(mix.summary(chosen, entries, job.architecture))
     if given.save_plan:
@@ -209,6 +221,9 @@ def write(
     progress.start(job.entries)
 
     def check(written: Path) -> None:
+        if given.room is not None and written.stat().st_size > given.room:
+            cause = "a tensor has weights that its type cannot hold and took a larger one"
+            raise UsageError(f"--size {given.size} is missed, {cause}: give a little more than is needed")
         if job.loads:
             loading.check_file(written, job.source)
 
@@ -241,7 +256,7 @@ def report(job: Job, entries: Sequence[plan.Entry], stats: Sequence[rewrite.Stat
         "notes": job.source.notes,
         "without_importance": [n for n in weighted if n not in job.importance] if given.imatrix else None,
         "calibration": solved and solved.report(),
-        "budget": job.mix and {"bpw": job.mix.bpw, "costs": job.mix.costs},
+        "budget": job.mix and {"bpw": job.mix.bpw, "whole": job.mix.whole, "costs": job.mix.costs},
         "tensors": [tensor_report(e, s, e.name in job.importance) for e, s in zip(entries, stats, strict=True)],
     }
     display.show_summary(given.path, entries, stats, result)
@@ -316,7 +331,8 @@ def _measured(entry: plan.Entry, given: options.Convert) -> int:
 def deciding(given: options.Convert) -> dict:
     """What of the command line decides the output's bytes, defaults left out; files by name, not by path."""
     found: dict[str, Any] = {
-        "bpw": given.budget,
+        "file_bpw" if given.budget and given.budget.whole else "bpw": given.budget and given.budget.bpw,
+        "size": given.room,
         "plan": given.plan_file and Path(given.plan_file).name,
         "tensor_type": list(given.tensor_type),
         "token_embedding_type": given.token_embedding_type,
