@@ -12,11 +12,13 @@ computes alone, and what threads give is joined in the order of the sequences. A
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -27,6 +29,19 @@ from .watch import Watch
 Take = Callable[[torch.Tensor, torch.Tensor], Any]
 Seen = Mapping[tuple[str, int | None], Sequence[Any]]
 See = Callable[[int, int, Seen], None]
+
+
+class Ends(Protocol):
+    """Who wants to see the embedding and the output too; `ends.py` says what they are."""
+
+    def take(self, x: torch.Tensor, g: torch.Tensor) -> Any:
+        """As `take` of `backward`, for a part of a sequence at the output; called by workers."""
+
+    def see_output(self, batch: int, taken: Sequence[Any], pool: ThreadPoolExecutor) -> None:
+        """What `take` returned of a sequence, in order."""
+
+    def see_embedding(self, batch: int, hidden: torch.Tensor, gradient: torch.Tensor, pool: ThreadPoolExecutor) -> None:
+        """Hidden states [sequences, CONTEXT, hidden] before the first layer, and the gradient there."""
 
 
 def workers(threads: int) -> ThreadPoolExecutor:
@@ -42,6 +57,7 @@ def backward(
     scratch: Path,
     pool: ThreadPoolExecutor,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ends: Ends | None = None,
 ) -> Iterator[tuple[int, torch.nn.Module]]:
     """Yields (layer, its loaded module) from the last to the first, once `see` was called for all batches.
 
@@ -50,7 +66,7 @@ def backward(
     log-likelihood, its labels drawn with a fixed seed. see(layer, batch, taken) comes for each batch, in order: what
     `take` returned by (matrix, expert), in the order of the sequences; an empty list where no gradient reached the
     matrix. expert: None unless the matrix is one of a stack. scratch: the folder for hidden states, `scratch_bytes` of
-    them. progress: decoder layers done and in all, forwards and backwards.
+    them. progress: decoder layers done and in all, forwards and backwards. ends: is shown the embedding and the output.
     Raises InputError when an activation is NaN or Inf.
     """
     boundaries = [model.inputs(tokens, scratch)]
@@ -65,8 +81,9 @@ def backward(
     random = torch.Generator(model.device).manual_seed(0)
     gradients = OnDisk(scratch)
     with model.heads() as head:
-        for hidden in boundaries.pop():
-            gradients.append(_at_the_head(head, model.device, hidden, random, pool))
+        for batch, hidden in enumerate(boundaries.pop()):
+            seen = (lambda taken, batch=batch: ends.see_output(batch, taken, pool)) if ends else None
+            gradients.append(_at_the_head(head, model, hidden, random, pool, ends and ends.take, seen))
     for index in reversed(range(len(model))):
         with model.layer(index) as layer:
             through = functools.partial(_through, model, layer, index, take)
@@ -74,6 +91,8 @@ def backward(
                 found = pool.map(through, parts(model, hidden), parts(model, gradients[batch]))
                 before, taken = zip(*found, strict=True)
                 gradients[batch] = torch.cat(before)
+                if index == 0 and ends:
+                    ends.see_embedding(batch, hidden, gradients[batch], pool)
                 see(index, batch, _joined(taken))
                 del taken
             yield index, layer
@@ -111,25 +130,42 @@ def _finite(index: int) -> Callable:
 
 
 def _at_the_head(
-    head: Callable, device: torch.device, hidden: torch.Tensor, random: torch.Generator, pool: ThreadPoolExecutor
+    head: Callable,
+    model: Model,
+    hidden: torch.Tensor,
+    random: torch.Generator,
+    pool: ThreadPoolExecutor,
+    take: Take | None,
+    see: Callable[[list[Any]], None] | None,
 ) -> torch.Tensor:
-    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer."""
+    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer.
 
-    def gradient(hidden: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
+    see: gets what `take` makes of the output matrix's parts of each sequence.
+    """
+    device, output = model.device, model.module.get_output_embeddings()
+
+    def gradient(hidden: torch.Tensor, chance: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        calls: list[tuple] = []
+        watch = Watch(output, lambda *call: calls.append(call)) if take and output else contextlib.nullcontext()
+        with torch.enable_grad(), watch:
             hidden = hidden.detach().to(device).requires_grad_()
             logits = head(hidden).flatten(0, 1)
         p = logits.detach().softmax(-1)
         up_to = p.cumsum(-1)
         labels = torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
         slope = p.neg_().scatter_add_(1, labels, torch.ones_like(chance))  # of log p(label) by the logits
-        return torch.autograd.grad(logits, hidden, slope)[0]
+        first, *rest = torch.autograd.grad(logits, [hidden, *(y for _, _, _, y in calls)], slope)
+        found = [take(x.detach().flatten(0, -2), g.flatten(0, -2)) for (_, _, x, _), g in zip(calls, rest, strict=True)]
+        return first, found
 
     gradients = []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
         chance = torch.rand(sequence.shape[1], 1, generator=random, device=device)
         few = CONTEXT // BATCH if device.type == "cpu" else CONTEXT  # so that all workers have one sequence's logits
-        gradients.append(torch.cat(list(pool.map(gradient, sequence.split(few, 1), chance.split(few))), 1))
+        parts, found = zip(*pool.map(gradient, sequence.split(few, 1), chance.split(few)), strict=True)
+        gradients.append(torch.cat(parts, 1))
+        if see and all(found):
+            see(list(itertools.chain.from_iterable(found)))
     return torch.cat(gradients)
 
 
