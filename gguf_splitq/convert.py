@@ -250,6 +250,7 @@ def report(job: Job, entries: Sequence[plan.Entry], stats: Sequence[rewrite.Stat
         "file": given.path.name,
         "size": given.path.stat().st_size,
         "bpw": plan.bpw(entries),
+        "linear_bpw": plan.bpw(e for e in entries if plan.is_linear(e.tensor, job.architecture)),
         **{key: kv[f"gguf_splitq.{key}"].python for key in ("version", "type", "llama_cpp")},
         "options": deciding(given),
         "fallbacks": plan.fallbacks(entries),
@@ -304,7 +305,7 @@ def require_space(given: options.Convert, source: checkpoint.Source, entries: Se
     if not given.dry_run:
         needed += sum(e.n_bytes for e in entries) + (source.mmproj.stat().st_size if source.mmproj else 0)
     if given.calib and not given.dry_run:
-        inside = [e for e in entries if e.quantized and e.name.startswith("blk.")]
+        inside = [e for e in entries if e.quantized and (e.name.startswith("blk.") or e.name in plan.ENDS)]
         kept = sum(e.n_bytes for e in inside)
         joined, hessians = dict(given.writes).get("--hessians"), sum(_measured(e, given) for e in inside)
         if joined or given.aim == "half":
@@ -323,6 +324,8 @@ def require_space(given: options.Convert, source: checkpoint.Source, entries: Se
 def _measured(entry: plan.Entry, given: options.Convert) -> int:
     """Bytes of what is measured of a tensor: the weights of tokens, of which few experts see each, or Hessians."""
     count = entry.tensor.n_rows // entry.tensor.shape[-2]
+    if entry.name in plan.ENDS:
+        return 8 * entry.tensor.n_cols**2 + 4 * given.calib_tokens
     if given.aim == "plain":
         return 4 * entry.tensor.n_cols**2 * count
     return 8 * given.calib_tokens * min(count, 8)

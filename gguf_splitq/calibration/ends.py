@@ -123,6 +123,26 @@ class Ends:
         return found
 
 
+@dataclass
+class Standing:
+    """What stands in place of a model's ends, by `Model.matrix`'s names, [vocabulary, hidden].
+
+    stored: what the file has; nearest: nearest rounding. output: the matrix that is to be solved behind all layers.
+    weights: float32 |g|^2 of all tokens at the output.
+    """
+
+    stored: dict[str, torch.Tensor] = field(default_factory=dict)
+    nearest: dict[str, torch.Tensor] = field(default_factory=dict)
+    output: moments.Layer | None = None
+    weights: torch.Tensor | None = None
+
+    def put(self, end: str, layer: moments.Layer) -> None:
+        """Take over what a layer was given."""
+        for found, value in ((self.stored, layer.stored), (self.nearest, layer.nearest)):
+            if value is not None:
+                found[end] = value
+
+
 def step(tensor: Tensor) -> int:
     """Rows of such a tensor that are in memory at a time."""
     return max(1, WEIGHTS // tensor.n_cols)

@@ -154,6 +154,7 @@ def _at_the_head(
         up_to = p.cumsum(-1)
         labels = torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
         slope = p.neg_().scatter_add_(1, labels, torch.ones_like(chance))  # of log p(label) by the logits
+        del up_to  # as large as the logits
         first, *rest = torch.autograd.grad(logits, [hidden, *(y for _, _, _, y in calls)], slope)
         found = [take(x.detach().flatten(0, -2), g.flatten(0, -2)) for (_, _, x, _), g in zip(calls, rest, strict=True)]
         return first, found

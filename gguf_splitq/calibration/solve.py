@@ -2,7 +2,9 @@
 """Error feedback for a whole model: calibrate layer by layer, solve every matrix, keep the bytes for the writer.
 
 With half-way aims (aims.py) the model runs backward for the tokens' weights, then forward, and matrices are solved in
-the order in which they run. With plain ones their Hessians come from the backward pass, the last layer first.
+the order in which they run. With plain ones their Hessians come from the backward pass, the last layer first. The ends
+of the model, where they have a type with error feedback, are solved too: the embedding, or what is both, before the
+layers, on the float model; the output behind them.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from ..coding import families, solver
 from ..coding.solver import Solution
 from ..errors import InputError
 from ..files.gguf_file import Gguf, require_space
-from ..plan import Entry, is_linear
+from ..plan import ENDS, Entry, is_linear
 from ..rewrite import Rows, each_matrix, to_float32
 from ..types.columns import side_name
-from . import aims, fisher, moments
+from . import aims, ends, fisher, moments
 from . import tune as tuning
 from .hessians import Hessians
 from .journal import Journal
@@ -117,7 +119,8 @@ def run(
     torch.set_num_threads(threads)
     dtype = precision(dtype, device)
     model = Model(folder, device, DTYPES[dtype])
-    cache = Hessians(hessians, journal, len(model)) if hessians or aim == "half" else None
+    known = Hessians(hessians, journal, len(model))
+    cache = known if hessians or aim == "half" else None
     sample = None
     if not (cache and cache.complete) or tune or aim == "half":
         sample = _sample(model, calib, tokens, journal, threads)
@@ -128,12 +131,14 @@ def run(
     else:
         # The solver's operations are too small for threads to share: a matrix to a thread, and a thread to a matrix.
         with _alone(solvers) as pool:
-            for index, layers in _calibrated(model, sample, threads, journal, cache, progress):
+            for index, layers in _calibrated(model, sample, threads, journal, known, cache, progress):
                 if journal.find(_part(index)) is None:
                     wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
                     _solve_layer(file, wanted, layers, pool, journal, index)
-    for index in range(len(model)):
-        solved.add(*journal.part(_part(index)))
+            for entry in _at_ends(entries):
+                _solve_end(file, entry, _end(model, file, entry, known.ends()), journal, pool.map)
+    for name in [*map(_part, range(len(model))), *(entry.name for entry in _at_ends(entries))]:
+        solved.add(*journal.part(name))
     solved.left = _left(entries, solved)
     if cache:
         cache.finish()
@@ -193,25 +198,29 @@ def _calibrated(
     sample: tuple[torch.Tensor, torch.Tensor] | None,
     threads: int,
     journal: Journal,
+    outside: Hessians,
     cache: Hessians | None,
     progress: Progress,
 ) -> Iterator[tuple[int, list[moments.Layer]]]:
     """(decoder layer, its matrices with their Hessians) for all that are to be measured or solved.
 
+    outside: where what is measured of the ends is kept.
     sample: as `_sample` gives it; None where the Hessians are all known.
     """
     every, solved = range(len(model)), {index for index in range(len(model)) if journal.find(_part(index))}
     known = {index for index in every if cache.has(index)} if cache else solved
-    if len(known) < len(every):
+    if len(known) < len(every) or not outside.has_ends():
         assert sample
         tokens, held = sample
+        seen = ends.Ends(model, tokens)
         width, count = model.module.get_input_embeddings().embedding_dim, tokens.numel() + held.numel()
         require_space(journal.folder, fisher.scratch_bytes(len(model), count, width, model.dtype))
-        step = functools.partial(progress, "calibrating")
-        for index, layers in moments.run(model, tokens, journal.folder, threads, known, held, step):
+        shown = functools.partial(progress, "calibrating")
+        for index, layers in moments.run(model, tokens, journal.folder, threads, known, held, shown, seen):
             if cache:
                 cache.keep(index, layers)
             yield index, layers
+        outside.keep_ends(seen.arrays())
     if cache is None:
         return
     for done, index in enumerate(sorted(known - solved)):
@@ -236,11 +245,13 @@ def _half_way(
     """Solve every layer behind the layers before it; returns the held-out divergences, as `aims.run`."""
     tokens, held = sample
     layers = range(len(model))
-    if not all(map(cache.has, layers)):
+    if not (all(map(cache.has, layers)) and cache.has_ends()):
+        seen = ends.Ends(model, tokens)
         width = model.module.get_input_embeddings().embedding_dim
         require_space(journal.folder, fisher.scratch_bytes(len(model), tokens.numel(), width, model.dtype))
-        step = functools.partial(progress, "calibrating")
-        aims.information(model, tokens, journal.folder, threads, cache.keep_weights, step)
+        shown = functools.partial(progress, "calibrating")
+        aims.information(model, tokens, journal.folder, threads, cache.keep_weights, shown, seen)
+        cache.keep_ends(seen.arrays())
     chosen = {index: [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")] for index in layers}
     solved = {index for index in layers if journal.find(_part(index)) is not None}
     work = _Decoder(file, bool(len(held)))
@@ -248,16 +259,29 @@ def _half_way(
     def wanted(index: int, layers: list[moments.Layer]) -> set[str]:
         return work.begin(chosen[index], layers)
 
-    passing = aims.run(
-        model, tokens, held, cache.weights, wanted, journal.folder, threads, solved,
-        functools.partial(progress, "solving"),
-    )  # fmt: skip
+    standing, last = ends.Standing(), None
     with _alone(solvers) as pieces, _alone(solvers) as pool:
+        for entry in _at_ends(entries):
+            measured, layer = cache.ends(), _end(model, file, entry, cache.ends())
+            if entry.name == "output.weight" and "weights" in measured:
+                last, standing.output, standing.weights = entry, layer, measured["weights"][0]
+                solved |= {len(model)} if journal.find(entry.name) else set()
+                continue
+            _solve_end(file, entry, layer, journal, pieces.map, bool(len(held)))
+            for end in (ends.END_OF[entry.name], *(["output"] if ends.tied(file) else [])):
+                standing.put(end, layer)
+        passing = aims.run(
+            model, tokens, held, cache.weights, wanted, journal.folder, threads, solved,
+            functools.partial(progress, "solving"), standing,
+        )  # fmt: skip
         while True:
             try:
                 stage = next(passing)
             except StopIteration as end:
                 return end.value
+            if last and stage.index == len(model):
+                _solve_end(file, last, stage.layers[0], journal, pieces.map, bool(len(held)))
+                continue
             if stage.index in solved:
                 work.put_back(journal.part(_part(stage.index))[0])
                 continue
@@ -380,9 +404,74 @@ def _solve_layer(
     journal.keep(_part(index), rows, report)
 
 
+def _at_ends(entries: Sequence[Entry]) -> list[Entry]:
+    """The embedding and the output, where they are solved, in the order of `ENDS`."""
+    found = {e.name: e for e in entries if e.name in ENDS and e.quantized and not e.copied and _coder(e)}
+    return [found[name] for name in ENDS if name in found]
+
+
+def _end(model: Model, file: Gguf, entry: Entry, measured: Mapping[str, torch.Tensor]) -> moments.Layer:
+    """The matrix of an end, with the Hessian of the float model."""
+    end = ends.END_OF[entry.name]
+    layer = moments.Layer(end, model.matrix(end).detach(), ends.hessian(measured, entry.name, ends.tied(file)))
+    layer.unknown = "no token reached it, or another version wrote the Hessians"
+    return layer
+
+
+def _solve_end(
+    file: Gguf, entry: Entry, layer: moments.Layer, journal: Journal, each: solver.Each, tried: bool = False
+) -> None:
+    """Solve the embedding or the output, some rows at a time, and keep it in the journal, or take it from there.
+
+    Gives `layer` what is stored, and with `tried` nearest rounding; nothing where it cannot be solved.
+    """
+    found = journal.find(entry.name)
+    rows: dict[str, Rows] = dict(found[0]) if found else {}
+    report, packed, first = _empty(), [], 0
+    stored, nearest = layer.weight.clone(), layer.weight.clone() if tried else None
+    for part in each_matrix(file, entry.tensor, ends.step(entry.tensor)):
+        place = moments.match(part, [layer])
+        if place is None or layer.hessian is None and not rows:
+            report["left"][entry.name] = NOWHERE if place is None else layer.unknown
+            break
+        weight, order = torch.from_numpy(part), place[1]
+        if rows:
+            value = decoded(entry, rows, 0, slice(first, first + len(part)))
+        else:
+            solution = _coded(entry, weight.to(layer.weight.device), layer, order, each)
+            value = solution.weight
+            packed.append(solution.packed.numpy())
+            for name, error in solution.errors.items():
+                errors = report["errors"].setdefault(entry.name, dict.fromkeys(solution.errors, 0.0))
+                errors[name] += error * len(part) / entry.tensor.n_rows
+        stored[order.to(stored.device)] = value.to(stored)
+        if nearest is not None:
+            nearest[order.to(stored.device)] = rounded(weight, entry).to(nearest)
+        first += len(part)
+    else:
+        layer.stored, layer.nearest = stored, nearest
+    layer.hessian = layer.drift = None
+    if found is None:
+        whole = layer.stored is not None
+        report["errors"] = report["errors"] if whole else {}
+        journal.keep(entry.name, {entry.name: np.concatenate(packed)} if whole else {}, report)
+
+
 def _coder(entry: Entry) -> Callable[..., Solution] | None:
     """What codes a matrix, given its Hessian, in the entry's type; None without error feedback for that."""
     return families.coder(entry.target, entry.layout) if entry.target else None
+
+
+def _coded(
+    entry: Entry, weight: torch.Tensor, layer: moments.Layer, order: torch.Tensor, each: solver.Each
+) -> Solution:
+    """Rows `weight` of a layer, solved where they are. order: their numbers in it."""
+    code = _coder(entry)
+    assert code and layer.hessian is not None
+    try:
+        return code(aims.moved(weight, layer, order), layer.hessian.to(weight.device), each=each)
+    except InputError as error:
+        raise InputError(f"tensor {entry.name!r}: {error}") from error
 
 
 def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
@@ -406,8 +495,6 @@ def _solve_tensor(
     find(number, rows): where matrix `number` of the tensor is. Stored: name -> uint8 [n_rows, row_bytes], and
     [matrices, size] of a side tensor.
     """
-    code = _coder(entry)
-    assert code
     matrices, sides, errors, pooled, tried = [], [], [], [], np.zeros(3)
     for number, rows in enumerate(each_matrix(file, entry.tensor)):
         found = find(number, rows)
@@ -418,13 +505,10 @@ def _solve_tensor(
             return layer.unknown
         if layer.pooled:
             pooled.append(f"{entry.name}[{number}]")
-        hessian = layer.hessian if families.on_gpu(entry.target) else layer.hessian.cpu()
-        with ON_GPU if hessian.is_cuda else contextlib.nullcontext():
-            weight = torch.from_numpy(rows).to(hessian.device)
-            try:
-                solved = code(aims.moved(weight, layer, order), hessian, each=each)
-            except InputError as error:
-                raise InputError(f"tensor {entry.name!r}: {error}") from error
+        device = layer.hessian.device if families.on_gpu(entry.target) else torch.device("cpu")
+        with ON_GPU if device.type == "cuda" else contextlib.nullcontext():
+            weight = torch.from_numpy(rows).to(device)
+            solved = _coded(entry, weight, layer, order, each)
             matrices.append(solved.packed.cpu().numpy())
             sides += [] if solved.side is None else [solved.side]
             errors.append(solved.errors)
