@@ -158,7 +158,7 @@ def measured(model, monkeypatch):
                 pass
 
             def compare(self, file):
-                return RESULT | {"bpw": 4.25, "size": 1} | numbers
+                return RESULT | {"file_bpw": 4.5, "bpw": 4.25, "size": 1} | numbers
 
         monkeypatch.setattr(validate, "Baseline", Baseline)
         return cli.main(["validate", "m-sq4.gguf", "--baseline", "m.gguf", "--text", text, "--card", "README.md"])
