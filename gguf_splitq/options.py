@@ -286,9 +286,8 @@ class Convert(Options):
         """EnvironmentFailed when a type that is asked for needs the C library and that is not built."""
         rules = [rule.rpartition("=")[2] for rule in self.tensor_type if "=" in rule]
         planned = self.plan.types.values() if self.plan else ()
-        check_library((self.base, *planned, *rules), bool(self.imatrix or self.calib))
-        others = [name for name in (self.token_embedding_type, self.output_tensor_type) if name]
-        check_library(others, bool(self.imatrix))
+        ends = [name for name in (self.token_embedding_type, self.output_tensor_type) if name]
+        check_library((self.base, *planned, *rules, *ends), bool(self.imatrix or self.calib))
 
 
 @dataclass(frozen=True)

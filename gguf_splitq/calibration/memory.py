@@ -90,7 +90,7 @@ def _end(entry: Entry, threads: int) -> int:
     if not (entry.quantized and families.coder(entry.target, entry.layout)):
         return 0
     weights = min(WEIGHTS, entry.tensor.n_weights)
-    solving = 40 * entry.tensor.n_cols**2 + 24 * weights  # these rows as floats: read, moved, stored and nearest
+    solving = 56 * entry.tensor.n_cols**2 + 24 * weights  # these rows as floats: read, moved, stored and nearest
     coding = threads * families.coding_bytes(entry.target, weights // entry.tensor.n_cols, entry.tensor.n_cols)
     return 2 * FLOAT * entry.tensor.n_weights + KEY * entry.tensor.n_rows + solving + coding
 

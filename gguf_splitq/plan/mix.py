@@ -22,8 +22,8 @@ from ..types import TensorType
 from . import Entry
 
 MOST_BYTES = 1 << 26  # of a plan; what is longer is a model given by mistake, not to be read whole
-CANDIDATES = ("sq2w", "sq3w", "sq4w", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0")
-NARROW = {"q5_0": "q5_k", "q5_1": "q6_k"}  # candidates only where rows do not divide for these, which are better
+CANDIDATES = ("sq2w", "sq3w", "sq4w", "q5_k", "q6_k", "q8_0")
+NARROW = {"q5_k": "q5_0", "q6_k": "q5_1"}  # of whole files, what stands in where rows do not divide
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ def candidates(entries: Iterable[Entry], whole: bool = False) -> dict[str, list[
     for e in entries:
         at_end = whole and e.name in plan.ENDS and e.reason in ("embeddings", "output")
         if (e.reason == "--type" or at_end) and not e.fallback:
-            fit = [name for name in CANDIDATES if e.tensor.n_cols % types.get(name).block_size == 0]
-            found[e.name] = [types.get(name) for name in fit if NARROW.get(name) not in fit]
+            fit = {name: e.tensor.n_cols % types.get(name).block_size == 0 for name in CANDIDATES}
+            names = [name if fit[name] else NARROW.get(name, "") if whole else "" for name in CANDIDATES]
+            found[e.name] = [types.get(name) for name in names if name]
     return found
 
 
