@@ -35,8 +35,8 @@ PROMISED_RAM = 1_500_000_000  # bytes, beside three times the largest tensor
 class Job:
     """A conversion that is decided.
 
-    make: tensor -> type, to the plan's entries. budget: what types are still to be chosen for. mix: those that a plan or
-    a budget chose. importance: tensor -> float32 [experts * n_cols]. kv: the metadata without what `metadata` adds.
+    make: tensor -> type, to the plan's entries. budget: what types are still to be chosen for. mix: those that a plan
+    or a budget chose. importance: tensor -> float32 [experts * n_cols]. kv: the metadata without what `metadata` adds.
     solvers: matrices solved at a time.
     at_once: encode while the checkpoint is being read. loads: whether the finished file is to be loaded.
     """
@@ -134,7 +134,8 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
         mix.check_names(given.plan, entries, given.plan_file, architecture)
         entries = likely = make(given.plan.types)
     elif given.measures:
-        likely = make(dict.fromkeys(mix.candidates(entries, whole=given.bpw is None), base))  # what memory is stated for
+        free = mix.candidates(entries, whole=given.bpw is None)
+        likely = make(dict.fromkeys(free, base))  # what memory is stated for
         if given.room is not None:
             said = output.metadata(kv, types.get(base), deciding(given), given.label)
             budget = mix.Budget.of_size(given.room, len(rewrite.header(said, likely, given.container)), entries)

@@ -2,6 +2,7 @@
 """Whole files: the ends of a model are measured and solved, and a file keeps to its size."""
 
 import json
+import shutil
 
 import crafted
 import numpy as np
@@ -23,16 +24,30 @@ TEXT = str(crafted.DEMO / "calib.txt")
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 
-@pytest.fixture(scope="module")
-def demos(tmp_path_factory):
-    """The demo checkpoint, tied as it is, and untied, with the same numbers."""
-    folder = crafted.copy_demo(tmp_path_factory.mktemp("demo") / "untied")
+def untie(folder):
+    """The same checkpoint with an output of its own, which has the same numbers."""
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
-    return {"tied": crafted.DEMO, "untied": folder}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """The demo checkpoint, tied as it is, and untied; of both a BF16 GGUF, whose rows are the checkpoint's."""
+    folder = tmp_path_factory.mktemp("demo")
+    found = {"tied": crafted.DEMO, "untied": untie(crafted.copy_demo(folder / "untied"))}
+    for kind in ("tied", "untied"):
+        found[f"{kind}.gguf"] = convert.convert(found[kind], "bf16", folder / f"{kind}.gguf", threads=1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def small(tiny_llama, tmp_path_factory):
+    """A random two-layer Llama with an output of its own."""
+    return untie(shutil.copytree(tiny_llama[0], tmp_path_factory.mktemp("small") / "untied"))
 
 
 @torch.no_grad()
@@ -51,18 +66,17 @@ def divergence(model, tokens, instead):
 
 @pytest.mark.parametrize(("kind", "name"), [("tied", EMBEDDING), ("untied", EMBEDDING), ("untied", OUTPUT)])
 def test_predicts_what_rounding_an_end_costs(runtime_library, demos, tmp_path, kind, name):
-    path = convert.convert(demos[kind], "f16", tmp_path / "f16.gguf", threads=1)
     model = Model(demos[kind])
-    tokens = model.read_tokens(crafted.DEMO / "calib.txt", 8192)
+    tokens = model.read_tokens(crafted.DEMO / "calib.txt", 4096)
     kinds = [types.get(type) for type in ("sq3w", "sq4w", "q6_k", "q8_0")]
-    with gguf_file.read(path) as file:
-        found = sensitivity.measure(model, tokens[:12], file, {name: kinds}, tmp_path)[name]
+    with gguf_file.read(demos[f"{kind}.gguf"]) as file:
+        found = sensitivity.measure(model, tokens[:5], file, {name: kinds}, tmp_path)[name]
         [weight] = rewrite.each_matrix(file, next(t for t in file.tensors if t.name == name))
     assert found["sq3w"] > 2 * found["sq4w"] > 4 * found["q6_k"] > 8 * found["q8_0"] > 0
     for type in ("sq3w", "sq4w"):
         stored = torch.from_numpy(types.get(type).decode(types.get(type).encode(weight)))
         uses = ["embedding", "output"] if kind == "tied" else [ends.END_OF[name]]
-        measured = divergence(model, tokens[12:], dict.fromkeys(uses, stored))
+        measured = divergence(model, tokens[5:], dict.fromkeys(uses, stored))
         assert 0.5 < found[type] / sensitivity.FEEDBACK / measured < 2
 
 
@@ -105,22 +119,22 @@ def test_hessians_of_the_ends_are_those_of_the_definition(tiny_llama, tmp_path):
 )
 def test_feedback_lowers_what_the_ends_cost(runtime_library, demos, tmp_path, kind, given):
     report = tmp_path / "report.json"
-    options = {"calib": TEXT, "calib_tokens": 8192, "report": report, "threads": 2} | given
+    options = {"calib": TEXT, "calib_tokens": 2048, "report": report, "threads": 2} | given
     convert.convert(demos[kind], "q8_0", tmp_path / "out.gguf", **options)
     found = json.loads(report.read_text())["calibration"]
     assert found["errors"].keys() == {EMBEDDING if "token_embedding_type" in given else OUTPUT}
     assert found["divergence"]["feedback"] < 0.9 * found["divergence"]["nearest"]
 
 
-def test_the_ends_are_the_same_bytes_after_a_kill_and_with_more_threads(runtime_library, demos, tmp_path, monkeypatch):
+def test_the_ends_are_the_same_bytes_after_a_kill_and_with_more_threads(runtime_library, small, tmp_path, monkeypatch):
     options = {"calib": TEXT, "calib_tokens": 2048, "token_embedding_type": "sq4w", "output_tensor_type": "sq3w"}
 
     def run(name, **more):
-        return convert.convert(demos["untied"], "sq2w", tmp_path / name, **options, **more).read_bytes()
+        return convert.convert(small, "sq2w", tmp_path / name, **options, **more).read_bytes()
 
     expected = run("whole.gguf", threads=1)
     assert run("two.gguf", threads=2) == expected
-    for end in (("calibrating", 8), ("solving", 1), ("solving", 4)):
+    for end in (("calibrating", 4), ("solving", 1), ("solving", 2)):
 
         def stop(self, what, done, total, end=end):
             if (what, done) == end:
@@ -130,16 +144,17 @@ def test_the_ends_are_the_same_bytes_after_a_kill_and_with_more_threads(runtime_
             patch.setattr("gguf_splitq.display.Progress.step", stop)
             with pytest.raises(KeyboardInterrupt):
                 run("out.gguf", threads=1)
-        assert run("out.gguf", threads=1, overwrite=True) == expected
+        assert run("out.gguf", threads=2) == expected
+        (tmp_path / "out.gguf").unlink()
     again = run("first.gguf", threads=2, hessians=tmp_path / "h.gguf")
     assert again == expected
     monkeypatch.setattr("gguf_splitq.calibration.fisher.backward", lambda *_: 1 / 0)  # nothing is measured again
     assert run("second.gguf", threads=1, hessians=tmp_path / "h.gguf") == expected
 
 
-def test_plain_aims_solve_the_ends_too(runtime_library, demos, tmp_path):
+def test_plain_aims_solve_the_ends_too(runtime_library, tiny_llama, tmp_path):
     options = {"calib": TEXT, "calib_tokens": 2048, "aim": "plain", "report": tmp_path / "report.json", "threads": 2}
-    convert.convert(demos["tied"], "sq3w", tmp_path / "out.gguf", token_embedding_type="sq4w", **options)
+    convert.convert(tiny_llama[0], "sq3w", tmp_path / "out.gguf", token_embedding_type="sq4w", **options)
     found = json.loads((tmp_path / "report.json").read_text())["calibration"]
     assert found["errors"][EMBEDDING]["polish"] < 0.9 * found["errors"][EMBEDDING]["nearest"] and not found["left"]
 
@@ -209,7 +224,10 @@ def test_what_a_type_cannot_hold_is_no_candidate(runtime_library, tmp_path):
         (["--file-bpw", "3"], "--file-bpw measures on a text"),
         (["--file-bpw", "40", "--calib", "self"], "--file-bpw 40 is no number of bits"),
         (["--size", "small", "--calib", "self"], "--size 'small' is not a size"),
-        (["--size", "20k", "--calib", TEXT], "--size 0.0 MiB cannot be met: with the smallest types the file takes 2 MiB"),
+        (
+            ["--size", "20k", "--calib", TEXT],
+            "--size 0.0 MiB cannot be met: with the smallest types the file takes",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(runtime_library, capsys, options, cause):

@@ -142,15 +142,22 @@ def run(
         return None
     exact, *others = tried
     with model.heads() as head, torch.no_grad():
-        found = [_divergence(model, head, exact, *pair) for pair in zip(others, (ends.nearest, ends.stored), strict=True)]
+        found = [
+            _divergence(model, head, exact, *pair) for pair in zip(others, (ends.nearest, ends.stored), strict=True)
+        ]
     return dict(zip(("nearest", "feedback"), found, strict=True))
 
 
 def moved(weight: torch.Tensor, layer: Layer, order: torch.Tensor) -> torch.Tensor:
     """float32 [n_rows, n_cols]: the aim for rows `weight` of a matrix, whose numbers in it are `order`."""
-    if layer.hessian is None or layer.pull is None and layer.drift is None:
+    if layer.hessian is None:
         return weight
-    pull = layer.pull[order] if layer.drift is None else weight.to(layer.drift) @ layer.drift
+    if layer.drift is not None:
+        pull = weight.to(layer.drift) @ layer.drift
+    elif layer.pull is not None:
+        pull = layer.pull[order]
+    else:
+        return weight
     factor = torch.linalg.cholesky(solver.damped(layer.hessian, RIDGE))
     return weight + SHARE * torch.cholesky_solve(pull.T, factor).T.to(weight)
 

@@ -63,12 +63,12 @@ class Ends:
 
     def take(self, x: torch.Tensor, g: torch.Tensor) -> Taken:
         """See `fisher.Ends`."""
-        squares = g.float().square()
+        x, squares = x.detach(), g.float().square()
         return x, squares.sum(1), squares.T @ x.float().square().sum(1)
 
     def see_output(self, batch: int, taken: Sequence[Taken], pool: Executor) -> None:
         """See `fisher.Ends`."""
-        if batch < len(self.tokens):
+        if batch < len(self.tokens) and taken:
             for _, _, rows in taken:
                 self.output.rows = self.output.rows + rows.double().cpu()
             self.output.add([part[:2] for part in taken], pool)
@@ -159,5 +159,3 @@ def hessian(arrays: Mapping[str, torch.Tensor], name: str, tied: bool) -> torch.
     if any(use not in arrays for use in wanted):
         return None
     return torch.stack([arrays[use] for use in wanted]).double().sum(0)
-
-

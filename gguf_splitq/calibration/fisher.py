@@ -82,8 +82,11 @@ def backward(
     gradients = OnDisk(scratch)
     with model.heads() as head:
         for batch, hidden in enumerate(boundaries.pop()):
-            seen = (lambda taken, batch=batch: ends.see_output(batch, taken, pool)) if ends else None
-            gradients.append(_at_the_head(head, model, hidden, random, pool, ends and ends.take, seen))
+            first, seen = _at_the_head(head, model, hidden, random, pool, ends.take if ends else None)
+            gradients.append(first)
+            if ends:
+                for sequence in seen:
+                    ends.see_output(batch, sequence, pool)
     for index in reversed(range(len(model))):
         with model.layer(index) as layer:
             through = functools.partial(_through, model, layer, index, take)
@@ -136,15 +139,14 @@ def _at_the_head(
     random: torch.Generator,
     pool: ThreadPoolExecutor,
     take: Take | None,
-    see: Callable[[list[Any]], None] | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, list[list[Any]]]:
     """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer.
 
-    see: gets what `take` makes of the output matrix's parts of each sequence.
+    And of each sequence what `take` makes of the output matrix's parts; nothing where the model has no such matrix.
     """
     device, output = model.device, model.module.get_output_embeddings()
 
-    def gradient(hidden: torch.Tensor, chance: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def gradient(hidden: torch.Tensor, chance: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
         calls: list[tuple] = []
         watch = Watch(output, lambda *call: calls.append(call)) if take and output else contextlib.nullcontext()
         with torch.enable_grad(), watch:
@@ -156,18 +158,18 @@ def _at_the_head(
         slope = p.neg_().scatter_add_(1, labels, torch.ones_like(chance))  # of log p(label) by the logits
         del up_to  # as large as the logits
         first, *rest = torch.autograd.grad(logits, [hidden, *(y for _, _, _, y in calls)], slope)
-        found = [take(x.detach().flatten(0, -2), g.flatten(0, -2)) for (_, _, x, _), g in zip(calls, rest, strict=True)]
-        return first, found
+        if take is None:
+            return first, []
+        return first, [take(x.flatten(0, -2), g.flatten(0, -2)) for (_, _, x, _), g in zip(calls, rest, strict=True)]
 
-    gradients = []
+    gradients, taken = [], []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
         chance = torch.rand(sequence.shape[1], 1, generator=random, device=device)
         few = CONTEXT // BATCH if device.type == "cpu" else CONTEXT  # so that all workers have one sequence's logits
         parts, found = zip(*pool.map(gradient, sequence.split(few, 1), chance.split(few)), strict=True)
         gradients.append(torch.cat(parts, 1))
-        if see and all(found):
-            see(list(itertools.chain.from_iterable(found)))
-    return torch.cat(gradients)
+        taken.append(list(itertools.chain.from_iterable(found)))
+    return torch.cat(gradients), taken
 
 
 def _through(

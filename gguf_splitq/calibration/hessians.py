@@ -4,7 +4,8 @@
 A GGUF file with one F32 tensor for every matrix of the float model, named "LAYER NAME". For half-way aims it is
 [2, tokens]: the tokens' Fisher information, and the batch that each was in. For plain ones it is the Hessian [in, in];
 those of experts that saw too few tokens are the layer's pooled one and are listed in `gguf_splitq.pooled`.
-Those of the ends, as `Ends.arrays` gives them, are named "ends NAME". `gguf_splitq.calibration` holds what they were measured on, as JSON. Layers are kept in the journal until all are there.
+Those of the ends, as `Ends.arrays` gives them, are named "ends NAME". `gguf_splitq.calibration` holds what they were
+measured on, as JSON. Layers are kept in the journal until all are there.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class Hessians:
         """What `keep_ends` stored, by name; {} from a file that lacks it. InputError when a shape is wrong."""
         arrays: Mapping[str, Tensor | Array] = self.tensors if self.complete else self.journal.part("ends")[0]
         found = {name.removeprefix("ends "): array for name, array in arrays.items() if name.startswith("ends ")}
-        return {name: torch.from_numpy(self._read(f"ends {name}", array, (None, None))) for name, array in found.items()}
+        return {
+            name: torch.from_numpy(self._read(f"ends {name}", array, (None, None))) for name, array in found.items()
+        }
 
     def _kept(self, index: int) -> tuple[Mapping[str, Tensor | Array], list[str]]:
         """Arrays by name, those of a decoder layer among them, and the names of pooled ones."""

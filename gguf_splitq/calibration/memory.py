@@ -87,7 +87,7 @@ def _end(entry: Entry, threads: int) -> int:
     """The embedding or the output where it is solved: it once more as it is stored, and as it would be nearest, what
     its rows are found by, and some rows at a time.
     """
-    if not (entry.quantized and families.coder(entry.target, entry.layout)):
+    if not (entry.quantized and families.coder(entry.coder, entry.layout)):
         return 0
     weights = min(WEIGHTS, entry.tensor.n_weights)
     solving = 56 * entry.tensor.n_cols**2 + 24 * weights  # these rows as floats: read, moved, stored and nearest

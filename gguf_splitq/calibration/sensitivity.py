@@ -48,8 +48,8 @@ FEEDBACK = 0.64  # divergence of a type with error feedback / with an importance
 class _Sums:
     """Sums of G^2 over the sequences. rows: float64 [out]; columns: float64 [in]."""
 
-    rows: torch.Tensor | float = 0.0
-    columns: torch.Tensor | float = 0.0
+    rows: torch.Tensor
+    columns: torch.Tensor
 
     def add(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
         self.rows, self.columns = self.rows + rows, self.columns + columns
@@ -102,10 +102,9 @@ def measure(
         for (name, expert), parts in taken.items():
             key = index, name if expert is None else f"{name}[{expert}]"
             for part in itertools.chain.from_iterable(parts):
-                sums.setdefault(key, _Sums()).add(*part)
+                sums.setdefault(key, _Sums(*map(torch.zeros_like, part))).add(*part)
 
-    wants_ends = any(name in candidates for name in ENDS)
-    ends = Ends(model, tokens) if wants_ends else None
+    ends = Ends(model, tokens) if any(name in candidates for name in ENDS) else None
     with fisher.workers(threads) as pool:
         for _ in fisher.backward(model, tokens, _take, see, scratch, pool, progress, ends):
             pass
@@ -115,8 +114,8 @@ def measure(
         if found is not None:
             costs[tensor.name] = {type: float(f"{c / tokens.numel():.3g}") for type, c in found.items()}
 
-    for tensor in file.tensors if ends else ():
-        if tensor.name in ENDS and tensor.name in candidates:
+    for tensor in file.tensors:
+        if ends and tensor.name in ENDS and tensor.name in candidates:
             keep(tensor, _cost_of_end(tensor, file, candidates[tensor.name], model, ends))
     for index in range(len(model)):
         wanted = [t for t in file.tensors if t.name in candidates and t.name.startswith(f"blk.{index}.")]
