@@ -135,8 +135,11 @@ def run(
                 if journal.find(_part(index)) is None:
                     wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
                     _solve_layer(file, wanted, layers, pool, journal, index)
+        with _alone(1) as pool, _alone(solvers) as pieces:
             for entry in _at_ends(entries):
-                _solve_end(file, entry, _end(model, file, entry, known.ends()), journal, pool.map)
+                pool.submit(
+                    _solve_end, file, entry, _end(model, file, entry, known.ends()), journal, pieces.map
+                ).result()
     for name in [*map(_part, range(len(model))), *(entry.name for entry in _at_ends(entries))]:
         solved.add(*journal.part(name))
     solved.left = _left(entries, solved)
@@ -267,7 +270,7 @@ def _half_way(
                 last, standing.output, standing.weights = entry, layer, measured["weights"][0]
                 solved |= {len(model)} if journal.find(entry.name) else set()
                 continue
-            _solve_end(file, entry, layer, journal, pieces.map, bool(len(held)))
+            pool.submit(_solve_end, file, entry, layer, journal, pieces.map, bool(len(held))).result()
             for end in (ends.END_OF[entry.name], *(["output"] if ends.tied(file) else [])):
                 standing.put(end, layer)
         passing = aims.run(
@@ -280,7 +283,7 @@ def _half_way(
             except StopIteration as end:
                 return end.value
             if last and stage.index == len(model):
-                _solve_end(file, last, stage.layers[0], journal, pieces.map, bool(len(held)))
+                pool.submit(_solve_end, file, last, stage.layers[0], journal, pieces.map, bool(len(held))).result()
                 continue
             if stage.index in solved:
                 work.put_back(journal.part(_part(stage.index))[0])
