@@ -45,7 +45,7 @@ CONVERT = """
 gguf-splitq convert MODEL --type q4_k --calib some.txt     # for any llama.cpp
 gguf-splitq convert MODEL --type sq4w --calib some.txt     # ours, 4.25 bits
 gguf-splitq convert MODEL --type sq4w                      # no text, seconds
-gguf-splitq convert MODEL --size 1.8G --calib some.txt     # the best file of that size
+gguf-splitq convert MODEL --size 1.8G --calib some.txt     # that size at most
 gguf-splitq convert MODEL --type sq3w --tensor-type ffn_down=sq4w --dry-run
 """
 DEQUANTIZE = """
