@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .calibration import ranks
 from .errors import SplitqError, printable
 
 # README.md has the same commands; a test compares them and runs them.
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
         os.environ["SPLITQ_DEBUG"] = "1"  # the converter process prints its traceback as well
     wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+    wanted = wanted if ranks.speaks() else []  # another process has nothing to clean up, and ends without a word
     previous = {number: signal.signal(number, _terminate) for number in wanted}
     try:
         run(**args)
@@ -124,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _fail(f"{what}: check the disk, the path and its rights")
     except KeyboardInterrupt:
-        print("gguf-splitq: interrupted; no incomplete file is left", file=sys.stderr)
+        if ranks.speaks():
+            print("gguf-splitq: interrupted; no incomplete file is left", file=sys.stderr)
         return 128 + signal.SIGINT
     except _Terminated as error:
         print("gguf-splitq: terminated; no incomplete file is left", file=sys.stderr)
@@ -135,8 +138,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(sentence: str, code: int = 6) -> int:
-    """Print what went wrong and return the exit code; 6 is what the machine lacks."""
-    print(f"gguf-splitq: {printable(sentence)}", file=sys.stderr)
+    """Print what went wrong, unless another process does, and return the exit code; 6 is what the machine lacks."""
+    if sentence:
+        print(f"gguf-splitq: {printable(sentence)}", file=sys.stderr)
     return code
 
 
@@ -144,7 +148,7 @@ def _out_of_memory(error: RuntimeError) -> str | None:
     """The sentence for PyTorch's errors of memory, on a GPU or not; None for others."""
     torch = sys.modules.get("torch")  # where it is not loaded, nothing of it was raised
     if "out of memory" in str(error) or torch and isinstance(error, torch.cuda.OutOfMemoryError):
-        return "the GPU's memory ran out: close other programs there or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        return "the GPU's memory ran out: close other programs there, give a larger --max-vram, or --device cpu"
     if "can't allocate memory" in str(error):
         return "memory ran out: close other programs or pass a smaller --max-ram"
     return None
@@ -391,7 +395,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--hessians", metavar="FILE", help=hessians)
     tune = "train afterwards: scales (and norms; minutes), or codes too (GPU); the model must fit into memory twice"
     g.add_argument("--tune", nargs="?", const="scales", choices=("scales", "codes"), help=f"{tune} (default: no)")
-    steps = "steps to train, of 4096 tokens each (default: 64 for scales, 1280 for codes)"
+    steps = "steps to train, of 4096 tokens each (default: 64 for scales, 640 for codes)"
     g.add_argument("--tune-steps", type=int, metavar="N", help=steps)
     dtype = "what to compute in (default: %(default)s: bf16 where the processor is fast in it, else f32)"
     g.add_argument("--calib-dtype", choices=("auto", "f32", "bf16"), default="auto", help=dtype)
@@ -417,9 +421,12 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     check = "do not try whether llama.cpp loads the file (default: tried, where it is built)"
     g.add_argument("--no-check", dest="load", action="store_false", help=check)
 
-    g = p.add_argument_group("memory and speed")
+    launcher = "Several GPUs: torchrun --nproc-per-node N -m gguf_splitq convert ..."
+    g = p.add_argument_group("memory and speed", launcher)
     device = "what --calib runs on: cpu, cuda, cuda:1 ... (default: %(default)s: a GPU that PyTorch sees, else cpu)"
     g.add_argument("--device", default="auto", metavar="D", help=device)
     g.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
     ram = "memory to stay below, such as 1500M or 2G (default: no limit); what is needed is stated beforehand"
     g.add_argument("--max-ram", metavar="SIZE", help=ram)
+    vram = "memory of the GPU to stay below (default: all of it); what is needed is stated beforehand"
+    g.add_argument("--max-vram", metavar="SIZE", help=vram)

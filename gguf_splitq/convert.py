@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import __version__, card, display, options, output, plan, rewrite, types
-from .calibration import text
+from .calibration import ranks, text
 from .errors import UsageError
 from .files import checkpoint, gguf_file
 from .files.gguf_file import Gguf, Value
@@ -37,8 +37,8 @@ class Job:
 
     make: tensor -> type, to the plan's entries. budget: what types are still to be chosen for. mix: those that a plan
     or a budget chose. importance: tensor -> float32 [experts * n_cols]. kv: the metadata without what `metadata` adds.
-    solvers: matrices solved at a time.
-    at_once: encode while the checkpoint is being read. loads: whether the finished file is to be loaded.
+    solvers: matrices solved at a time. spare: bytes of memory that --max-ram leaves to hidden states. at_once: encode
+    while the checkpoint is being read. loads: whether the finished file is to be loaded.
     """
 
     given: options.Convert
@@ -50,6 +50,7 @@ class Job:
     importance: Mapping[str, np.ndarray]
     kv: dict[str, Value]
     solvers: int
+    spare: int
     at_once: bool
     loads: bool
 
@@ -77,6 +78,18 @@ def convert(model: str | Path, type: str | None = None, outfile: str | Path = ou
     is made again. Raises the errors of `gguf_splitq.errors`.
     """
     given = options.Convert(model, type, outfile, **more)
+    with ranks.together() as processes:
+        if processes.rank:
+            from .calibration import helping
+
+            threads = max(1, given.workers // ranks.local())
+            helping.run(processes, threads, lambda: given.processor, given.vram)
+        else:
+            _convert(given, processes)
+    return given.path
+
+
+def _convert(given: options.Convert, processes: ranks.Alone) -> None:
     given.check()
     importance = load_imatrix(given.imatrix) if given.imatrix else None
     display.say(f"checking {given.model}")
@@ -86,22 +99,21 @@ def convert(model: str | Path, type: str | None = None, outfile: str | Path = ou
             job = prepare(given, source, importance)
             if given.plans_only:
                 display.show_plan(given.path, job.entries)
-                return given.path
+                return
             with display.Progress() as progress, job.data(progress) as file:
                 if given.measures:
                     job = choose(job, file, progress)
                 if given.dry_run:
                     display.show_plan(given.path, job.entries)
-                    return given.path
+                    return
                 with journal(job) as kept:
-                    solved = calibrate(job, file, kept, progress)
+                    solved = calibrate(job, file, kept, progress, processes)
                     entries, stats = write(job, file, solved, progress)
             if source.mmproj and given.mmproj_path:
                 checkpoint.keep_mmproj(source.mmproj, given.mmproj_path)
         report(job, entries, stats, solved)
         if given.card_path:
             card.write(given.card_path, given.path, given.hub_id)
-    return given.path
 
 
 def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix | None) -> Job:
@@ -143,13 +155,15 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
         mix.check(entries, budget, architecture)
         measured = {t.name for found in mix.candidates(entries, budget.whole).values() for t in found}
         options.check_library(sorted(measured), weighted=True)
-    solvers, peak, at_once = memory_needs(given, source, likely)
+    solvers, spare, peak, at_once = memory_needs(given, source, likely)
+    vram = gpu_needs(given, likely)
     loads = given.load and loading.check_plan(source, entries, kv, given.scratch, given.container)
     if not given.plans_only:
         require_space(given, source, entries)
         what = "measuring" if given.dry_run else "writing"
-        display.say(f"{what} {given.path}, in at most about {gguf_file.mib(peak)} of memory")
-    return Job(given, source, make, entries, budget, given.plan, importance or {}, kv, solvers, at_once, loads)
+        gpu = f", and of a GPU's by estimate {gguf_file.mib(vram)} and hidden states" if vram else ""
+        display.say(f"{what} {given.path}, in at most about {gguf_file.mib(peak)} of memory{gpu}")
+    return Job(given, source, make, entries, budget, given.plan, importance or {}, kv, solvers, spare, at_once, loads)
 
 
 def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
@@ -188,12 +202,14 @@ def journal(job: Job) -> contextlib.AbstractContextManager:
     return Journal(job.given.journal, settings(job, job.given.calib))
 
 
-def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Progress) -> Solved | None:
+def calibrate(
+    job: Job, file: Gguf, kept: Journal | None, progress: display.Progress, processes: ranks.Alone
+) -> Solved | None:
     """Tensors coded by error feedback, those that `kept` holds included; None without --calib."""
     given = job.given
     if kept is None or given.calib is None:
         return None
-    from .calibration import solve
+    from .calibration import model, solve
 
     return solve.run(
         job.source.path,
@@ -202,7 +218,7 @@ def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Prog
         given.calib,
         given.calib_tokens,
         kept,
-        given.workers,
+        max(1, given.workers // ranks.local()),
         job.solvers,
         progress.step,
         given.hessians,
@@ -211,6 +227,8 @@ def calibrate(job: Job, file: Gguf, kept: Journal | None, progress: display.Prog
         given.precision,
         given.aim,
         given.processor,
+        processes,
+        model.Room(given.vram, job.spare, display.say),
     )
 
 
@@ -268,19 +286,40 @@ def report(job: Job, entries: Sequence[plan.Entry], stats: Sequence[rewrite.Stat
 
 def memory_needs(
     given: options.Convert, source: checkpoint.Source, entries: Sequence[plan.Entry]
-) -> tuple[int, int, bool]:
-    """(matrices solved at a time, bytes of memory at most, whether reading and encoding may go on at once)."""
-    solvers = calibrating = 0
+) -> tuple[int, int, int, bool]:
+    """(matrices solved at a time, bytes that this leaves to hidden states, bytes of memory at most, whether reading and
+    encoding may go on at once).
+    """
+    solvers = spare = calibrating = 0
     if given.calib:
         from .calibration import memory
 
         whole = given.calib == "self" or source.child is None or given.tune is not None
-        solvers = memory.solvers(entries, given.calib_tokens, given.workers, whole, given.tune, given.limit)
-        calibrating = memory.peak(entries, given.calib_tokens, solvers, whole, given.tune)
+        here = ranks.local()  # processes that share this machine's memory and processors
+        each, threads = given.limit and given.limit // here, max(1, given.workers // here)
+        several = ranks.launched()
+        solvers = memory.solvers(entries, given.calib_tokens, threads, whole, given.tune, each, several)
+        peak = memory.peak(entries, given.calib_tokens, solvers, whole, given.tune, several)
+        spare, calibrating = max(0, (each or 0) - peak), here * peak
     reading, encoding = peak_ram(source, entries, given.workers, given.limit, calibrating)
     allowed = given.limit or PROMISED_RAM + 3 * max((e.tensor.n_bytes for e in entries), default=0)
     at_once = reading + encoding <= allowed and source.child is not None and not given.calib
-    return solvers, reading + encoding if at_once else max(reading, encoding), at_once
+    return solvers, spare, reading + encoding if at_once else max(reading, encoding), at_once
+
+
+def gpu_needs(given: options.Convert, entries: Sequence[plan.Entry]) -> int:
+    """Bytes of a GPU's memory, by estimate, 0 where none is used; UsageError when --max-vram is less."""
+    if not given.calib or given.plans_only or given.processor == "cpu":
+        return 0
+    from .calibration import memory
+
+    needed = memory.on_gpu(entries, 16 if given.precision == "bf16" else 32)
+    if given.vram is not None and needed > given.vram:
+        raise UsageError(
+            f"--max-vram {gguf_file.mib(given.vram)} is too small: calibrating this needs about "
+            f"{gguf_file.mib(needed)}: give that or --device cpu"
+        )
+    return needed
 
 
 def peak_ram(

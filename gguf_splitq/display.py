@@ -96,7 +96,8 @@ def _show_calibration(out: Console, done: dict) -> None:
         out.print(f"{len(pooled)} experts saw too few tokens and took the Hessian of all, {pooled[0]} first")
     if tuned := done["tuned"]:
         out.print(_tuned(tuned))
-    what, held = ("KL divergence", done["divergence"]) if done.get("divergence") else ("output error", done["held_out"])
+    measure = done.get("measure", "KL divergence")
+    what, held = (measure, done["divergence"]) if done.get("divergence") else ("output error", done["held_out"])
     if not held:
         out.print("not tried on other tokens: the text has no more of them, or the Hessians are a file's")
         return
@@ -104,7 +105,7 @@ def _show_calibration(out: Console, done: dict) -> None:
     if held["feedback"] == 0:
         out.print(f"on other tokens: no {what}")
     elif held["feedback"] < held["nearest"]:
-        value = f" {held['feedback']:.5f}," if what == "KL divergence" else ""
+        value = f" {held['feedback']:.5f}," if what == measure else ""
         out.print(f"on other tokens: {what}{value} {compared}")
     else:
         out.print(

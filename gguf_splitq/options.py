@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output, plan, resources, types
-from .calibration import text
+from .calibration import ranks, text
 from .errors import InputError, UsageError
 from .files import checkpoint
 from .plan import mix
@@ -92,11 +92,11 @@ class Convert(Options):
     have done to a matrix's outputs, or "plain". claq_metric: what gives a column of cq2.x, sq2.x and so on more bits,
     "hessian" or "outlier".
     dry_run: print the plan, write nothing but save_plan. report: a JSON file for the per-tensor errors. max_ram: bytes,
-    or text like "2G". load: try whether the patched llama.cpp, where it is built, loads the file. mmproj: a file or
-    template for the vision or audio part of the checkpoint; the template alone lies beside the output. container: write
-    this project's types as rows of bytes that every GGUF reader takes (`files/container.py`), not with their own ids.
-    card: a model card for a hub; README.md alone lies beside the output. overwrite: replace an existing outfile,
-    save_plan and card; a report replaces an earlier one anyway.
+    or text like "2G"; max_vram: the same of a GPU's memory. load: try whether the patched llama.cpp, where it is built,
+    loads the file. mmproj: a file or template for the vision or audio part of the checkpoint; the template alone lies
+    beside the output. container: write this project's types as rows of bytes that every GGUF reader takes
+    (`files/container.py`), not with their own ids. card: a model card for a hub; README.md alone lies beside the
+    output. overwrite: replace an existing outfile, save_plan and card; a report replaces an earlier one anyway.
     """
 
     model: str | Path = _path("read", "the model")
@@ -128,6 +128,7 @@ class Convert(Options):
     card: str | Path | None = _path("written", "--card", None, at="card_path")
     threads: int | None = None
     max_ram: str | int | None = None
+    max_vram: str | int | None = None
     overwrite: bool = False
     revision: str | None = None
 
@@ -148,6 +149,11 @@ class Convert(Options):
     def room(self) -> int | None:
         """Bytes of the file at most."""
         return parse_size(self.size, "--size")
+
+    @functools.cached_property
+    def vram(self) -> int | None:
+        """Bytes of a GPU's memory to stay below."""
+        return parse_size(self.max_vram, "--max-vram")
 
     @functools.cached_property
     def plan(self) -> mix.Mix | None:
@@ -226,8 +232,8 @@ class Convert(Options):
 
     @functools.cached_property
     def processor(self) -> str:
-        """What a calibration runs on, as PyTorch names it."""
-        return check_device(self.device)
+        """What a calibration runs on, as PyTorch names it; under torchrun a GPU of this process' own."""
+        return ranks.own(check_device(self.device))
 
     @functools.cached_property
     def steps(self) -> int:
@@ -266,7 +272,7 @@ class Convert(Options):
     def check(self) -> None:
         """Raise what is wrong with these options, the model's own content aside."""
         self.check_paths()
-        _ = self.workers, self.limit, self.room
+        _ = self.workers, self.limit, self.room, self.vram
         if self.device != "auto":
             check_device(self.device)
         check_choice(self.type, self.bpw, self.file_bpw, self.size, self.plan_file, self.save_plan, self.calib)
@@ -607,7 +613,7 @@ def check_calibration(
         raise UsageError(f"{option} needs a text to run the model on: give --calib TEXT, or --calib self")
     if steps is not None and (not tune or steps < 1):
         cause = "nothing is trained without --tune" if not tune else "too few to train anything"
-        raise UsageError(f"--tune-steps {steps}: {cause}: give --tune codes --tune-steps 1280, or leave it")
+        raise UsageError(f"--tune-steps {steps}: {cause}: give --tune codes --tune-steps 640, or leave it")
     if hessians and (Path(hessians).is_dir() or not Path(hessians).absolute().parent.is_dir()):
         raise UsageError(f"--hessians {hessians}: not a file in a folder that exists: name another")
     if calib and calib != "self":

@@ -119,7 +119,7 @@ def test_a_gpu_that_is_too_small_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(OutOfMemoryError=OutOfMemoryError)))
     assert cli.main(["inspect", "m.gguf"]) == 6
     printed = capsys.readouterr().err
-    assert len(printed.splitlines()) == 1 and "CUDA_VISIBLE_DEVICES=" in printed
+    assert len(printed.splitlines()) == 1 and "--max-vram" in printed and "--device cpu" in printed
     for error in (RuntimeError("another"), OutOfMemoryError("CUDA has no room")):
         monkeypatch.setattr(inspection, "inspect", lambda file, json, error=error: fail(error))
         if isinstance(error, OutOfMemoryError):

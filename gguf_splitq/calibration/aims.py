@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -35,14 +36,14 @@ from torch.nn.functional import kl_div
 from ..coding import solver
 from . import fisher, moments
 from .ends import Standing
-from .model import Model
-from .moments import Layer
+from .model import BATCH, Model, OnDisk
+from .moments import ALONE, Key, Layer
+from .ranks import Alone
 from .watch import Watch
 
 SHARE = 0.5  # of the correction
 RIDGE = 1e-4
 
-Key = tuple[str, int | None]  # a matrix's name, and the expert
 Weights = Mapping[Key, Mapping[int, torch.Tensor]]  # by batch: float32 |g|^2 of the tokens that a matrix saw
 ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__,
              torch.Tensor.__iadd__)  # fmt: skip
@@ -67,21 +68,31 @@ def information(
     threads: int,
     keep: Callable[[int, Weights], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Alone = ALONE,
     ends: fisher.Ends | None = None,
 ) -> None:
-    """Calls keep(decoder layer, weights of its tokens), the last layer first. Errors as of `fisher.backward`."""
+    """Calls keep(decoder layer, weights of its tokens), the last layer first. Errors as of `fisher.backward`.
+
+    ranks: the processes that share the tokens; the first one keeps.
+    """
     found: dict[Key, dict[int, torch.Tensor]] = {}
+    begin, batches = ranks.share(tokens.split(BATCH))
+    before = {0: begin * BATCH}
 
     def take(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         return g.float().square().sum(1).cpu()
 
     def see(index: int, batch: int, taken: fisher.Seen) -> None:
         for key, parts in taken.items():
-            found.setdefault(key, {}).update({batch: torch.cat(list(parts))} if parts else {})
+            found.setdefault(key, {}).update({begin + batch: torch.cat(list(parts))} if parts else {})
 
     with fisher.workers(threads) as pool:
-        for index, _ in fisher.backward(model, tokens, take, see, scratch, pool, progress, ends):
-            keep(index, dict(found))
+        for index, _ in fisher.backward(model, batches, take, see, scratch, pool, progress, before, ends):
+            every: dict[Key, dict[int, torch.Tensor]] = {}
+            for key, parts in itertools.chain(*(part.items() for part in ranks.gathered(found))):
+                every.setdefault(key, {}).update(parts)
+            if not ranks.rank:
+                keep(index, every)
             found.clear()
 
 
@@ -95,35 +106,37 @@ def run(
     threads: int = 1,
     done: Collection[int] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Alone = ALONE,
     ends: Standing | None = None,
 ) -> Generator[Stage, None, dict[str, float] | None]:
     """Yields stage after stage, the first layer first; its layers have `hessian` and `pull`, and are given `stored`.
 
     Returns the divergence from the float model on `held`, in nats a token, of nearest rounding ("nearest") and of what
-    is stored ("feedback"); None without such tokens. tokens: int64 [sequences, CONTEXT]. held: others, at most BATCH,
-    for which layers are given `nearest` as well. weights(index): what `information` kept. wanted(index, layers): the
-    names of those that are not stored as they are. done: decoder layers that come as one stage, not measured, because
-    what is stored of them is known. ends: what stands there; its output comes as a stage behind the last layer, with
-    `drift` in place of `pull`. The same tokens give the same bits at any number of threads. Raises InputError when
-    an activation is NaN or Inf.
+    is stored ("feedback"), or of an encoder's vectors 1 - cosine; None without such tokens. tokens: int64 [sequences,
+    CONTEXT]. held: others, at most BATCH, for which layers are given `nearest` as well. weights(index): what
+    `information` kept. wanted(index, layers): the names of those that are not stored as they are. done: decoder layers
+    that come as one stage, not measured, because what is stored of them is known. ranks: the processes that share the
+    tokens, all of which take the same stages; what is held, known, wanted and stored is asked of the first. ends: what
+    stands there, of one process; its output comes as a stage behind the last layer, with `drift` in place of `pull`.
+    The same tokens give the same bits at any number of threads. Raises InputError when an activation is NaN or Inf.
     """
     ends = ends or Standing()
-    streams = [_begun(model, tokens, instead, scratch) for instead in ({}, ends.stored)]
+    begin, batches = ranks.share(tokens.split(BATCH))
+    streams = [_begun(model, batches, instead, scratch) for instead in ({}, ends.stored)]
     tried = []
     if len(held):
         tried = [hidden for instead in ({}, ends.nearest, ends.stored) for hidden in _begun(model, held, instead)]
     with fisher.workers(threads) as pool:
         for index in range(len(model)):
-            with model.layer(index) as module:
-                decoder = _Decoder(model, module, index, pool)
-                names = wanted(index, decoder.layers)
-                measured = index not in done
-                stages = decoder.stages(names, streams[0][0][:1]) if measured else [set(names)]
-                known = weights(index) if measured else {}
+            with model.layer(index, index + 1) as module:
+                decoder = _Decoder(model, module, index, pool, ranks)
+                names, measured = ranks.first(functools.partial(wanted, index, decoder.layers)), index not in done
+                stages = decoder.stages(names, streams[0]) if measured else [set(names)]
+                known = ranks.first(functools.partial(weights, index)) if measured else {}
                 for number, chosen in enumerate(stages):
                     members = [layer for layer in decoder.layers if layer.name in chosen]
                     if measured:
-                        decoder.measure(members, known, *streams)
+                        decoder.measure(members, known, streams[0], streams[1], begin)
                     yield Stage(index, members, number + 1 == len(stages))
                     decoder.store(members)
                 for stream, stands in zip(streams, ({}, decoder.stored), strict=True):
@@ -142,9 +155,8 @@ def run(
         return None
     exact, *others = tried
     with model.heads() as head, torch.no_grad():
-        found = [
-            _divergence(model, head, exact, *pair) for pair in zip(others, (ends.nearest, ends.stored), strict=True)
-        ]
+        compared = _turned if model.encoder else _divergence
+        found = [compared(model, head, exact, *pair) for pair in zip(others, (ends.nearest, ends.stored), strict=True)]
     return dict(zip(("nearest", "feedback"), found, strict=True))
 
 
@@ -162,7 +174,12 @@ def moved(weight: torch.Tensor, layer: Layer, order: torch.Tensor) -> torch.Tens
     return weight + SHARE * torch.cholesky_solve(pull.T, factor).T.to(weight)
 
 
-def _begun(model: Model, tokens: torch.Tensor, instead: Mapping[str, torch.Tensor], scratch: Path | None = None) -> Any:
+def _begun(
+    model: Model,
+    tokens: torch.Tensor | Sequence[torch.Tensor],
+    instead: Mapping[str, torch.Tensor],
+    scratch: Path | None = None,
+) -> Any:
     """`Model.inputs` with other matrices at the ends."""
     with model.standing(instead):
         return model.inputs(tokens, scratch)
@@ -178,13 +195,11 @@ def _measure_output(
     with model.heads() as head:
         inputs = functools.partial(_inputs, head, model.module.get_output_embeddings())
         for both in zip(*streams, strict=True):
-            exact, stored = (list(pool.map(inputs, fisher.parts(model, hidden))) for hidden in both)
+            exact, stored = (fisher.each_part(model, pool, inputs, hidden) for hidden in both)
             pairs = [_Pair(b, a.float() - b.float()) for a, b in zip(exact, stored, strict=True)]
             count = sum(len(pair.x) for pair in pairs)
-            blocks = moment.add(_weighted(pairs, weights[first : first + count]))
+            moments.add_up(moment.add(_weighted(pairs, weights[first : first + count])), pool, model)
             first += count
-            for _ in pool.map(lambda block: block(), sorted(blocks, key=moments.work, reverse=True)):
-                pass
     layer.hessian = moment.mean()
     if layer.hessian is not None and moment.pull is not None:
         layer.drift = moment.pull / moment.information
@@ -200,8 +215,8 @@ def _inputs(head: Callable, output: torch.nn.Module, hidden: torch.Tensor) -> to
 class _Decoder:
     """A loaded decoder layer. stored, nearest: what stands in place of its matrices; routed: it has experts."""
 
-    def __init__(self, model: Model, module: torch.nn.Module, index: int, pool: Executor):
-        self.model, self.module, self.index, self.pool = model, module, index, pool
+    def __init__(self, model: Model, module: torch.nn.Module, index: int, pool: Executor, ranks: Alone):
+        self.model, self.module, self.index, self.pool, self.ranks = model, module, index, pool, ranks
         self.layers = moments.layers_of(module)
         self.routed = any(layer.key[1] is not None for layer in self.layers)
         self.stored: dict[Key, torch.Tensor] = {}
@@ -209,17 +224,21 @@ class _Decoder:
         self.planned: set[str] = set()  # parameters that are not stored as they are
         self.added: set[str] = set()  # of these, whose outputs are added to something at once
 
-    def stages(self, wanted: Collection[str], hidden: torch.Tensor) -> list[set[str]]:
+    def stages(self, wanted: Collection[str], states: Sequence[torch.Tensor] | OnDisk) -> list[set[str]]:
         """Names of matrices, those with the same inputs together, in the order in which they run on a sequence."""
+        self.planned, self.added, stages = self.ranks.first(lambda: self._stages(wanted, states[0][:1]))
+        return stages
+
+    def _stages(self, wanted: Collection[str], hidden: torch.Tensor) -> tuple[set[str], set[str], list[set[str]]]:
+        """Planned and added names, and the stages."""
         members: dict[str, set[str]] = defaultdict(set)
         for layer in self.layers:
             if layer.name in wanted:
                 members[layer.key[0]].add(layer.name)
-        self.planned = set(members)
-        with torch.no_grad(), _Pass(self.module, self.planned, {}) as seen:
+        with torch.no_grad(), _Pass(self.module, set(members), {}) as seen:
             self.model.forward(self.module, self.index, hidden)
         calls = seen.calls
-        self.added = {call.name for call in calls if call.total is not None}
+        added = {call.name for call in calls if call.total is not None}
         first: dict[str, _Call] = {}
         for call in calls:
             first.setdefault(call.name, call)
@@ -231,17 +250,17 @@ class _Decoder:
                 stages.append(set())
             x = call and call.x
             stages[-1] |= members[name]
-        return stages or [set()]
+        return set(members), added, stages or [set()]
 
-    def measure(self, members: list[Layer], weights: Weights, exact: Iterable, stored: Iterable) -> None:
-        """Gives the layers of a stage their Hessians and pulls."""
+    def measure(
+        self, members: list[Layer], weights: Weights, exact: Iterable, stored: Iterable, begin: int = 0
+    ) -> None:
+        """Gives the layers of a stage their Hessians and pulls. begin: the number of the first batch."""
         names = {layer.key[0] for layer in members}
         sums: dict[Key, moments.Moment] = {}
-        for batch, both in enumerate(zip(exact, stored, strict=True)):
+        for batch, both in enumerate(zip(exact, stored, strict=True), begin):
             seen: dict[Key, list[_Pair]] = defaultdict(list)
-            for pairs in self.pool.map(
-                functools.partial(self._pairs, names), *(fisher.parts(self.model, h) for h in both)
-            ):
+            for pairs in fisher.each_part(self.model, self.pool, functools.partial(self._pairs, names), *both):
                 for key, pair in pairs:
                     seen[key].append(pair)
             blocks = []
@@ -249,13 +268,19 @@ class _Decoder:
                 moment, known = sums.setdefault(key, moments.Moment()), weights.get(key, {}).get(batch)
                 if known is not None:
                     blocks += moment.add(_weighted(found, known))
-            for _ in self.pool.map(lambda block: block(), sorted(blocks, key=moments.work, reverse=True)):
-                pass
+            moments.add_up(blocks, self.pool, self.model)
+        every = moments.joined(sums, self.model.device, self.ranks)
         for layer in members:
-            moments.measured(layer, sums, {})
+            moments.measured(layer, every, {})
 
     def store(self, members: list[Layer]) -> None:
         """Take over what stands in place of matrices."""
+        if self.ranks.count > 1:
+            changed = self.ranks.first(lambda: {layer.name for layer in members if layer.stored is not None})
+            for layer in members:
+                if layer.name in changed:
+                    like = torch.empty_like(layer.weight) if layer.stored is None else layer.stored
+                    layer.stored = self.ranks.same(like)
         self.stored |= {layer.key: layer.stored for layer in members if layer.stored is not None}
         self.nearest |= {layer.key: layer.nearest for layer in members if layer.nearest is not None}
         for layer in members:
@@ -268,7 +293,7 @@ class _Decoder:
             with _Pass(self.module, (), instead):
                 return fisher.forward(self.model, self.module, self.index, hidden)
 
-        return torch.cat(list(self.pool.map(part, fisher.parts(self.model, hidden))))
+        return torch.cat(fisher.each_part(self.model, self.pool, part, hidden))
 
     def _run(self, hidden: torch.Tensor, names: set[str], instead: Mapping, results: Iterable | None = None) -> _Pass:
         """A pass that ends when it has seen all of `names`; experts may get any number of calls."""
@@ -413,6 +438,16 @@ class _Inputs(Watch):
         """See `Watch`."""
         self.x = x
         raise _Enough
+
+
+def _turned(
+    model: Model, head: Callable, exact: torch.Tensor, other: torch.Tensor, instead: Mapping[str, torch.Tensor]
+) -> float:
+    """`_divergence` of an encoder: the mean of 1 - cosine between the sequences' vectors."""
+    wanted = fisher.vectors(head(exact).double())
+    with model.standing(instead):
+        given = fisher.vectors(head(other).double())
+    return float(1 - (given * wanted).sum(1).mean())
 
 
 def _divergence(

@@ -37,10 +37,9 @@ class Sums:
     moment: moments.Moment = field(default_factory=moments.Moment)
     rows: torch.Tensor | float = 0.0
 
-    def add(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], pool: Executor) -> None:
+    def add(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], pool: Executor, model: Model) -> None:
         """Take in inputs [n, in] and their weights [n]."""
-        for _ in pool.map(lambda block: block(), sorted(self.moment.add(parts), key=moments.work, reverse=True)):
-            pass
+        moments.add_up(self.moment.add(parts), pool, model)
 
     @property
     def total(self) -> torch.Tensor | None:
@@ -55,7 +54,7 @@ class Ends:
     """
 
     def __init__(self, model: Model, tokens: torch.Tensor):
-        self.tokens, self.count = tokens.split(BATCH), tokens.numel()
+        self.model, self.tokens, self.count = model, tokens.split(BATCH), tokens.numel()
         self.output, self.embedding = Sums(), Sums()
         self.weights: list[torch.Tensor] = []
         self.rows = model.matrix("embedding").detach()
@@ -71,7 +70,7 @@ class Ends:
         if batch < len(self.tokens) and taken:
             for _, _, rows in taken:
                 self.output.rows = self.output.rows + rows.double().cpu()
-            self.output.add([part[:2] for part in taken], pool)
+            self.output.add([part[:2] for part in taken], pool, self.model)
             self.weights += [weights.cpu() for _, weights, _ in taken]
 
     def see_embedding(self, batch: int, hidden: torch.Tensor, gradient: torch.Tensor, pool: Executor) -> None:
@@ -83,7 +82,7 @@ class Ends:
         sequences = zip(self.tokens[batch], hidden.cpu(), gradient.cpu(), strict=True)
         for ids, looked_up, sums, dots in pool.map(lambda sequence: self._looked_up(*sequence), sequences):
             self.embedding.rows[ids] += looked_up
-            self.embedding.add([(sums, torch.ones(len(sums)))], pool)
+            self.embedding.add([(sums, torch.ones(len(sums)))], pool, self.model)
             self.dots = [total + dot for total, dot in zip(self.dots, dots, strict=True)]
 
     def _looked_up(self, ids: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor) -> tuple:

@@ -2,12 +2,13 @@
 """Inputs and gradients of every matrix of a model, on calibration tokens, one decoder layer in memory at a time.
 
 A small error dy at a matrix's output changes the model's distribution by the divergence (g . dy)^2 / 2 in expectation,
-g being the gradient at that output of log p(label) with the label drawn from the model: the Fisher information. The
-model runs forward once, the hidden states between the layers kept in a file, or on the GPU where there is room, then
-backward, each layer run again with gradients.
+g being the gradient at that output of log p(label) with the label drawn from the model: the Fisher information. Of an
+encoder, it turns the sequence's vector v, the normalised mean of its outputs, by |dv|^2 = (g . dy)^2 in expectation, g
+being the gradient of r . v for a random direction r. The model runs forward once, the hidden states between the layers
+kept in a file, or on the GPU where there is room, then backward, each layer run again with gradients.
 
 A sum in floating point depends on how many threads share it. So none is shared: a sequence goes to a thread, a thread
-computes alone, and what threads give is joined in the order of the sequences. A GPU takes a batch whole.
+computes alone, and what threads give is joined in the order of the sequences. A GPU takes a batch whole, if it can.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -26,6 +28,7 @@ from ..errors import InputError
 from .model import BATCH, CONTEXT, Model, OnDisk
 from .watch import Watch
 
+T = TypeVar("T")
 Take = Callable[[torch.Tensor, torch.Tensor], Any]
 Seen = Mapping[tuple[str, int | None], Sequence[Any]]
 See = Callable[[int, int, Seen], None]
@@ -57,6 +60,7 @@ def backward(
     scratch: Path,
     pool: ThreadPoolExecutor,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    before: Mapping[int, int] = MappingProxyType({}),
     ends: Ends | None = None,
 ) -> Iterator[tuple[int, torch.nn.Module]]:
     """Yields (layer, its loaded module) from the last to the first, once `see` was called for all batches.
@@ -66,34 +70,40 @@ def backward(
     log-likelihood, its labels drawn with a fixed seed. see(layer, batch, taken) comes for each batch, in order: what
     `take` returned by (matrix, expert), in the order of the sequences; an empty list where no gradient reached the
     matrix. expert: None unless the matrix is one of a stack. scratch: the folder for hidden states, `scratch_bytes` of
-    them. progress: decoder layers done and in all, forwards and backwards. ends: is shown the embedding and the output.
+    them. progress: decoder layers done and in all, forwards and backwards. before: how many sequences of other
+    processes come before a batch, so that each sequence draws the same labels whoever runs it. ends: is shown the
+    embedding and the output; not those of an encoder.
     Raises InputError when an activation is NaN or Inf.
     """
     boundaries = [model.inputs(tokens, scratch)]
     for index in range(len(model)):
-        after = OnDisk(scratch)
-        with model.layer(index) as layer:
+        after = OnDisk(scratch, model.room)
+        with model.layer(index, index + 1) as layer:
             through_it = functools.partial(forward, model, layer, index)
             for hidden in boundaries[-1]:
-                after.append(torch.cat(list(pool.map(through_it, parts(model, hidden)))))
+                after.append(torch.cat(each_part(model, pool, through_it, hidden)))
         boundaries.append(after)
         progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
-    gradients = OnDisk(scratch)
+    gradients = OnDisk(scratch, model.room)
     with model.heads() as head:
         for batch, hidden in enumerate(boundaries.pop()):
+            for _ in range(before.get(batch, 0)):
+                _chance(model, random)
+            if model.encoder:
+                gradients.append(_at_the_vector(head, model, hidden, random, pool))
+                continue
             first, seen = _at_the_head(head, model, hidden, random, pool, ends.take if ends else None)
             gradients.append(first)
             if ends:
                 for sequence in seen:
                     ends.see_output(batch, sequence, pool)
     for index in reversed(range(len(model))):
-        with model.layer(index) as layer:
+        with model.layer(index, index - 1) as layer:
             through = functools.partial(_through, model, layer, index, take)
             for batch, hidden in enumerate(boundaries.pop()):
-                found = pool.map(through, parts(model, hidden), parts(model, gradients[batch]))
-                before, taken = zip(*found, strict=True)
-                gradients[batch] = torch.cat(before)
+                earlier, taken = zip(*each_part(model, pool, through, hidden, gradients[batch]), strict=True)
+                gradients[batch] = torch.cat(earlier)
                 if index == 0 and ends:
                     ends.see_embedding(batch, hidden, gradients[batch], pool)
                 see(index, batch, _joined(taken))
@@ -107,9 +117,23 @@ def scratch_bytes(layers: int, tokens: int, width: int, dtype: torch.dtype) -> i
     return (layers + 2) * tokens * width * dtype.itemsize
 
 
-def parts(model: Model, batch: torch.Tensor) -> Sequence[torch.Tensor]:
-    """What a worker takes of a batch: a sequence."""
-    return batch.split(1) if model.device.type == "cpu" else [batch]
+def each_part(model: Model, pool: Executor, work: Callable[..., T], *batches: torch.Tensor) -> list[T]:
+    """What `work` gives of each part of these batches, in order. A worker takes a sequence, a GPU all it has room for.
+
+    Once its memory runs out a GPU takes half as much, here and from then on; torch.OutOfMemoryError when one sequence
+    is too much.
+    """
+    while model.at_once is not None:
+        try:
+            return [work(*part) for part in zip(*(batch.split(model.at_once) for batch in batches), strict=True)]
+        except torch.OutOfMemoryError:
+            if model.at_once == 1:
+                raise
+        if model.at_once == BATCH:
+            model.room.say("the GPU's memory ran out: fewer sequences are run at a time, which takes longer")
+        model.at_once //= 2
+        torch.cuda.empty_cache()
+    return list(pool.map(work, *(batch.split(1) for batch in batches)))
 
 
 def forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -164,12 +188,40 @@ def _at_the_head(
 
     gradients, taken = [], []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
-        chance = torch.rand(sequence.shape[1], 1, generator=random, device=device)
-        few = CONTEXT // BATCH if device.type == "cpu" else CONTEXT  # so that all workers have one sequence's logits
+        chance = _chance(model, random, sequence.shape[1])
+        few = CONTEXT if model.at_once else CONTEXT // BATCH  # so that all workers have one sequence's logits
         parts, found = zip(*pool.map(gradient, sequence.split(few, 1), chance.split(few)), strict=True)
         gradients.append(torch.cat(parts, 1))
         taken.append(list(itertools.chain.from_iterable(found)))
     return torch.cat(gradients), taken
+
+
+def _at_the_vector(
+    head: Callable, model: Model, hidden: torch.Tensor, random: torch.Generator, pool: ThreadPoolExecutor
+) -> torch.Tensor:
+    """`_at_the_head` of an encoder."""
+
+    def gradient(hidden: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            hidden = hidden.detach().to(model.device).requires_grad_()
+            found = vectors(head(hidden))
+        return torch.autograd.grad(found, hidden, direction)[0]
+
+    sequences = hidden.split(1)
+    return torch.cat(list(pool.map(gradient, sequences, [_chance(model, random) for _ in sequences])))
+
+
+def vectors(outputs: torch.Tensor) -> torch.Tensor:
+    """float32 [sequences, hidden] of an encoder's outputs [sequences, tokens, hidden]: their means, of length 1."""
+    return torch.nn.functional.normalize(outputs.mean(1), dim=-1)
+
+
+def _chance(model: Model, random: torch.Generator, tokens: int = CONTEXT) -> torch.Tensor:
+    """What a sequence draws labels with, float32 [tokens, 1] from 0 to 1; of an encoder its direction [1, hidden]."""
+    if model.encoder:
+        width = model.module.get_input_embeddings().embedding_dim
+        return torch.randn(1, width, generator=random, device=random.device)
+    return torch.rand(tokens, 1, generator=random, device=random.device)
 
 
 def _through(

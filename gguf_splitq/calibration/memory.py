@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """How much memory a calibration takes, stated before it starts. Pure: tensors' shapes and options in, bytes out.
 
-Bounds for the CPU; on a GPU the layer being run is in the GPU's memory. Tests hold conversions to them.
+Bounds for the CPU; on a GPU the layer being run is in the GPU's memory, and `on_gpu` estimates that. Tests hold
+conversions to the bounds.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from ..coding import families
+from ..coding import families, solver
 from ..plan import ENDS, Entry
 from .ends import WEIGHTS
 from .model import BATCH, CONTEXT, SAMPLED, TOGETHER
@@ -19,41 +20,88 @@ BASE = 704 << 20  # Python with PyTorch and transformers, and what the allocator
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 KEY = 256  # bytes a row while rows of a matrix are looked for
+SOLVED = 48, 40  # bytes that a GPU takes for each weight of a Hessian, and of a matrix, while that is solved
 
 
-def peak(entries: Sequence[Entry], tokens: int, threads: int, whole: bool = False, tune: str | None = None) -> int:
-    """Bytes at most. whole: the model is all in memory once (to sample text, or read from a GGUF). tune: what is
-    trained afterwards, as of `tune.run`.
+def peak(
+    entries: Sequence[Entry],
+    tokens: int,
+    threads: int,
+    whole: bool = False,
+    tune: str | None = None,
+    several: bool = False,
+) -> int:
+    """Bytes at most, of a process. whole: the model is all in memory once (to sample text, or read from a GGUF). tune:
+    what is trained afterwards, as of `tune.run`. several: processes share the work.
     """
-    layers = defaultdict(list)
-    for entry in entries:
-        number = re.match(r"blk\.(\d+)\.", entry.name)
-        layers[int(number[1]) if number else None].append(entry)
-    outside = layers.pop(None, [])
-    inside = [entry for layer in layers.values() for entry in layer]
+    outside, layers = _by_layer(entries)
+    inside = [entry for layer in layers for entry in layer]
     vocabulary = max((e.tensor.n_rows for e in outside), default=0)
     heads = sum(e.tensor.n_rows for e in inside if re.search(r"attn_(k|v|qkv)\.weight", e.name))
 
     reading = _floats(inside) + FLOAT * SAMPLED * TOGETHER * CONTEXT * heads if whole else TEXT * tokens
     ends = [e for e in outside if e.name in ENDS and len(e.tensor.shape) > 1]
     logits = 4 * FLOAT * CONTEXT * vocabulary  # of one sequence: themselves, their softmax, gradients
-    calibrating = logits + max((_layer(layer, threads) for layer in layers.values()), default=0)
+    calibrating = logits + max((_layer(layer, threads) for layer in layers), default=0)
     calibrating += sum(2 * _hessian(e) + 2 * FLOAT * 2 * e.tensor.n_rows for e in ends)  # of what each is used for
+    # Rows go from the first process to others: as they are, pickled, and padded for each.
+    calibrating += 3 * max(map(_floats, layers), default=0) if several else 0
     stages = [reading, calibrating + sum(_end(e, threads) for e in ends)]
     if tune:  # two models; of one the weights once more as made from their codes, in steps, and with gradients
         trained = 11 if tune == "codes" else 7  # a code's number, its gradient and two moments
-        outputs = 2 * sum(map(_outputs, layers.values())) + 2 * BATCH * logits
+        outputs = 2 * sum(map(_outputs, layers)) + 2 * BATCH * logits
         stages.append(_floats(outside) + trained * _floats(inside) + outputs)
     return BASE + _floats(outside) + max(stages)
 
 
 def solvers(
-    entries: Sequence[Entry], tokens: int, threads: int, whole: bool, tune: str | None, limit: int | None
+    entries: Sequence[Entry],
+    tokens: int,
+    threads: int,
+    whole: bool,
+    tune: str | None,
+    limit: int | None,
+    several: bool = False,
 ) -> int:
     """How many matrices may be solved at a time: one to a thread, or what `limit` bytes allow, but at least one."""
-    while limit is not None and threads > 1 and peak(entries, tokens, threads, whole, tune) > limit:
+    while limit is not None and threads > 1 and peak(entries, tokens, threads, whole, tune, several) > limit:
         threads -= 1
     return threads
+
+
+def on_gpu(entries: Sequence[Entry], bits: int) -> int:
+    """Bytes of a GPU's memory, by estimate, without hidden states between the layers. bits: of a weight there.
+
+    One decoder layer: its matrices as they are, as they are stored and rounded to nearest; its Hessians, what moves its
+    aims, a batch with gradients, and the matrix being solved.
+    """
+    outside, layers = _by_layer(entries)
+    share = bits / 8 / FLOAT
+    most = 0
+    for layer in layers:
+        matrices = [e for e in layer if len(e.tensor.shape) > 1]
+        hessians = sum(8 * e.tensor.n_cols * (e.tensor.n_cols * _count(e) + e.tensor.n_rows) for e in matrices)
+        of_hessian, of_matrix = SOLVED
+        pieces = (min(e.tensor.shape[-2] * e.tensor.n_cols, solver.ON_GPU * solver.WEIGHTS) for e in matrices)
+        sizes = zip(matrices, pieces, strict=True)
+        solving = max((of_hessian * e.tensor.n_cols**2 + of_matrix * piece for e, piece in sizes), default=0)
+        most = max(most, int(share * (4 * _floats(layer) + 2 * _outputs(layer))) + hessians + solving)
+    vocabulary = max((e.tensor.n_rows for e in outside), default=0)
+    return int(share * _floats(outside)) + 4 * FLOAT * CONTEXT * vocabulary + most
+
+
+def _by_layer(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[Entry]]]:
+    """Those outside of decoder layers, and those of each."""
+    layers = defaultdict(list)
+    for entry in entries:
+        number = re.match(r"blk\.(\d+)\.", entry.name)
+        layers[int(number[1]) if number else None].append(entry)
+    return layers.pop(None, []), list(layers.values())
+
+
+def _count(entry: Entry) -> int:
+    """Matrices in a tensor."""
+    return entry.tensor.n_rows // entry.tensor.shape[-2]
 
 
 def _floats(entries: Sequence[Entry]) -> int:
@@ -72,7 +120,7 @@ def _layer(layer: Sequence[Entry], threads: int) -> int:
     stored, as it would be nearest, and what moves the aims.
     """
     matrices = [e for e in layer if len(e.tensor.shape) > 1]
-    hessians = sum(8 * e.tensor.n_cols**2 * (e.tensor.n_rows // e.tensor.shape[-2]) for e in matrices)
+    hessians = sum(8 * e.tensor.n_cols**2 * _count(e) for e in matrices)
     solving = sum(sorted(map(_solving, matrices), reverse=True)[:threads])
     coding = threads * max((families.coding_bytes(e.target, *e.tensor.shape[-2:]) for e in matrices), default=0)
     aims = 4 * _floats(layer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A causal language model that is never whole in memory: one decoder layer at a time, read when its turn comes.
+"""A language model that is never whole in memory: one decoder layer at a time, read when its turn comes.
 
 transformers builds the model from its configuration without weights (on PyTorch's meta device) and converts the
 checkpoint's tensors as it loads them: renames, joins, stacks the experts of a mixture. Both are its own machinery
@@ -16,11 +16,12 @@ import io
 import re
 import tempfile
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ try:
         rename_source_key,
     )
     from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 except ImportError as error:
     raise EnvironmentFailed(
         f"transformers {transformers.__version__} cannot load models layer by layer ({error}): install 5.23 or later"
@@ -54,24 +60,60 @@ SAMPLED, SAMPLED_ON_GPU = 16, 256  # sequences that a thread draws at a time
 TOGETHER = 4  # threads that draw, so that memory is bounded
 SPARE = 0.5  # of a GPU's memory, that hidden states leave to the layer being run and solved
 HELD_OUT = 16  # one sequence, of those not calibrated on, to so many that are
-TEMPERATURE, SEED = 1.2, 0  # of drawn text
-SAMPLING = {"temperature": TEMPERATURE, "seed": SEED}
+SEED = 0  # of drawn text
+SAMPLING = {"temperature": 1.0, "seed": SEED}
 CHARACTERS = 16  # per token, at most, that are looked at of a long text
 REST = -1  # stands for the tensors outside the decoder layers
 
 
+@dataclass
+class Room:
+    """What a calibration may take.
+
+    vram: bytes of the GPU's memory to stay below, None for all it has. ram: bytes of memory that hidden states may take
+    where the GPU has no room for them; what is left goes to a file. say: who is told of what was too much.
+    """
+
+    vram: int | None = None
+    ram: int = 0
+    say: Callable[[str], None] = field(default=lambda line: None)
+    pinned: list[weakref.ref[torch.Tensor]] = field(default_factory=list, repr=False)
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A GPU's tensor where it may stay: as it is, as long as SPARE of the memory is free besides, or in memory."""
+        free, own, total = _gpu_memory(tensor.device)
+        allowed = total if self.vram is None else min(self.vram, total)
+        if min(free, allowed - own) - tensor.nbytes > SPARE * allowed:
+            return tensor.detach()
+        self.pinned = [ref for ref in self.pinned if ref() is not None]
+        if sum(kept.nbytes for ref in self.pinned if (kept := ref()) is not None) + tensor.nbytes > self.ram:
+            return None
+        kept = _pinned(tensor.detach())
+        self.pinned.append(weakref.ref(kept))
+        return kept
+
+
 class Model:
-    """A causal language model of which one decoder layer at a time is in memory.
+    """A causal language model, or an encoder, of which one decoder layer at a time is in memory.
 
     folder: a Hugging Face checkpoint in safetensors, or a GGUF file of an architecture that transformers can read.
     dtype: of weights and hidden states, float32 or bfloat16. Embeddings, final norm and output stay loaded.
+    encoder: it gives hidden states and no logits. room: what it may take. at_once: sequences that a GPU runs at a time;
+    None on a CPU, a thread of which takes one.
     Raises UnsupportedError when transformers cannot load it, InputError when a tensor is missing or damaged.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, room: Room | None = None):
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.path, self.device, self.dtype = Path(folder), torch.device(device), dtype
+        self.room, cuda = room or Room(), self.device.type == "cuda"
+        self.at_once = BATCH if cuda else None
+        self.reader = ThreadPoolExecutor(1, "read") if cuda else None
+        if cuda and self.room.vram is not None:
+            total = _gpu_memory(self.device)[2]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.room.vram / total), self.device.index)
+        self.ahead: tuple[int, Future[dict[str, Any]]] | None = None  # a layer that is being read meanwhile
         # What transformers is pointed at: a folder, with the name of the GGUF in it when it is one.
         self.source, self.advice = {"pretrained_model_name_or_path": str(folder)}, "convert without --calib"
         if self.path.is_file():
@@ -87,7 +129,8 @@ class Model:
         return len(self.layers)
 
     def read_tokens(self, path: Path, count: int) -> torch.Tensor:
-        """int64 [sequences, CONTEXT] taken evenly from a text, the model's first token in front of each sequence.
+        """int64 [sequences, CONTEXT] taken evenly from a text, the model's first token in front of each sequence, and
+        behind it what separates an encoder's.
 
         Raises InputError when the text is none or gives less than four sequences, or the tokenizer is not this
         model's, and UnsupportedError when transformers cannot load it.
@@ -107,14 +150,15 @@ class Model:
             raise UnsupportedError(
                 f"{self.path}: transformers cannot load a tokenizer from it ({one_line(error)}): use --calib self"
             ) from error
-        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        marks = (tokenizer.cls_token_id, tokenizer.sep_token_id) if self.encoder else (tokenizer.bos_token_id, None)
+        first, last = ([] if mark is None else [mark] for mark in marks)
         size = self.module.get_input_embeddings().num_embeddings
-        if (largest := max(first + ids, default=0)) >= size:
+        if (largest := max(first + ids + last, default=0)) >= size:
             raise InputError(
                 f"{self.path}: the tokenizer gives token {largest} and the embedding has {size} rows: "
                 "put the tokenizer there that belongs to this checkpoint"
             )
-        body = CONTEXT - len(first)
+        body = CONTEXT - len(first) - len(last)
         available = len(ids) // body
         sequences = min(available, count // CONTEXT)
         if sequences < 4:
@@ -123,12 +167,12 @@ class Model:
         used = torch.linspace(0, available - 1, sequences).long()
         others = torch.tensor(sorted({*range(available)} - {*used.tolist()}), dtype=torch.long)
         others = others[torch.linspace(0, len(others) - 1, min(len(others), held_out(sequences))).long()]
-        start = torch.tensor(first, dtype=torch.long)
+        start, end = (torch.tensor(mark, dtype=torch.long) for mark in (first, last))
 
-        def begun(chosen: torch.Tensor) -> torch.Tensor:
-            return torch.cat([start.expand(len(chosen), -1), rows[chosen]], 1)
+        def marked(chosen: torch.Tensor) -> torch.Tensor:
+            return torch.cat([start.expand(len(chosen), -1), rows[chosen], end.expand(len(chosen), -1)], 1)
 
-        return begun(used), begun(others)
+        return marked(used), marked(others)
 
     def _words(self, tokenizer: Any, path: Path, documents: Mapping[int, str | text.Chat], limit: int) -> str:
         """The documents as one text, or parts of it taken evenly when it is longer than `limit` characters."""
@@ -153,16 +197,16 @@ class Model:
             parts.append(document)
         return "\n".join(parts)
 
-    def sample_tokens(
-        self, count: int, threads: int = 1, seed: int = SEED, temperature: float = TEMPERATURE
-    ) -> torch.Tensor:
-        """int64 [sequences, CONTEXT] drawn from the model itself.
+    def sample_tokens(self, count: int, threads: int = 1, seed: int = SEED) -> torch.Tensor:
+        """int64 [sequences, CONTEXT] drawn from the model itself, as it speaks (temperature 1).
 
-        A sequence starts with the model's first token, if it has one, and a random one: without the latter, and at
-        temperature 1, the text is too uniform (KL divergence of ref-a in sq4: 0.0089, so 0.0077, of real text 0.0068).
-        The model is whole in memory meanwhile. Another seed gives other text, a processor of another kind too. The same
-        at any number of threads, of which at most TOGETHER are used.
+        A sequence starts with the model's first token, if it has one, and a random one, so that no two are alike. The
+        model is whole in memory meanwhile. Another seed gives other text, a processor of another kind too. The same at
+        any number of threads, of which at most TOGETHER are used.
+        Raises UnsupportedError of an encoder.
         """
+        if self.encoder:
+            raise UnsupportedError(f"{self.path}: an encoder writes no text: give --calib TEXT")
         first = self.module.generation_config.bos_token_id
         vocabulary = self.module.get_input_embeddings().num_embeddings
         sequences, at_once = max(4, count // CONTEXT), SAMPLED if self.device.type == "cpu" else SAMPLED_ON_GPU
@@ -175,8 +219,8 @@ class Model:
                 prompt = torch.cat([torch.full_like(prompt, first), prompt], 1)
             left = CONTEXT - prompt.shape[1]
             return self.module.generate(
-                prompt, do_sample=False, min_new_tokens=left, max_new_tokens=left,
-                pad_token_id=first or 0, logits_processor=[_Drawn(random, temperature)],
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=left,
+                max_new_tokens=left, pad_token_id=first or 0, logits_processor=[_Drawn(random)],
             ).cpu()  # fmt: skip
 
         together = TOGETHER if self.device.type == "cpu" else 1
@@ -196,7 +240,7 @@ class Model:
         use them as `states[i]` and `states[i] = ...`.
         Raises UnsupportedError when layers are given more than hidden states that depends on the tokens.
         """
-        states: list[torch.Tensor] | OnDisk = [] if folder is None else OnDisk(folder)
+        states: list[torch.Tensor] | OnDisk = [] if folder is None else OnDisk(folder, self.room)
         batches = tokens.split(BATCH) if isinstance(tokens, torch.Tensor) else tokens
         for batch in batches:
             with self._explained():
@@ -208,13 +252,15 @@ class Model:
                     f"hidden states: {self.advice}"
                 )
             states.append(hidden if isinstance(states, OnDisk) else hidden.cpu())
-        self._arguments_of(batches[0][:1].shape)  # now, not from several threads at once
+        if batches:
+            self._arguments_of(batches[0][:1].shape)  # now, not from several threads at once
         return states
 
     @contextlib.contextmanager
-    def layer(self, index: int) -> Iterator[torch.nn.Module]:
+    def layer(self, index: int, then: int | None = None) -> Iterator[torch.nn.Module]:
         """The decoder layer with its weights, which are gone afterwards.
 
+        then: the one that comes next, which is read while a GPU runs this one.
         Raises InputError when a tensor is missing, has the wrong shape, or holds NaN or Inf.
         """
         layer = self.layers[index]
@@ -222,6 +268,7 @@ class Model:
         try:
             with self._explained():
                 self._load(index)
+                self._read_ahead(then)
             yield layer.requires_grad_(False)
         finally:
             for name, tensor in empty.items():
@@ -236,7 +283,9 @@ class Model:
         return result[0] if self.tuples else result
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 logits [batch, tokens, vocabulary] of the hidden states after the last layer."""
+        """float32 logits [batch, tokens, vocabulary] of the hidden states after the last layer, or an encoder's output
+        [batch, tokens, hidden].
+        """
         with self.heads() as head:
             return head(hidden)
 
@@ -248,7 +297,8 @@ class Model:
         def head(hidden: torch.Tensor) -> torch.Tensor:
             now.hidden = hidden.to(self.device)
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            return self.module(tokens, use_cache=False).logits.float()
+            found = self.module(tokens, use_cache=False)
+            return (found.last_hidden_state if self.encoder else found.logits).float()
 
         with self._standing_in(lambda *_, **__: (now.hidden,) if self.tuples else now.hidden):
             yield head
@@ -283,14 +333,18 @@ class Model:
         config = transformers.AutoConfig.from_pretrained(**self.source, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise UnsupportedError(f"{self.path}: the checkpoint is quantized already: {self.advice}")
+        kind = _kind(config)
+        self.encoder = kind is transformers.AutoModel
         with contextlib.ExitStack() as stack:
             for context in transformers.PreTrainedModel.get_init_context(self.dtype, False, False, None):
                 stack.enter_context(context)
             # "eager" calls F.linear for each expert, which is where moments.py listens.
-            self.module = transformers.AutoModelForCausalLM.from_config(
+            self.module = kind.from_config(
                 config, dtype=self.dtype, experts_implementation="eager", trust_remote_code=False
             )
         self.module.eval().requires_grad_(False)
+        if config.get_text_config() is not config:
+            self._leave_out_others()
         lists = {name: m for name, m in self.module.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)}
         if not lists:
             raise UnsupportedError(
@@ -305,7 +359,18 @@ class Model:
         found.missing_keys -= {key for key in found.missing_keys if key.startswith(self.prefix + ".")}
         self.module._finalize_model_loading(self.module, self.loading, found)
         for name in sorted(found.missing_keys):
-            raise self._damaged(f"tensor {name!r} is missing")
+            if not (self.encoder and name.startswith("pooler.")):  # which not all encoders have, and llama.cpp has not
+                raise self._damaged(f"tensor {name!r} is missing")
+
+    def _leave_out_others(self) -> None:
+        """Take out what is not on the way from tokens to logits: the vision or audio part."""
+        embedding, output = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        way = next(name for name, module in self.module.named_modules() if module is embedding).split(".")[:-1]
+        for depth, step in enumerate(way):
+            owner = self.module.get_submodule(".".join(way[:depth]))
+            for name, child in list(owner.named_children()):
+                if name != step and child is not output:
+                    setattr(owner, name, None)
 
     def _find_tensors(self) -> None:
         """Which checkpoint tensors make up each layer, by the names that transformers gives them."""
@@ -340,7 +405,7 @@ class Model:
 
     def _load(self, index: int) -> Any:
         """Fill the parameters of a layer, or of all that is outside of layers; returns what transformers reports."""
-        with self.read(self.names[index]) as tensors:
+        with self._tensors(index) as tensors:
             loading = replace(self.loading, weight_mapping=deepcopy(self.loading.weight_mapping))  # it keeps state
             found, _ = convert_and_load_state_dict_in_model(self.module, tensors, loading)
         ours = f"{self.prefix}.{index}."
@@ -356,6 +421,25 @@ class Model:
                 name = name if index == REST else ours + name
                 raise self._damaged(f"tensor {name!r} holds NaN or Inf")
         return found
+
+    @contextlib.contextmanager
+    def _tensors(self, index: int) -> Iterator[dict[str, Any]]:
+        """What the checkpoint has of a layer: read already, or to be read."""
+        ahead, self.ahead = self.ahead, None
+        if ahead and ahead[0] == index:
+            yield ahead[1].result()
+            return
+        with self.read(self.names[index]) as tensors:
+            yield tensors
+
+    def _read_ahead(self, index: int | None) -> None:
+        """Begin to read a layer into memory, if there is one of that number and something reads."""
+        if self.reader and index is not None and 0 <= index < len(self) and self.read == self._read_files:
+            self.ahead = index, self.reader.submit(self._in_memory, self.names[index])
+
+    def _in_memory(self, names: list[str]) -> dict[str, Any]:
+        with self._read_files(names) as slices:
+            return {name: _pinned(part[...]) for name, part in slices.items()}
 
     def _damaged(self, what: str) -> SplitqError:
         if "gguf_file" in self.source:  # which was checked before: transformers reads it otherwise than llama.cpp
@@ -428,12 +512,12 @@ class Model:
 class OnDisk:
     """A list of tensors in a file without a name in `folder`, each read when it is asked for.
 
-    Those that are on a GPU stay there, as long as SPARE of its memory is free besides. All have the size of the first,
-    the last may be smaller; what is put back has the size of what was there.
+    Those that are on a GPU stay there or in memory, as `Room` says. All have the size of the first, the last may be
+    smaller; what is put back has the size of what was there.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.dtype, self.size = folder, torch.float32, 0
+    def __init__(self, folder: Path, room: Room):
+        self.folder, self.room, self.dtype, self.size = folder, room, torch.float32, 0
         self.shapes: list[torch.Size] = []
         self.kept: dict[int, torch.Tensor] = {}
         self.file = tempfile.TemporaryFile(dir=folder)
@@ -461,8 +545,8 @@ class OnDisk:
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
         self.kept.pop(index, None)
-        if tensor.is_cuda and _spare(tensor):
-            self.kept[index] = tensor.detach()
+        if _on_gpu(tensor) and (kept := self.room.place(tensor)) is not None:
+            self.kept[index] = kept
             return
         try:
             self.file.seek(index * self.size)
@@ -472,22 +556,30 @@ class OnDisk:
             raise disk_error(error, self.folder, len(self) * self.size) from error
 
 
-def _spare(tensor: torch.Tensor) -> bool:
-    """Whether the GPU has room for one more such tensor beside what it computes."""
-    free, total = torch.cuda.mem_get_info(tensor.device)
-    unused = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
-    return free + unused - tensor.nbytes > SPARE * total
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _gpu_memory(device: torch.device) -> tuple[int, int, int]:
+    """Bytes of a GPU that are free to this process, that its tensors have, and in all."""
+    (free, total), own = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
+    return free + torch.cuda.memory_reserved(device) - own, own, total
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in memory that a GPU reads without help."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 class _Drawn(transformers.LogitsProcessor):
     """Makes the likeliest token a random one: the largest logit plus Gumbel noise is a draw from their softmax."""
 
-    def __init__(self, random: torch.Generator, temperature: float):
-        self.random, self.temperature = random, temperature
+    def __init__(self, random: torch.Generator):
+        self.random = random
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=self.random).log_().neg_()
-        return scores.float() / self.temperature + noise
+        return scores.float() + noise
 
 
 class _Caught(Exception):
@@ -505,6 +597,17 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return type(a) is type(b) and bool(a == b)
+
+
+def _kind(config: Any) -> Any:
+    """What makes such a model. An encoder is what fills in words, unless it is one of its kind that writes."""
+    writes = any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in config.architectures or ())
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
+        return transformers.AutoModel
+    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if sees and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def held_out(sequences: int) -> int:

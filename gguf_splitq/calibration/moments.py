@@ -17,9 +17,12 @@ kept, to tell whether the codes are better than nearest rounding's there too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,12 +31,15 @@ import torch
 
 from . import fisher
 from .model import BATCH, Model
+from .ranks import Alone
 from .watch import matrices
 
 COLUMNS = 512  # of a Hessian that are one thread's work
 ON_GPU = 2048  # of them at a time there: half of the matrix is left out, and products are large enough
+ALONE = Alone()
 CHECKED = 2  # layers, the first that are solved, whose codes are tried on other tokens
 
+Key = tuple[str, int | None]  # a matrix's name, and the expert
 Taken = Sequence[torch.Tensor]  # of a sequence: x [tokens, in] and float32 |g|^2 [tokens], maybe e [tokens, out]
 
 
@@ -66,7 +72,7 @@ class Layer:
             self.keys[key].append(row)
 
     @property
-    def key(self) -> tuple[str, int | None]:
+    def key(self) -> Key:
         """The parameter's name, and the expert."""
         name, _, number = self.name.rstrip("]").partition("[")
         return name, int(number) if number else None
@@ -80,15 +86,17 @@ def run(
     skip: Collection[int] = (),
     held: torch.Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Alone = ALONE,
     ends: fisher.Ends | None = None,
 ) -> Iterator[tuple[int, list[Layer]]]:
     """Yields (decoder layer, its matrices with their Hessians), the last layer first; those in `skip` are left out.
 
     tokens: int64 [sequences, CONTEXT]. held: others, at most as many and at most BATCH, to be tried afterwards.
-    Other arguments and errors as of `fisher.backward`. The same tokens give the same bits at any number of threads.
+    ranks: the processes that share the tokens, all of which get the sums. Other arguments and errors as of
+    `fisher.backward`. The same tokens give the same bits at any number of threads.
     """
-    batches = list(tokens.split(BATCH))
-    moments: dict[tuple[str, int | None], Moment] = {}
+    begin, batches = ranks.share(tokens.split(BATCH))
+    moments: dict[Key, Moment] = {}
     tried: fisher.Seen = {}
 
     def see(index: int, batch: int, taken: fisher.Seen) -> None:
@@ -101,16 +109,17 @@ def run(
         blocks = []
         for key, parts in taken.items():
             blocks += moments.setdefault(key, Moment()).add(parts)
-        for _ in pool.map(lambda block: block(), sorted(blocks, key=work, reverse=True)):
-            pass
+        add_up(blocks, pool, model)
 
     with fisher.workers(threads) as pool:
         every = batches if held is None or not len(held) else [*batches, held]
-        for index, module in fisher.backward(model, every, _take, see, scratch, pool, progress, ends):
+        others = len(tokens) - sum(map(len, batches))  # of other processes; those that are held come last
+        before = {0: begin * BATCH, len(batches): others - begin * BATCH}
+        for index, module in fisher.backward(model, every, _take, see, scratch, pool, progress, before, ends):
             if index not in skip:
-                layers = layers_of(module)
+                layers, sums = layers_of(module), joined(moments, model.device, ranks)
                 for layer in layers:
-                    measured(layer, moments, tried)
+                    measured(layer, sums, tried)
                 moments.clear()
                 tried = {}
                 yield index, layers
@@ -147,6 +156,16 @@ def _take(x: torch.Tensor, g: torch.Tensor) -> Taken:
     return x, g.float().square().sum(1)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """A `Moment` without the sums: their shapes."""
+
+    total: torch.Size | None
+    pull: torch.Size | None
+    information: float
+    count: int
+
+
 @dataclass
 class Moment:
     """total: float64, the sum of |g|^2 x x^T over `count` tokens, in each block of columns down to its last row.
@@ -179,9 +198,56 @@ class Moment:
             blocks += [functools.partial(_add_pull, taken, start, self.pull, width) for start in starts]
         return blocks
 
+    def sizes(self) -> Sizes:
+        """What other processes are told of it."""
+        total, pull = (None if of is None else of.shape for of in (self.total, self.pull))
+        return Sizes(total, pull, self.information, self.count)
+
     def mean(self) -> torch.Tensor | None:
         """The Hessian, float64 [in, in]; None where there was nothing to add."""
         return None if self.total is None or not self.information else whole(self.total) / self.information
+
+
+def joined(moments: Mapping[Key, Moment], device: torch.device, ranks: Alone) -> Mapping[Key, Moment]:
+    """The sums of all processes, by matrix."""
+    if ranks.count == 1:
+        return moments
+    parts = ranks.gathered({key: moment.sizes() for key, moment in moments.items()})
+    sums = {}
+    for key, size in ranks.first(lambda: _all_sizes(parts)).items():
+        own = moments.get(key, Moment())
+        sums[key] = Moment(information=size.information, count=size.count)
+        for name in ("total", "pull"):
+            if shape := getattr(size, name):
+                part = getattr(own, name)
+                part = torch.zeros(shape, dtype=torch.float64, device=device) if part is None else part
+                setattr(sums[key], name, ranks.summed(part))
+    return sums
+
+
+def _all_sizes(parts: Sequence[Mapping[Key, Sizes]]) -> dict[Key, Sizes]:
+    """Of the sums; there is no pull where a process with a total has none."""
+    found = {}
+    for key in dict.fromkeys(itertools.chain(*parts)):
+        own = [part[key] for part in parts if key in part]
+        seen = [sizes for sizes in own if sizes.total]
+        pull = seen[0].pull if seen and all(sizes.pull for sizes in seen) else None
+        found[key] = Sizes(
+            seen[0].total if seen else None, pull, sum(s.information for s in own), sum(s.count for s in own)
+        )
+    return found
+
+
+def spread(layers: Sequence[Layer], ranks: Alone) -> None:
+    """Give the layers of all processes the Hessians that those of the first one have."""
+    if ranks.count == 1:
+        return
+    known = ranks.first(lambda: [layer.hessian is not None for layer in layers])
+    for layer, has in zip(layers, known, strict=True):
+        if has:
+            size = layer.weight.shape[1]
+            hessian = layer.hessian if layer.hessian is not None else layer.weight.new_empty(size, size).double()
+            layer.hessian = ranks.same(hessian)
 
 
 def _add_block(taken: Sequence[Taken], start: int, total: torch.Tensor, width: int) -> None:
@@ -208,12 +274,36 @@ def whole(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def work(block: functools.partial[None]) -> int:
+def add_up(blocks: Iterable[functools.partial[None]], pool: Executor, model: Model) -> None:
+    """Do what `Moment.add` has left to be done."""
+    with tensor_cores(model.device, model.dtype):
+        for _ in pool.map(lambda block: block(), sorted(blocks, key=_work, reverse=True)):
+            pass
+
+
+@contextlib.contextmanager
+def tensor_cores(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Float32 products on a GPU in TF32 where inputs have no more bits than that: bfloat16 has 8, TF32 has 11.
+
+    The other factor, which the tokens' weights are part of, is rounded to 11 bits; sums are float32.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _work(block: functools.partial[None]) -> int:
     """Larger for what takes longer: such blocks begin first."""
     return block.args[1] * sum(len(x) for x, *_ in block.args[0])
 
 
-def measured(layer: Layer, moments: dict[tuple[str, int | None], Moment], tried: fisher.Seen) -> None:
+def measured(layer: Layer, moments: Mapping[Key, Moment], tried: fisher.Seen) -> None:
     """Gives a layer its Hessian and what it saw of the tokens that are not in it."""
     name, number = layer.key
     layer.held, own = tried.get(layer.key, ()), moments.get(layer.key)

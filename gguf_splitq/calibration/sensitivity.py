@@ -108,7 +108,7 @@ def measure(
 
     ends = Ends(model, tokens) if any(name in candidates for name in ENDS) else None
     with fisher.workers(threads) as pool:
-        for _ in fisher.backward(model, tokens, _take, see, scratch, pool, progress, ends):
+        for _ in fisher.backward(model, tokens, _take, see, scratch, pool, progress, ends=ends):
             pass
     costs: dict[str, dict[str, float]] = {}
 

@@ -9,9 +9,7 @@ layers, on the float model; the output behind them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,23 +22,27 @@ import torch
 
 from ..coding import families, solver
 from ..coding.solver import Solution
-from ..errors import InputError
+from ..errors import UnsupportedError
 from ..files.gguf_file import Gguf, require_space
 from ..plan import ENDS, Entry, is_linear
 from ..rewrite import Rows, each_matrix, to_float32
 from ..types.columns import side_name
-from . import aims, ends, fisher, moments
+from . import aims, ends, fisher, moments, pieces
 from . import tune as tuning
+from .helping import Job
 from .hessians import Hessians
 from .journal import Journal
-from .model import CONTEXT, Model, held_out
+from .model import CONTEXT, Model, Room, held_out
+from .moments import ALONE
+from .pieces import alone
+from .ranks import Alone
 from .stored import decoded, rounded
 
 Progress = Callable[[str, int, int], None]
 Place = tuple[moments.Layer, torch.Tensor]  # of a GGUF matrix: the layer that has its rows, and their numbers in it
+Result = tuple[dict[str, np.ndarray], dict[str, float], list[str], list[float]] | str  # of `_solve_tensor`
 NOWHERE = "no linear layer of the model has its rows"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-ON_GPU = threading.Lock()  # there one matrix is solved at a time, so that its memory is bounded
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Solved:
     pooled: matrices solved with the Hessian of all experts of the layer, because this expert saw too few tokens.
     tried: tensor name -> on tokens that are not in the Hessians, the outputs' square, that of the error that nearest
     rounding makes and of the one of these rows; of the layers solved first, with plain aims. divergence: with half-way
-    ones, of the whole model on such tokens, "nearest" and "feedback", in nats a token.
+    ones, of the whole model on such tokens, "nearest" and "feedback", in nats a token or as `measure` says.
     seconds: of the whole run. tuned: the held-out divergence before and after training, in nats a token.
     """
 
@@ -66,6 +68,7 @@ class Solved:
     seconds: float = 0.0
     tuned: dict[str, float] | None = None
     divergence: dict[str, float] | None = None
+    measure: str = "KL divergence"
 
     def add(self, rows: Mapping[str, Rows], report: dict) -> None:
         """Take in a finished layer."""
@@ -85,7 +88,7 @@ class Solved:
 
     def report(self) -> dict:
         """For the JSON report."""
-        same = ("tokens", "dtype", "seconds", "errors", "pooled", "tuned", "held_out", "divergence")
+        same = ("tokens", "dtype", "seconds", "errors", "pooled", "tuned", "held_out", "divergence", "measure")
         return {key: getattr(self, key) for key in same} | {"left": list(self.left), "left_reasons": self.left}
 
 
@@ -105,6 +108,8 @@ def run(
     dtype: str = "auto",
     aim: str = "half",
     device: str = "cpu",
+    ranks: Alone = ALONE,
+    room: Room | None = None,
 ) -> Solved:
     """Solve every tensor that has a format, on the device that the model runs on.
 
@@ -112,34 +117,42 @@ def run(
     from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
     progress: what is being done, steps done and in all. hessians: a file of what was measured, read when it is there
     and else written. tune: what to train, as `tune.run`, in so many steps. dtype: as of `precision`. aim: "half" or
-    "plain". device: as PyTorch names it.
+    "plain". device: as PyTorch names it. ranks: the processes that share the work, of which this is the first. room:
+    what it may take of the GPU's memory, and hidden states of memory.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
     dtype = precision(dtype, device)
-    model = Model(folder, device, DTYPES[dtype])
+    model = Model(folder, device, DTYPES[dtype], room)
+    if tune and model.encoder:
+        raise UnsupportedError(f"{folder}: --tune trains what a model writes, and this is an encoder: leave it out")
     known = Hessians(hessians, journal, len(model))
+    if (model.encoder or ranks.count > 1) and not known.has_ends():
+        known.keep_ends({})
     cache = known if hessians or aim == "half" else None
     sample = None
     if not (cache and cache.complete) or tune or aim == "half":
         sample = _sample(model, calib, tokens, journal, threads)
     solved = Solved(tokens=sample[0].numel() if sample else tokens, dtype=dtype)
+    if model.encoder:
+        solved.measure = "1 - cosine"
+    ranks.first(lambda: _job(model, aim, sample, journal, cache))
+    ranks.use(device)
     if aim == "half":
         assert cache and sample
-        solved.divergence = _half_way(model, sample, file, entries, threads, solvers, journal, cache, progress)
+        solved.divergence = _half_way(model, sample, file, entries, threads, solvers, journal, cache, progress, ranks)
     else:
         # The solver's operations are too small for threads to share: a matrix to a thread, and a thread to a matrix.
-        with _alone(solvers) as pool:
-            for index, layers in _calibrated(model, sample, threads, journal, known, cache, progress):
+        with alone(solvers) as pool:
+            for index, layers in _calibrated(model, sample, threads, journal, known, cache, progress, ranks):
                 if journal.find(_part(index)) is None:
                     wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
-                    _solve_layer(file, wanted, layers, pool, journal, index)
-        with _alone(1) as pool, _alone(solvers) as pieces:
+                    _solve_layer(file, wanted, layers, pool, journal, index, ranks)
+        with alone(1) as pool, alone(solvers) as parts:
             for entry in _at_ends(entries):
-                pool.submit(
-                    _solve_end, file, entry, _end(model, file, entry, known.ends()), journal, pieces.map
-                ).result()
+                layer = _end(model, file, entry, known.ends())
+                pool.submit(_solve_end, file, entry, layer, journal, parts.map).result()
     for name in [*map(_part, range(len(model))), *(entry.name for entry in _at_ends(entries))]:
         solved.add(*journal.part(name))
     solved.left = _left(entries, solved)
@@ -184,14 +197,11 @@ def _sample(
 
 
 def _drawn(model: Callable[[], Model], tokens: int, journal: Journal, threads: int) -> torch.Tensor:
-    """int64 [sequences, CONTEXT] drawn from the model to train on; other ones than are calibrated on.
-
-    As the model speaks: trained on text drawn at a higher temperature, scales and codes gained nothing on real text.
-    """
+    """int64 [sequences, CONTEXT] drawn from the model to train on; other ones than are calibrated on."""
     if not tokens:
         return torch.empty(0, CONTEXT, dtype=torch.long)
     if (kept := journal.find("drawn")) is None:
-        journal.keep("drawn", {"tokens": model().sample_tokens(tokens, threads, seed=1, temperature=1.0).numpy()})
+        journal.keep("drawn", {"tokens": model().sample_tokens(tokens, threads, seed=1).numpy()})
         kept = journal.part("drawn")
     return torch.from_numpy(kept[0]["tokens"][:])
 
@@ -204,34 +214,56 @@ def _calibrated(
     outside: Hessians,
     cache: Hessians | None,
     progress: Progress,
+    ranks: Alone,
 ) -> Iterator[tuple[int, list[moments.Layer]]]:
     """(decoder layer, its matrices with their Hessians) for all that are to be measured or solved.
 
     outside: where what is measured of the ends is kept.
     sample: as `_sample` gives it; None where the Hessians are all known.
     """
-    every, solved = range(len(model)), {index for index in range(len(model)) if journal.find(_part(index))}
-    known = {index for index in every if cache.has(index)} if cache else solved
+    every, solved = range(len(model)), _finished(model, journal)
+    known = _known(model, journal, cache)
     if len(known) < len(every) or not outside.has_ends():
         assert sample
         tokens, held = sample
-        seen = ends.Ends(model, tokens)
+        seen = None if outside.has_ends() else ends.Ends(model, tokens)
         width, count = model.module.get_input_embeddings().embedding_dim, tokens.numel() + held.numel()
         require_space(journal.folder, fisher.scratch_bytes(len(model), count, width, model.dtype))
         shown = functools.partial(progress, "calibrating")
-        for index, layers in moments.run(model, tokens, journal.folder, threads, known, held, shown, seen):
+        for index, layers in moments.run(model, tokens, journal.folder, threads, known, held, shown, ranks, seen):
             if cache:
                 cache.keep(index, layers)
             yield index, layers
-        outside.keep_ends(seen.arrays())
+        if seen:
+            outside.keep_ends(seen.arrays())
     if cache is None:
         return
     for done, index in enumerate(sorted(known - solved)):
         with model.layer(index) as module:
             layers = moments.layers_of(module)
             cache.fill(index, layers)
+            moments.spread(layers, ranks)
             yield index, layers
         progress("solving", done + 1, len(known - solved))
+
+
+def _finished(model: Model, journal: Journal) -> frozenset[int]:
+    """The decoder layers that are solved."""
+    return frozenset(index for index in range(len(model)) if journal.find(_part(index)) is not None)
+
+
+def _known(model: Model, journal: Journal, cache: Hessians | None) -> frozenset[int]:
+    """The decoder layers that need not be measured."""
+    return frozenset(filter(cache.has, range(len(model)))) if cache else _finished(model, journal)
+
+
+def _job(
+    model: Model, aim: str, sample: tuple[torch.Tensor, torch.Tensor] | None, journal: Journal, cache: Hessians | None
+) -> Job:
+    """What other processes are told."""
+    known, solved = _known(model, journal, cache), _finished(model, journal)
+    tokens = sample[0] if sample else None
+    return Job(model.path.absolute(), model.dtype, aim, tokens, journal.folder.absolute(), known, solved)
 
 
 def _half_way(
@@ -244,38 +276,40 @@ def _half_way(
     journal: Journal,
     cache: Hessians,
     progress: Progress,
+    ranks: Alone,
 ) -> dict[str, float] | None:
     """Solve every layer behind the layers before it; returns the held-out divergences, as `aims.run`."""
     tokens, held = sample
     layers = range(len(model))
     if not (all(map(cache.has, layers)) and cache.has_ends()):
-        seen = ends.Ends(model, tokens)
+        seen = None if cache.has_ends() else ends.Ends(model, tokens)
         width = model.module.get_input_embeddings().embedding_dim
         require_space(journal.folder, fisher.scratch_bytes(len(model), tokens.numel(), width, model.dtype))
         shown = functools.partial(progress, "calibrating")
-        aims.information(model, tokens, journal.folder, threads, cache.keep_weights, shown, seen)
-        cache.keep_ends(seen.arrays())
+        aims.information(model, tokens, journal.folder, threads, cache.keep_weights, shown, ranks, seen)
+        if seen:
+            cache.keep_ends(seen.arrays())
     chosen = {index: [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")] for index in layers}
-    solved = {index for index in layers if journal.find(_part(index)) is not None}
+    solved = _finished(model, journal)
     work = _Decoder(file, bool(len(held)))
 
     def wanted(index: int, layers: list[moments.Layer]) -> set[str]:
         return work.begin(chosen[index], layers)
 
     standing, last = ends.Standing(), None
-    with _alone(solvers) as pieces, _alone(solvers) as pool:
+    with alone(solvers) as parts, alone(solvers) as pool:
         for entry in _at_ends(entries):
             measured, layer = cache.ends(), _end(model, file, entry, cache.ends())
             if entry.name == "output.weight" and "weights" in measured:
                 last, standing.output, standing.weights = entry, layer, measured["weights"][0]
                 solved |= {len(model)} if journal.find(entry.name) else set()
                 continue
-            pool.submit(_solve_end, file, entry, layer, journal, pieces.map, bool(len(held))).result()
+            pool.submit(_solve_end, file, entry, layer, journal, parts.map, bool(len(held))).result()
             for end in (ends.END_OF[entry.name], *(["output"] if ends.tied(file) else [])):
                 standing.put(end, layer)
         passing = aims.run(
             model, tokens, held, cache.weights, wanted, journal.folder, threads, solved,
-            functools.partial(progress, "solving"), standing,
+            functools.partial(progress, "solving"), ranks, standing,
         )  # fmt: skip
         while True:
             try:
@@ -283,12 +317,12 @@ def _half_way(
             except StopIteration as end:
                 return end.value
             if last and stage.index == len(model):
-                pool.submit(_solve_end, file, last, stage.layers[0], journal, pieces.map, bool(len(held))).result()
+                pool.submit(_solve_end, file, last, stage.layers[0], journal, parts.map, bool(len(held))).result()
                 continue
             if stage.index in solved:
                 work.put_back(journal.part(_part(stage.index))[0])
                 continue
-            work.solve(stage, pool, pieces.map)
+            work.solve(stage, pool, parts.map, ranks)
             if stage.last:
                 journal.keep(_part(stage.index), *work.finished())
 
@@ -314,26 +348,24 @@ class _Decoder:
                 self.report["left"][entry.name] = NOWHERE
         return {layer.name for places in self.places.values() for layer, _ in places}
 
-    def solve(self, stage: aims.Stage, pool: ThreadPoolExecutor, each: solver.Each) -> None:
+    def solve(self, stage: aims.Stage, pool: ThreadPoolExecutor, each: solver.Each, ranks: Alone) -> None:
         """Solve the tensors of a stage, and put into its layers what is stored."""
         names = {layer.name for layer in stage.layers}
-        due = [name for name, places in self.places.items() if places[0][0].name in names]
-        found = pool.map(lambda name: self._one(self.entries[name], each), due)
-        for name, rows in zip(due, found, strict=True):
-            self._put(self.entries[name], rows)
+        due = [self.entries[name] for name, places in self.places.items() if places[0][0].name in names]
+        coded = [entry for entry in due if _coder(entry)]
+        found = _solve_all(self.file, coded, lambda e, n, _: self.places[e.name][n], stage.layers, ranks, pool, each)
+        for entry in due:
+            self._put(entry, self._taken(entry, next(found)) if _coder(entry) else {})
 
-    def _one(self, entry: Entry, each: solver.Each) -> dict[str, np.ndarray]:
+    def _taken(self, entry: Entry, found: Result) -> dict[str, np.ndarray]:
         """What is stored of a tensor; the report learns of it."""
-        if _coder(entry):
-            places = self.places[entry.name]
-            found = _solve_tensor(self.file, entry, lambda number, _: places[number], each)
-            if not isinstance(found, str):
-                rows, self.report["errors"][entry.name], pooled, _ = found
-                self.report["pooled"] += pooled
-                self.rows |= rows
-                return rows
+        if isinstance(found, str):
             self.report["left"][entry.name] = found
-        return {}
+            return {}
+        rows, self.report["errors"][entry.name], pooled, _ = found
+        self.report["pooled"] += pooled
+        self.rows |= rows
+        return rows
 
     def put_back(self, rows: Mapping[str, Rows]) -> None:
         """The same from a finished layer."""
@@ -368,11 +400,6 @@ class _Decoder:
         return torch.from_numpy(to_float32(rows, entry.tensor.type_id))
 
 
-def _alone(count: int) -> ThreadPoolExecutor:
-    """Threads that compute alone."""
-    return ThreadPoolExecutor(count, "solve", lambda: torch.set_num_threads(1))
-
-
 def _empty() -> dict[str, Any]:
     """The report of a layer of which nothing is solved yet."""
     return {"errors": {}, "left": {}, "pooled": [], "tried": {}}
@@ -389,12 +416,13 @@ def _solve_layer(
     pool: ThreadPoolExecutor,
     journal: Journal,
     index: int,
+    ranks: Alone,
 ) -> None:
     """Solve the layer's tensors and keep the rows."""
     wanted = [entry for entry in wanted if _coder(entry)]
     rows: dict[str, np.ndarray] = {}
     report = _empty()
-    results = pool.map(lambda entry: _solve_tensor(file, entry, lambda _, rows: moments.match(rows, layers)), wanted)
+    results = _solve_all(file, wanted, lambda _, __, rows: moments.match(rows, layers), layers, ranks, pool)
     for entry, found in zip(wanted, results, strict=True):
         if isinstance(found, str):
             report["left"][entry.name] = found
@@ -417,7 +445,7 @@ def _end(model: Model, file: Gguf, entry: Entry, measured: Mapping[str, torch.Te
     """The matrix of an end, with the Hessian of the float model."""
     end = ends.END_OF[entry.name]
     layer = moments.Layer(end, model.matrix(end).detach(), ends.hessian(measured, entry.name, ends.tied(file)))
-    layer.unknown = "no token reached it, or another version wrote the Hessians"
+    layer.unknown = "not measured: of an encoder, by several processes, or by another version"
     return layer
 
 
@@ -441,9 +469,9 @@ def _solve_end(
         if rows:
             value = decoded(entry, rows, 0, slice(first, first + len(part)))
         else:
-            solution = _coded(entry, weight.to(layer.weight.device), layer, order, each)
+            _, solution = pieces.of_rows(entry.name, entry.coder, entry.layout, weight, layer, order, each)
             value = solution.weight
-            packed.append(solution.packed.numpy())
+            packed.append(solution.packed.cpu().numpy())
             for name, error in solution.errors.items():
                 errors = report["errors"].setdefault(entry.name, dict.fromkeys(solution.errors, 0.0))
                 errors[name] += error * len(part) / entry.tensor.n_rows
@@ -465,18 +493,6 @@ def _coder(entry: Entry) -> Callable[..., Solution] | None:
     return families.coder(entry.target, entry.layout) if entry.target else None
 
 
-def _coded(
-    entry: Entry, weight: torch.Tensor, layer: moments.Layer, order: torch.Tensor, each: solver.Each
-) -> Solution:
-    """Rows `weight` of a layer, solved where they are. order: their numbers in it."""
-    code = _coder(entry)
-    assert code and layer.hessian is not None
-    try:
-        return code(aims.moved(weight, layer, order), layer.hessian.to(weight.device), each=each)
-    except InputError as error:
-        raise InputError(f"tensor {entry.name!r}: {error}") from error
-
-
 def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
     """Why each linear layer, or whatever has such a type, was not solved; by tensor."""
     left = {}
@@ -490,9 +506,64 @@ def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
     return left
 
 
+def _solve_all(
+    file: Gguf,
+    entries: list[Entry],
+    find: Callable[[Entry, int, np.ndarray], Place | None],
+    layers: list[moments.Layer],
+    ranks: Alone,
+    pool: ThreadPoolExecutor,
+    each: solver.Each = map,
+) -> Iterator[Result]:
+    """`_solve_tensor` of each, in order, by all processes. layers: where `find` finds them."""
+    if ranks.count == 1:
+        return pool.map(lambda entry: _solve_tensor(file, entry, functools.partial(find, entry), each), entries)
+    reasons: dict[str, str] = {}
+    due: list[pieces.Piece] = []
+    for entry in entries:
+        mine = []
+        for number, rows in enumerate(each_matrix(file, entry.tensor)):
+            place = find(entry, number, rows)
+            if place is None or place[0].hessian is None:
+                reasons[entry.name] = place[0].unknown if place else NOWHERE
+                break
+            mine.append(pieces.of_matrix(entry, number, rows, *place))
+        due += [] if entry.name in reasons else mine
+    hands = pieces.deal(due, ranks.count)
+    found = ranks.gathered(pieces.solve(ranks.dealt(lambda: hands), layers, pool, each))
+    every = [pair for hand, done in zip(hands, found, strict=True) for pair in zip(hand, done, strict=True)]
+    named = {layer.name: layer for layer in layers}
+
+    def joined(entry: Entry) -> Result:
+        own = [(piece, done) for piece, done in every if piece.tensor == entry.name]
+        return reasons.get(entry.name) or _joined(file, entry, own, named)
+
+    return map(joined, entries)
+
+
+def _joined(
+    file: Gguf, entry: Entry, parts: list[tuple[pieces.Piece, pieces.Found]], layers: Mapping[str, moments.Layer]
+) -> Result:
+    """As of `_solve_tensor`, from what became of all its rows, in order."""
+    stored: dict[str, np.ndarray] = {entry.name: np.concatenate([done.packed for _, done in parts])}
+    if parts[0][1].side is not None:
+        stored[side_name(entry.name)] = np.stack([done.side for _, done in parts if done.side is not None])
+    weights = [len(piece.order) for piece, _ in parts]  # matrices of a tensor have equally many rows
+    errors = {s: float(np.average([done.errors[s] for _, done in parts], weights=weights)) for s in parts[0][1].errors}
+    pooled, tried, n_rows = [], np.zeros(3), entry.tensor.shape[-2]
+    for number, name in dict.fromkeys((piece.number, piece.layer) for piece, _ in parts):
+        layer, first = layers[name], number * n_rows
+        pooled += [f"{entry.name}[{number}]"] if layer.pooled else []
+        if layer.held:
+            rows = to_float32(file.read_rows(entry.tensor, first, n_rows), entry.tensor.type_id)
+            fed = decoded(entry, stored, number, slice(first, first + n_rows)).to(layer.weight.device)
+            tried += _tried(torch.from_numpy(rows).to(fed.device), fed, entry, layer)
+    return stored, errors, pooled, tried.tolist()
+
+
 def _solve_tensor(
     file: Gguf, entry: Entry, find: Callable[[int, np.ndarray], Place | None], each: solver.Each = map
-) -> tuple[dict[str, np.ndarray], dict[str, float], list[str], list[float]] | str:
+) -> Result:
     """What is stored, errors by stage, the experts that took the pooled Hessian, and as `Solved.tried`; or why not.
 
     find(number, rows): where matrix `number` of the tensor is. Stored: name -> uint8 [n_rows, row_bytes], and
@@ -508,10 +579,9 @@ def _solve_tensor(
             return layer.unknown
         if layer.pooled:
             pooled.append(f"{entry.name}[{number}]")
-        device = layer.hessian.device if families.on_gpu(entry.target) else torch.device("cpu")
-        with ON_GPU if device.type == "cuda" else contextlib.nullcontext():
-            weight = torch.from_numpy(rows).to(device)
-            solved = _coded(entry, weight, layer, order, each)
+        with pieces.turn(entry.coder, layer):
+            at = entry.name, entry.coder, entry.layout
+            weight, solved = pieces.of_rows(*at, torch.from_numpy(rows), layer, order, each)
             matrices.append(solved.packed.cpu().numpy())
             sides += [] if solved.side is None else [solved.side]
             errors.append(solved.errors)

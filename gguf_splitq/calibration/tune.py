@@ -35,7 +35,7 @@ from . import moments
 from .model import BATCH, CONTEXT, Model
 from .stored import decoded, rounded
 
-STEPS = {"scales": 64, "codes": 1280}  # by what is trained
+STEPS = {"scales": 64, "codes": 640}  # by what is trained
 DRAWN = 1 << 20  # tokens that the model draws, at most
 PASSES = 2  # over the calibration text before more is drawn
 RATE = 3e-3  # of scales and norms, relative to their own size

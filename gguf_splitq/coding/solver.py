@@ -149,21 +149,21 @@ def polished(
         rows.refit()
         return (nearest, fed, rows.error()), (rows.fmt.pack(rows.codes(), rows.params), rows.value().T)
 
-    size = _piece(len(weight), weight.shape[1], ON_GPU if weight.is_cuda else 1)
+    size = rows_together(len(weight), weight.shape[1], ON_GPU if weight.is_cuda else 1)
     stages, parts = zip(*each(work, weight.split(size)), strict=True)
     errors = (sum(stage) / len(weight) for stage in zip(*stages, strict=True))
     packed, values = (torch.cat(part) for part in zip(*parts, strict=True))
     return Solution(packed, values, dict(zip(("nearest", "feedback", "polish"), errors, strict=True)), damping)
 
 
-def _piece(n_rows: int, n_cols: int, times: int = 1) -> int:
+def rows_together(n_rows: int, n_cols: int, times: int = 1) -> int:
     """Rows coded at a time."""
     return min(n_rows, max(LEAST_ROWS, times * WEIGHTS // n_cols))
 
 
 def coding_bytes(n_rows: int, n_cols: int) -> int:
     """Bytes of memory that `solve` takes beside the Hessian and the rows, for each piece that is being coded."""
-    return BYTES * _piece(n_rows, n_cols) * n_cols
+    return BYTES * rows_together(n_rows, n_cols) * n_cols
 
 
 def damped(hessian: torch.Tensor, damping: float = DAMPING, size: torch.Tensor | float = 1.0) -> torch.Tensor:

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: MIT
+"""Several processes under torchrun: the result of one, its journal, a process that dies; rows dealt out and joined."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import crafted
+import numpy as np
+import pytest
+import torch
+
+from gguf_splitq import convert, errors, plan
+from gguf_splitq.calibration import moments, pieces, ranks, solve
+from gguf_splitq.coding import solver
+from gguf_splitq.files import gguf_file
+from gguf_splitq.types.columns import PLAIN
+
+TOKENS = 24 * 512  # three batches: two for the first process, one for the other
+ROOT = Path(__file__).parents[1]
+
+
+def launched(folder, *options, count=2, **started):
+    """`convert` in so many processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, "-m"]
+    command += ["gguf_splitq", "convert", folder, "--threads", count, *options]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=env, **started)
+
+
+def ended(child):
+    """What it said, when it has ended well."""
+    said = child.communicate()[1]
+    assert child.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def whole(runtime_library, tmp_path_factory):
+    """(checkpoint, options, {aim: what one process writes and reports})."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model = crafted.hf_folder(folder / "tiny", "mixtral", max_position_embeddings=512, bos_token_id=1)
+    options, made = dict(calib=str(crafted.DEMO / "calib.txt"), calib_tokens=TOKENS, threads=1, calib_dtype="f32"), {}
+    for aim in ("half", "plain"):
+        out = convert.convert(model, "sq4", folder / f"{aim}.gguf", aim=aim, report=folder / aim, **options)
+        made[aim] = crafted.read_gguf(out)[1], json.loads((folder / aim).read_text())["calibration"]
+    return model, options, made
+
+
+def given(options, outfile, aim="half"):
+    chosen = ["--type", "sq4", "--calib", options["calib"], "--calib-tokens", TOKENS, "--calib-dtype", "f32"]
+    return [*chosen, "--aim", aim, "--outfile", outfile, "--report", outfile.with_suffix(".json")]
+
+
+def nearly(found, expected):
+    """Tensors of two files: at least 98 % of a quantized one's bytes, all of others."""
+    assert found.keys() == expected.keys()
+    for name, (kind, data) in expected.items():
+        assert found[name][0] == kind
+        same = np.mean(np.asarray(found[name][1]) == np.asarray(data))
+        assert same == 1 or "SQ4" in kind and same > 0.98, (name, same)
+
+
+@pytest.mark.parametrize("aim", ["half", "plain"])
+def test_two_processes_give_what_one_does(whole, tmp_path, aim):
+    model, options, made = whole
+    tensors, report = made[aim]
+    said = ended(launched(model, *given(options, tmp_path / "out.gguf", aim)))
+    assert len(re.findall("^writing ", said, re.MULTILINE)) == 1  # one of them speaks
+    nearly(crafted.read_gguf(tmp_path / "out.gguf")[1], tensors)
+    found = json.loads((tmp_path / "out.json").read_text())["calibration"]
+    assert found["left"] == report["left"] == [] and found["pooled"] == report["pooled"]
+    for name, stages in report["errors"].items():
+        assert found["errors"][name] == pytest.approx(stages, rel=0.01)
+    what = "divergence" if aim == "half" else "held_out"
+    assert found[what] == pytest.approx(report[what], rel=0.01)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "out.json"}
+
+
+def test_kept_hessians_are_solved_by_all(whole, tmp_path):
+    model, options, made = whole
+    hessians = tmp_path / "hessians.gguf"
+    convert.convert(model, "sq3", tmp_path / "one.gguf", aim="plain", hessians=hessians, **options)
+    ended(launched(model, *given(options, tmp_path / "out.gguf", "plain"), "--hessians", hessians))
+    nearly(crafted.read_gguf(tmp_path / "out.gguf")[1], made["plain"][0])
+
+
+def test_without_a_calibration_the_first_does_all(tmp_path):
+    model = crafted.hf_folder(tmp_path / "tiny")
+    said = ended(launched(model, "--type", "q4_0", "--outfile", tmp_path / "two.gguf"))
+    assert len(re.findall("^writing ", said, re.MULTILINE)) == 1
+    convert.convert(model, "q4_0", tmp_path / "one.gguf", threads=1)
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+
+
+def test_wrong_options_are_told_once(tmp_path):
+    child = launched(tmp_path, "--type", "sq5", "--outfile", tmp_path / "out.gguf")
+    said = child.communicate()[1]
+    assert child.returncode and len(re.findall("^gguf-splitq: ", said, re.MULTILINE)) == 1 and "sq5" in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in Linux's /proc")
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_a_process_that_dies_ends_the_run_and_it_goes_on(whole, tmp_path, victim):
+    model, options, made = whole
+    child = launched(model, *given(options, tmp_path / "out.gguf"), start_new_session=True)
+    kept = tmp_path / ".out.gguf.unfinished"
+    while child.poll() is None and not (kept / "layer-00000.safetensors").exists():
+        time.sleep(0.01)
+    [number] = [n for n in children(child.pid) if f"RANK={victim}" in environment(n)]
+    os.kill(number, signal.SIGKILL)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode > 0 and not (tmp_path / "out.gguf").exists()
+    spoken = re.findall("^gguf-splitq: .*", said, re.MULTILINE)
+    assert len(spoken) == int(victim) and 'File "' + str(ROOT) not in said, said
+    if victim == "1":
+        ended(launched(model, *given(options, tmp_path / "out.gguf")))
+    else:  # one process goes on with what two have left
+        convert.convert(model, "sq4", tmp_path / "out.gguf", **options)
+    nearly(crafted.read_gguf(tmp_path / "out.gguf")[1], made["half"][0])
+    assert not kept.exists()
+
+
+def children(process):
+    return map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())
+
+
+def environment(process):
+    return Path(f"/proc/{process}/environ").read_text().split("\0")
+
+
+# Devices
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    assert ranks.own("cuda:1") == "cuda:1"
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ranks.own("cpu") == "cpu" and ranks.own("cuda") == "cuda:1" and not ranks.speaks()
+    with pytest.raises(errors.UsageError, match="--device cuda:1: under torchrun"):
+        ranks.own("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(errors.UsageError, match="2 processes and PyTorch sees 1 GPUs here: give --nproc-per-node 1"):
+        ranks.own("cuda")
+
+
+# Shares
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_all_of_it_in_order(count):
+    shares = []
+    for rank in range(count):
+        each = ranks.Alone()
+        each.rank, each.count = rank, count
+        shares.append(each.share("abcdef"[:5]))
+    assert "".join(part for _, part in shares) == "abcde" and len(shares[0][1]) == max(len(p) for _, p in shares)
+    assert all(start == sum(len(p) for _, p in shares[:i]) for i, (start, p) in enumerate(shares) if p)
+
+
+class Pretended(ranks.Alone):
+    """The first of some processes, which does the others' work when it gathers it."""
+
+    def __init__(self, layers, pool, count):
+        self.layers, self.pool, self.count = layers, pool, count
+
+    def dealt(self, make):
+        self.hands = make()
+        return self.hands[0]
+
+    def gathered(self, value):
+        return [value, *(pieces.solve(hand, self.layers, self.pool) for hand in self.hands[1:])]
+
+
+@pytest.mark.parametrize("name", ["sq4", "q4_k", "sq3w", "sq3c"])
+@pytest.mark.parametrize("count", [2, 5])
+def test_rows_that_are_dealt_out_become_what_they_would_alone(runtime_library, tmp_path, monkeypatch, name, count):
+    monkeypatch.setattr(solver, "LEAST_ROWS", 16)
+    monkeypatch.setattr(solver, "WEIGHTS", 16 * 256)
+    torch.manual_seed(0)
+    stacked, single = torch.randn(3, 48, 256).numpy(), torch.randn(64, 256).numpy()
+    tensors = {"blk.0.ffn_up_exps.weight": stacked, "blk.0.attn_q.weight": single}
+    file = gguf_file.read(crafted.write_gguf(tmp_path / "m.gguf", tensors, "F32"))
+    entries = plan.make(file.tensors, name)
+    layers = [moments.Layer(f"up[{i}]", torch.tensor(matrix)) for i, matrix in enumerate(stacked)]
+    layers.append(moments.Layer("q", torch.tensor(single).bfloat16()))  # not the rows of the file
+    x = torch.randn(1000, 256).double()
+    for layer in layers:
+        layer.hessian = x.T @ x / 1000
+        layer.held = [(x[:50].float(), torch.ones(50))]
+
+    def find(entry, number, rows):
+        return moments.match(rows, layers)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, many = (
+            dict(zip((e.name for e in entries), solve._solve_all(file, entries, find, layers, some, pool), strict=True))
+            for some in (ranks.Alone(), Pretended(layers, pool, count))
+        )
+    for entry in entries:
+        stored, stages, pooled, tried = one[entry.name]
+        for key, rows in stored.items():
+            assert np.array_equal(many[entry.name][0][key], rows)
+        assert many[entry.name][1] == pytest.approx(stages, rel=1e-4) and many[entry.name][2] == pooled
+        assert many[entry.name][3] == pytest.approx(tried, rel=1e-4) and all(tried)
+
+
+def test_each_gets_as_many_weights_as_any_other(monkeypatch):
+    monkeypatch.setattr(solver, "LEAST_ROWS", 1)
+    monkeypatch.setattr(solver, "WEIGHTS", 1)
+    sizes = [(40, 8), (10, 8), (10, 8), (8, 60)]
+    every = [pieces.Piece("a", i, "sq4", PLAIN, f"{i}", torch.arange(n), None, c) for i, (n, c) in enumerate(sizes)]
+    hands = pieces.deal(every, 3)
+    loads = [sum(len(piece.order) * piece.n_cols for piece in hand) for hand in hands]
+    assert sum(loads) == 960 and max(loads) - min(loads) <= 2 * 60
+    for i, (n, _) in enumerate(sizes):
+        assert torch.equal(torch.cat([p.order for hand in hands for p in hand if p.number == i]), torch.arange(n))
+    assert pieces.deal([], 3) == [[], [], []]
