@@ -128,12 +128,12 @@ def run(
     if tune and model.encoder:
         raise UnsupportedError(f"{folder}: --tune trains what a model writes, and this is an encoder: leave it out")
     known = Hessians(hessians, journal, len(model))
-    if (model.encoder or ranks.count > 1) and not known.has_ends():
-        known.keep_ends({})
     cache = known if hessians or aim == "half" else None
     sample = None
     if not (cache and cache.complete) or tune or aim == "half":
         sample = _sample(model, calib, tokens, journal, threads)
+    if (model.encoder or ranks.count > 1) and not known.has_ends():
+        known.keep_ends({})  # nobody measures them
     solved = Solved(tokens=sample[0].numel() if sample else tokens, dtype=dtype)
     if model.encoder:
         solved.measure = "1 - cosine"
