@@ -78,7 +78,9 @@ def llama(program: str, *args) -> str:
 
 def convert(model, type: str | None, outfile: Path, **options) -> Path:
     """`gguf_splitq.convert.convert` into build/, over what an earlier run left there."""
-    print(f"converting {model} to {type or format(options['bpw'], 'g') + ' bpw'}", flush=True)
+    print(
+        f"converting {model} to {type or format(options.get('bpw') or options['file_bpw'], 'g') + ' bpw'}", flush=True
+    )
     outfile.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return converter.convert(model, type, outfile=outfile, overwrite=True, **options)

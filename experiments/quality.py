@@ -12,6 +12,7 @@ solver or types, the texts or the options have changed is measured again.
   python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, plain, feedback, ...
   python -m experiments.quality --only sq4,Q4_K/imatrix    # types, or one row
   python -m experiments.quality --model ../shared/models/ref-a
+  python -m experiments.quality --files                    # whole files, as llama-quantize ships them: files.py
 """
 
 import contextlib
@@ -143,8 +144,10 @@ def source_hash() -> str:
     return digest(b"".join(p.read_bytes() for p in files))
 
 
-def measure(wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, rows: Rows, args) -> list[dict]:
-    """The rows of `wanted`, from disk where they are there."""
+def measure(
+    wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, rows: Rows, args, make=make, more=lambda *_: {}
+) -> list[dict]:
+    """The rows of `wanted`, from disk where they are there. more: what else is measured of a file."""
     common = {"f16": digest(f16.read_bytes()), "text": digest(text.read_bytes()), "chunks": chunks}
     common["pin"] = patching.pin()["commit"]
     data = {"calib": digest(calib.read_bytes()), "tokens": args.tokens}
@@ -163,10 +166,10 @@ def measure(wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, 
 
         def one(source: Run) -> dict:
             start = time.monotonic()
-            file = make(source, f16, matrix() if source.data == "imatrix" else None, args)
+            file = make(source, f16, matrix() if source.data in ("imatrix", "ours") else None, args)
             minutes = (time.monotonic() - start) / 60
             check_overlap(file, text)
-            result = base().compare(file) | {"minutes": minutes}
+            result = base().compare(file) | {"minutes": minutes} | more(file, args)
             if args.unpatched is not None and source.data == "feedback" and source.type in UNPATCHED:
                 result["unpatched_kld"] = by_upstream(base(), file, unpatched(args))
             return result
@@ -269,17 +272,9 @@ def claims_of(rows: list[dict]) -> list[dict]:
     return claims
 
 
-def plot(rows: list[dict], title: str, path: Path) -> None:
-    """KLD over stored bits, one series for each kind of type and data; the same rows give the same bytes."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed: pip install 'gguf-splitq[plot]'")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    series = {
+def series(rows: list[dict]) -> list[tuple[str, str, str, list[dict]]]:
+    """(label, marker, color, rows) of each kind of type and data."""
+    kinds = {
         "llama.cpp's types, no data": ("none", False, "v", "#8a8a8a"),
         "llama.cpp's types, importance matrix": ("imatrix", False, "o", "#3b82c4"),
         "llama.cpp's types, our feedback": ("feedback", False, "s", "#12a5b8"),
@@ -292,19 +287,35 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         "llama.cpp's types, codes trained": ("trained", False, "P", "#0b6b78"),
         "mixed by --bpw": ("bpw", False, "*", "#33a047"),
     }
+    return [
+        (label, marker, color, [r for r in rows if r["data"] == data and (r["type"] in OURS) == ours and r["bpw"] < 6])
+        for label, (data, ours, marker, color) in kinds.items()
+    ]
+
+
+def draw(series: list[tuple[str, str, str, list[dict]]], bits: str, where: str, title: str, path: Path) -> None:
+    """KLD over stored bits, those of `bits` in a row and `where` in words; the same rows give the same bytes."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed: pip install 'gguf-splitq[plot]'")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     # Grey letters on nothing are read on white and on black pages; letters stay letters.
     grey = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "#808080")
     with matplotlib.rc_context({"svg.hashsalt": "", "svg.fonttype": "none", "grid.color": "#808080"} | grey):
         figure, axes = pyplot.subplots(figsize=(9, 6.5))
-        for label, (data, ours, marker, color) in series.items():
-            points = [row for row in rows if row["data"] == data and (row["type"] in OURS) == ours and row["bpw"] < 6]
-            x, y = [row["bpw"] for row in points], [row["mean_kld"] for row in points]
+        for label, marker, color, points in series:
+            x, y = [row[bits] for row in points], [row["mean_kld"] for row in points]
             if points:
                 axes.scatter(x, y, label=label, marker=marker, color=color)
-            for row in points if data in ("imatrix", "feedback", *TRAINING, "bpw") else ():
-                near = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": color}
-                axes.annotate(row["type"], (row["bpw"], row["mean_kld"]), **near)
-        axes.set(yscale="log", xlabel="stored bits per weight, linear layers", ylabel="mean KL divergence to F16, nats")
+            for row in points:
+                if row["data"] in ("imatrix", "feedback", *TRAINING, "bpw", "ours"):
+                    near = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": color}
+                    axes.annotate(row["type"], (row[bits], row["mean_kld"]), **near)
+        axes.set(yscale="log", xlabel=f"stored bits per weight, {where}", ylabel="mean KL divergence to F16, nats")
         axes.set_title(title, fontsize=9)
         axes.grid(True, which="both", alpha=0.25)
         axes.legend(fontsize=8, framealpha=0)
@@ -313,10 +324,16 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     print(f"written: {path}")
 
 
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """`draw` the rows of all types."""
+    draw(series(rows), "bpw", "linear layers", title, path)
+
+
 def main() -> None:
     p = parser(__doc__)
     model_and_texts(p, "smollm2")
     p.add_argument("--tokens", type=int, default=131_072, help="tokens of the calibration text to use")
+    p.add_argument("--files", action="store_true", help="whole files instead, ours at the sizes of llama-quantize's")
     p.add_argument("--only", help="kinds of data, types, or TYPE/KIND, separated by commas")
     upstream = f"run the {' and '.join(UNPATCHED)} files with feedback by llama.cpp as upstream has it, too"
     p.add_argument("--unpatched", nargs="?", const="", metavar="DIR", help=f"{upstream}; built unless DIR has it")
@@ -324,16 +341,25 @@ def main() -> None:
     name, args.model = args.model.removesuffix("/").rpartition("/")[2].removesuffix(".gguf"), chosen(args)
     args.folder = BUILD / "quality" / name
     only = set(args.only.lower().split(",")) if args.only else None
-    wanted = [r for r in runs() if only is None or {r.type.lower(), r.data, f"{r.type.lower()}/{r.data}"} & only]
+    from . import files  # which takes what it shares from here
+
+    every = files.runs() if args.files else runs()
+    wanted = [r for r in every if only is None or {r.type.lower(), r.data, f"{r.type.lower()}/{r.data}"} & only]
 
     f16 = convert(args.model, "f16", args.folder / "f16.gguf", threads=args.threads)
-    found = measure(wanted, f16, args.text, args.calib, args.chunks, Rows(args.folder / "rows.json"), args)
+    rows = Rows(args.folder / ("files.json" if args.files else "rows.json"))
+    how = {"make": files.make, "more": files.more} if args.files else {}
+    found = measure(wanted, f16, args.text, args.calib, args.chunks, rows, args, **how)
     title = f"{name} on {args.chunks} chunks of {args.text.name}"
-    show(title, found, FORMATS)
-    claims = claims_of(found)
+    show(title, found, files.FORMATS if args.files else FORMATS)
+    claims = (files.claims_of if args.files else claims_of)(found)
+    what = "files" if args.files else "quality"
     settings = {"model": name, "text": args.text.name, "chunks": args.chunks, "tokens": args.tokens}
-    save(f"quality.{name}", settings | {"rows": found, "claims": claims}, args.keep)
-    plot(found, title, BUILD / f"quality.{name}.svg")
+    save(f"{what}.{name}", settings | {"rows": found, "claims": claims}, args.keep)
+    if args.files:
+        draw(files.series(found), "file_bpw", "whole file", title, BUILD / f"files.{name}.svg")
+    else:
+        plot(found, title, BUILD / f"quality.{name}.svg")
     judge(claims)
 
 

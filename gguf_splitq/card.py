@@ -53,7 +53,7 @@ def text(source: Gguf, base: str | None = None) -> str:
         "architecture": plain(source.get("general.architecture", str, "")),
         "parameters": display.parameters(found["weights"]),
         "type": plain(kind),
-        "stored bits per weight": f"{found['linear_bpw']:.2f} in linear layers, {found['bpw']:.2f} in all",
+        "stored bits per weight": f"{found['bpw']:.2f} in all, {found['linear_bpw']:.2f} in linear layers",
         "size": mib(found["size"]),
         "calibration": calibration(decided(source)),
         "license": plain(" ".join(filter(None, (said["license"], said["license.name"], said["license.link"])))),
@@ -96,9 +96,9 @@ def command(source: Gguf, base: str | None) -> str:
     """The command that made the file, with names in place of paths."""
     given, kind = decided(source), source.get("gguf_splitq.type", str, "")
     words = ["gguf-splitq", "convert", base or "MODEL"]
-    for key, value in (("plan", given.get("plan")), ("bpw", given.get("bpw")), ("type", kind)):
-        if value:
-            words += [f"--{key}", value]
+    for key in ("plan", "bpw", "file_bpw", "size", "type"):
+        if value := kind if key == "type" else given.get(key):
+            words += ["--" + key.replace("_", "-"), value]
             break
     for key, flag in FLAGS.items():
         for value in given[key] if isinstance(given.get(key), list) else [given[key]] if key in given else []:

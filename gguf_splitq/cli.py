@@ -46,7 +46,7 @@ CONVERT = """
 gguf-splitq convert MODEL --type q4_k --calib some.txt     # for any llama.cpp
 gguf-splitq convert MODEL --type sq4w --calib some.txt     # ours, 4.25 bits
 gguf-splitq convert MODEL --type sq4w                      # no text, seconds
-gguf-splitq convert MODEL --bpw 3.5 --calib some.txt       # an exact size
+gguf-splitq convert MODEL --size 1.8G --calib some.txt     # that size at most
 gguf-splitq convert MODEL --type sq3w --tensor-type ffn_down=sq4w --dry-run
 """
 DEQUANTIZE = """
@@ -364,13 +364,17 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     aside = "also write the vision or audio part (default: left out; without FILE: %(const)s beside the output)"
     g.add_argument("--mmproj", nargs="?", const="mmproj-{name}.gguf", metavar="FILE", help=aside)
 
-    g = p.add_argument_group("to which type", "One of --type, --bpw and --plan is needed.")
+    g = p.add_argument_group("to which type", "One of --type, --bpw, --file-bpw, --size and --plan is needed.")
     g.add_argument(
         "--type", help="type of the linear layers: q4_k for any llama.cpp, sq4w for ours; see `gguf-splitq types`"
     )
-    bpw = "an exact size: a type for each tensor, X bits per weight (no default); 2.3 to 8.5; needs --calib"
+    bpw = "a type for each linear layer, X bits per weight in these (no default); 2.3 to 8.5; needs --calib"
     g.add_argument("--bpw", type=float, metavar="X", help=bpw)
-    g.add_argument("--save-plan", metavar="JSON", help="keep the types that --bpw chose (default: not kept)")
+    whole = "a type for each tensor, X bits per weight in the whole file (no default); 2.3 to 8.5; needs --calib"
+    g.add_argument("--file-bpw", type=float, metavar="X", help=whole)
+    size = "the same, for a file of at most that size, such as 800M or 1.8G (no default); needs --calib"
+    g.add_argument("--size", metavar="SIZE", help=size)
+    g.add_argument("--save-plan", metavar="JSON", help="keep the types that a budget chose (default: not kept)")
     g.add_argument("--plan", dest="plan_file", metavar="JSON", help="types that --save-plan kept (no default)")
     many = "type of tensors by name, such as ffn_down=sq4 (default: none); may be repeated, the first match wins"
     g.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help=many)

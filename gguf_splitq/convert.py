@@ -35,16 +35,17 @@ PROMISED_RAM = 1_500_000_000  # bytes, beside three times the largest tensor
 class Job:
     """A conversion that is decided.
 
-    make: tensor -> type, to the plan's entries. mix: the types that --plan or --bpw chose. importance: tensor ->
-    float32 [experts * n_cols]. kv: the metadata without what `metadata` adds. solvers: matrices solved at a time.
-    spare: bytes of memory that --max-ram leaves to hidden states. at_once: encode while the checkpoint is being read.
-    loads: whether the finished file is to be loaded.
+    make: tensor -> type, to the plan's entries. budget: what types are still to be chosen for. mix: those that a plan
+    or a budget chose. importance: tensor -> float32 [experts * n_cols]. kv: the metadata without what `metadata` adds.
+    solvers: matrices solved at a time. spare: bytes of memory that --max-ram leaves to hidden states. at_once: encode
+    while the checkpoint is being read. loads: whether the finished file is to be loaded.
     """
 
     given: options.Convert
     source: checkpoint.Source
     make: Callable[[Mapping[str, str] | None], list[plan.Entry]]
     entries: list[plan.Entry]
+    budget: mix.Budget | None
     mix: mix.Mix | None
     importance: Mapping[str, np.ndarray]
     kv: dict[str, Value]
@@ -65,7 +66,7 @@ class Job:
     def metadata(self) -> dict[str, Value]:
         """The output's."""
         given = self.given
-        target = mix.most_used(self.entries, self.architecture) if given.budget else types.get(given.base)
+        target = mix.most_used(self.entries, self.architecture) if given.mixed else types.get(given.base)
         return output.metadata(self.kv, target, deciding(given), given.label)
 
 
@@ -121,10 +122,13 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
     head = source.header
     importance = matrix.for_tensors(head.tensors) if matrix else None
     architecture = head.get("general.architecture", str, "")
+    base = given.base
+    if given.room is not None:
+        base = mix.base(8 * given.room / max(1, sum(t.n_weights for t in head.tensors)))
     make = functools.partial(
         plan.make,
         head.tensors,
-        given.base,
+        base,
         given.tensor_type,
         given.token_embedding_type,
         given.output_tensor_type,
@@ -132,35 +136,43 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
         importance,
         claq_metric=given.claq_metric,
     )
-    entries = make()
-    if given.plan and given.plan_file:
-        mix.check_names(given.plan, entries, given.plan_file, architecture)
-        entries = make(given.plan.types)
-    elif given.bpw is not None:
-        mix.check(entries, given.bpw, architecture)
-        measured = {t.name for found in mix.candidates(entries).values() for t in found}
-        options.check_library(sorted(measured), weighted=True)
-    solvers, spare, peak, at_once = memory_needs(given, source, entries)
-    vram = gpu_needs(given, entries)
+    entries = likely = make()
     kv = {key: value for key, value in head.kv.items() if not key.startswith("quantize.")}
     kv |= matrix.metadata() if matrix else {}
+    if given.calib and given.calib != "self" and not given.plans_only:
+        kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text.whole(Path(given.calib))))
+    budget = given.budget
+    if given.plan and given.plan_file:
+        mix.check_names(given.plan, entries, given.plan_file, architecture)
+        entries = likely = make(given.plan.types)
+    elif given.measures:
+        free = mix.candidates(entries, whole=given.bpw is None)
+        likely = make(dict.fromkeys(free, base))  # what memory is stated for
+        if given.room is not None:
+            said = output.metadata(kv, types.get(base), deciding(given), given.label)
+            budget = mix.Budget.of_size(given.room, len(rewrite.header(said, likely, given.container)), entries)
+        assert budget
+        mix.check(entries, budget, architecture)
+        measured = {t.name for found in mix.candidates(entries, budget.whole).values() for t in found}
+        options.check_library(sorted(measured), weighted=True)
+    solvers, spare, peak, at_once = memory_needs(given, source, likely)
+    vram = gpu_needs(given, likely)
     loads = given.load and loading.check_plan(source, entries, kv, given.scratch, given.container)
     if not given.plans_only:
         require_space(given, source, entries)
         what = "measuring" if given.dry_run else "writing"
         gpu = f", and of a GPU's by estimate {gguf_file.mib(vram)} and hidden states" if vram else ""
         display.say(f"{what} {given.path}, in at most about {gguf_file.mib(peak)} of memory{gpu}")
-        if given.calib and given.calib != "self":
-            kv["gguf_splitq.calib_lines"] = Value.of(overlap.fingerprint(text.whole(Path(given.calib))))
-    return Job(given, source, make, entries, given.plan, importance or {}, kv, solvers, spare, at_once, loads)
+    return Job(given, source, make, entries, budget, given.plan, importance or {}, kv, solvers, spare, at_once, loads)
 
 
 def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
-    """The job with the types that cost the least divergence under --bpw, measured on the text."""
+    """The job with the types that cost the least divergence under its budget, measured on the text."""
     from .calibration import sensitivity
 
-    given, wanted = job.given, mix.candidates(job.entries)
-    assert given.calib and given.bpw is not None  # Convert.check
+    given, budget = job.given, job.budget
+    assert given.calib and budget  # Convert.check
+    wanted = mix.candidates(job.entries, budget.whole)
     step = functools.partial(progress.step, "measuring sensitivity")
     costs = sensitivity.of_checkpoint(
         job.source.path,
@@ -173,7 +185,7 @@ def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
         step,
         given.processor,
     )
-    chosen = mix.choose(job.entries, costs, given.bpw, job.architecture)
+    chosen = mix.choose(job.entries, costs, budget, job.architecture)
     entries = job.make(chosen.types)
     display.say(mix.summary(chosen, entries, job.architecture))
     if given.save_plan:
@@ -228,6 +240,9 @@ def write(
     progress.start(job.entries)
 
     def check(written: Path) -> None:
+        if given.room is not None and written.stat().st_size > given.room:
+            cause = "a tensor has weights that its type cannot hold and took a larger one"
+            raise UsageError(f"--size {given.size} is missed, {cause}: give a little more than is needed")
         if job.loads:
             loading.check_file(written, job.source)
 
@@ -254,13 +269,14 @@ def report(job: Job, entries: Sequence[plan.Entry], stats: Sequence[rewrite.Stat
         "file": given.path.name,
         "size": given.path.stat().st_size,
         "bpw": plan.bpw(entries),
+        "linear_bpw": plan.bpw(e for e in entries if plan.is_linear(e.tensor, job.architecture)),
         **{key: kv[f"gguf_splitq.{key}"].python for key in ("version", "type", "llama_cpp")},
         "options": deciding(given),
         "fallbacks": plan.fallbacks(entries),
         "notes": job.source.notes,
         "without_importance": [n for n in weighted if n not in job.importance] if given.imatrix else None,
         "calibration": solved and solved.report(),
-        "budget": job.mix and {"bpw": job.mix.bpw, "costs": job.mix.costs},
+        "budget": job.mix and {"bpw": job.mix.bpw, "whole": job.mix.whole, "costs": job.mix.costs},
         "tensors": [tensor_report(e, s, e.name in job.importance) for e, s in zip(entries, stats, strict=True)],
     }
     display.show_summary(given.path, entries, stats, result)
@@ -329,7 +345,7 @@ def require_space(given: options.Convert, source: checkpoint.Source, entries: Se
     if not given.dry_run:
         needed += sum(e.n_bytes for e in entries) + (source.mmproj.stat().st_size if source.mmproj else 0)
     if given.calib and not given.dry_run:
-        inside = [e for e in entries if e.quantized and e.name.startswith("blk.")]
+        inside = [e for e in entries if e.quantized and (e.name.startswith("blk.") or e.name in plan.ENDS)]
         kept = sum(e.n_bytes for e in inside)
         joined, hessians = dict(given.writes).get("--hessians"), sum(_measured(e, given) for e in inside)
         if joined or given.aim == "half":
@@ -348,6 +364,8 @@ def require_space(given: options.Convert, source: checkpoint.Source, entries: Se
 def _measured(entry: plan.Entry, given: options.Convert) -> int:
     """Bytes of what is measured of a tensor: the weights of tokens, of which few experts see each, or Hessians."""
     count = entry.tensor.n_rows // entry.tensor.shape[-2]
+    if entry.name in plan.ENDS:
+        return 8 * entry.tensor.n_cols**2 + 4 * given.calib_tokens
     if given.aim == "plain":
         return 4 * entry.tensor.n_cols**2 * count
     return 8 * given.calib_tokens * min(count, 8)
@@ -356,7 +374,8 @@ def _measured(entry: plan.Entry, given: options.Convert) -> int:
 def deciding(given: options.Convert) -> dict:
     """What of the command line decides the output's bytes, defaults left out; files by name, not by path."""
     found: dict[str, Any] = {
-        "bpw": given.budget,
+        "file_bpw" if given.budget and given.budget.whole else "bpw": given.budget and given.budget.bpw,
+        "size": given.room,
         "plan": given.plan_file and Path(given.plan_file).name,
         "tensor_type": list(given.tensor_type),
         "token_embedding_type": given.token_embedding_type,

@@ -46,7 +46,8 @@ def show_plan(path: Path, entries: Sequence[plan.Entry]) -> None:
 
 def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stats], result: dict) -> None:
     """One row per type, then what did not go as asked."""
-    table = Table(title=f"{printable(str(path))}: {gguf_file.mib(result['size'])}, {result['bpw']:.3f} bpw")
+    bits = f"{result['bpw']:.3f} bpw, linear layers {result['linear_bpw']:.3f} bpw"
+    table = Table(title=f"{printable(str(path))}: {gguf_file.mib(result['size'])}, {bits}")
     table.add_column("type")
     for column in ("tensors", "weights", "size", "bpw", "SQNR dB", "largest error"):
         table.add_column(column, justify="right")

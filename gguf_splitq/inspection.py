@@ -63,8 +63,13 @@ def describe(source: gguf_file.Gguf) -> dict:
 
 def linear_bpw(file: str | Path) -> float:
     """Stored bits per weight over the weights of linear layers: no embeddings, no output, no norms. 0 if none."""
+    return both_bpw(file)[1]
+
+
+def both_bpw(file: str | Path) -> tuple[float, float]:
+    """Stored bits per weight of all tensors, and `linear_bpw`."""
     with gguf_file.read(file) as source:
-        return _linear_bpw(source)
+        return _row(source.tensors, columns.owners(source.tensors))["bpw"], _linear_bpw(source)
 
 
 def kind(name: str) -> str:

@@ -80,7 +80,8 @@ class Convert(Options):
     """What `convert` is given.
 
     bpw, instead of `type`: types for the linear layers that cost the least divergence at that many stored bits per
-    weight, measured on `calib`; save_plan writes them to a JSON file, which plan_file reads, instead of both.
+    weight, measured on `calib`; file_bpw, the same for all tensors of the file, and size, for its bytes, as of max_ram.
+    save_plan writes such types to a JSON file, which plan_file reads, instead of all of these.
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
@@ -102,6 +103,8 @@ class Convert(Options):
     type: str | None = None
     outfile: str | Path = _path("written", "--outfile", output.TEMPLATE, at="path")
     bpw: float | None = None
+    file_bpw: float | None = None
+    size: str | int | None = None
     plan_file: str | Path | None = _path("read", "--plan", None)
     save_plan: str | Path | None = _path("written", "--save-plan", None)
     tensor_type: Iterable[str] = ()
@@ -143,6 +146,11 @@ class Convert(Options):
         return parse_size(self.max_ram)
 
     @functools.cached_property
+    def room(self) -> int | None:
+        """Bytes of the file at most."""
+        return parse_size(self.size, "--size")
+
+    @functools.cached_property
     def vram(self) -> int | None:
         """Bytes of a GPU's memory to stay below."""
         return parse_size(self.max_vram, "--max-vram")
@@ -153,14 +161,23 @@ class Convert(Options):
         return mix.load(self.plan_file) if self.plan_file else None
 
     @property
-    def budget(self) -> float | None:
-        """Bits per weight, those of a saved plan too."""
-        return self.plan.bpw if self.plan else self.bpw
+    def budget(self) -> mix.Budget | None:
+        """That of a saved plan too; None without one, and of `size`, which is known with the model alone."""
+        if self.plan:
+            return mix.Budget(self.plan.bpw, self.plan.whole)
+        if self.file_bpw is not None:
+            return mix.Budget(self.file_bpw, True)
+        return None if self.bpw is None else mix.Budget(self.bpw)
 
     @property
     def measures(self) -> bool:
         """Whether types are chosen here, by running the model."""
-        return self.bpw is not None
+        return any(given is not None for given in (self.bpw, self.file_bpw, self.size))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether tensors have the types of a budget."""
+        return self.measures or self.plan is not None
 
     @property
     def plans_only(self) -> bool:
@@ -170,12 +187,14 @@ class Convert(Options):
     @property
     def base(self) -> str:
         """The type of what neither a rule nor a plan decides."""
-        return self.type if self.type is not None else mix.base(self.budget or 0)
+        return self.type if self.type is not None else mix.base(self.budget.bpw if self.budget else 0)
 
     @property
     def label(self) -> str:
         """What stands for {type} in the output's name."""
-        return types.get(self.base).name if self.budget is None else mix.label(self.budget)
+        if self.room is not None:
+            return "".join(str(self.size).split())
+        return mix.label(self.budget.bpw, self.budget.whole) if self.budget else types.get(self.base).name
 
     @functools.cached_property
     def path(self) -> Path:
@@ -253,10 +272,10 @@ class Convert(Options):
     def check(self) -> None:
         """Raise what is wrong with these options, the model's own content aside."""
         self.check_paths()
-        _ = self.workers, self.limit, self.vram
+        _ = self.workers, self.limit, self.room, self.vram
         if self.device != "auto":
             check_device(self.device)
-        check_choice(self.type, self.bpw, self.plan_file, self.save_plan, self.calib)
+        check_choice(self.type, self.bpw, self.file_bpw, self.size, self.plan_file, self.save_plan, self.calib)
         check_calibration(self.calib, self.calib_tokens, self.imatrix, self.hessians, self.tune, self.tune_steps)
         self.check_files(Path(self.model))
         check_outputs(self.writes, self.overwrite)
@@ -273,9 +292,8 @@ class Convert(Options):
         """EnvironmentFailed when a type that is asked for needs the C library and that is not built."""
         rules = [rule.rpartition("=")[2] for rule in self.tensor_type if "=" in rule]
         planned = self.plan.types.values() if self.plan else ()
-        check_library((self.base, *planned, *rules), bool(self.imatrix or self.calib))
-        others = [name for name in (self.token_embedding_type, self.output_tensor_type) if name]
-        check_library(others, bool(self.imatrix))
+        ends = [name for name in (self.token_embedding_type, self.output_tensor_type) if name]
+        check_library((self.base, *planned, *rules, *ends), bool(self.imatrix or self.calib))
 
 
 @dataclass(frozen=True)
@@ -555,19 +573,26 @@ def parse_size(size: str | int | None, option: str = "--max-ram") -> int | None:
 def check_choice(
     type: str | None,
     bpw: float | None,
+    file_bpw: float | None,
+    size: str | int | None,
     plan_file: str | Path | None,
     save_plan: str | Path | None,
     calib: str | Path | None,
 ) -> None:
     """UsageError unless exactly one of type, budget and plan is given, and with a budget a text to measure on."""
-    if sum(given is not None for given in (type, bpw, plan_file)) != 1:
-        raise UsageError("what the tensors become is not clear: give one of --type, --bpw and --plan")
-    if bpw is not None and not 0 < bpw < 32:
-        raise UsageError(f"--bpw {bpw:g} is no number of bits for a weight: give for example 3.5")
-    if bpw is not None and not calib:
-        raise UsageError("--bpw measures on a text what each type costs: give --calib TEXT, or --calib self")
-    if save_plan is not None and bpw is None:
-        raise UsageError(f"--save-plan {save_plan}: only --bpw makes a plan: give that")
+    if sum(given is not None for given in (type, bpw, file_bpw, size, plan_file)) != 1:
+        raise UsageError(
+            "what the tensors become is not clear: give one of --type, --bpw, --file-bpw, --size and --plan"
+        )
+    budgets = {"--bpw": bpw, "--file-bpw": file_bpw, "--size": size}
+    budget = next((option for option, given in budgets.items() if given is not None), None)
+    for option, bits in (("--bpw", bpw), ("--file-bpw", file_bpw)):
+        if bits is not None and not 0 < bits < 32:
+            raise UsageError(f"{option} {bits:g} is no number of bits for a weight: give for example 3.5")
+    if budget and not calib:
+        raise UsageError(f"{budget} measures on a text what each type costs: give --calib TEXT, or --calib self")
+    if save_plan is not None and not budget:
+        raise UsageError(f"--save-plan {save_plan}: only --bpw, --file-bpw and --size make a plan: give one of them")
     if save_plan is not None and not Path(save_plan).absolute().parent.is_dir():
         raise UsageError(f"--save-plan {save_plan}: its folder does not exist: create it first")
 

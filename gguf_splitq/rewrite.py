@@ -235,10 +235,11 @@ def errors(decoded: np.ndarray, rows: np.ndarray) -> tuple[float, float, float]:
         return float(np.square(rows, out=decoded).sum(dtype=np.float64)), error, largest
 
 
-def each_matrix(file: Gguf, tensor: Tensor) -> Iterator[np.ndarray]:
-    """float32 [rows, columns] of a tensor's matrix, or of one expert after the other."""
-    for first in range(0, tensor.n_rows, tensor.shape[-2]):
-        yield to_float32(file.read_rows(tensor, first, tensor.shape[-2]), tensor.type_id)
+def each_matrix(file: Gguf, tensor: Tensor, step: int | None = None) -> Iterator[np.ndarray]:
+    """float32 [rows, columns] of a tensor's matrix, or of one expert after the other; of `step` rows when given."""
+    step = step or tensor.shape[-2]
+    for first in range(0, tensor.n_rows, step):
+        yield to_float32(file.read_rows(tensor, first, min(step, tensor.n_rows - first)), tensor.type_id)
 
 
 def encode(source: Gguf, job: Job) -> Chunk:

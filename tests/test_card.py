@@ -73,6 +73,9 @@ def test_a_stock_type_runs_everywhere(model, tmp_path):
         (dict(calib="self", calib_tokens=4096, sampling={"n": 1}, bpw=3.5), None,
          "gguf-splitq convert MODEL --bpw 3.5 --calib self --calib-tokens 4096",
          "error feedback on 4096 tokens of text that the model wrote"),
+        (dict(calib="self", calib_tokens=4096, sampling={"n": 1}, file_bpw=4.5), None,
+         "gguf-splitq convert MODEL --file-bpw 4.5 --calib self --calib-tokens 4096",
+         "error feedback on 4096 tokens of text that the model wrote"),
         (dict(plan="p.json", bpw=3.5, imatrix="i.dat"), None,
          "gguf-splitq convert MODEL --plan p.json --imatrix i.dat", "importance matrix i.dat"),
     ],
@@ -158,7 +161,7 @@ def measured(model, monkeypatch):
                 pass
 
             def compare(self, file):
-                return RESULT | {"bpw": 4.25, "size": 1} | numbers
+                return RESULT | {"file_bpw": 4.5, "bpw": 4.25, "size": 1} | numbers
 
         monkeypatch.setattr(validate, "Baseline", Baseline)
         return cli.main(["validate", "m-sq4.gguf", "--baseline", "m.gguf", "--text", text, "--card", "README.md"])

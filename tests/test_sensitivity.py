@@ -70,7 +70,7 @@ def test_experts_are_measured_together_and_strangers_left_out(runtime_library, t
     names = ["blk.0.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight", "blk.1.attn_q.weight", "token_embd.weight"]
     with gguf_file.read(path) as file:
         costs = sensitivity.measure(model, tokens, file, {name: [types.get("sq3")] for name in names}, tmp_path)
-    assert costs.keys() == set(names[:3]) and all(c["sq3"] > 0 for c in costs.values())
+    assert costs.keys() == set(names) and all(c["sq3"] > 0 for c in costs.values())
     with gguf_file.read(crafted.write_gguf(tmp_path / "other.gguf", crafted.llama_tensors())) as file:
         stranger = {"blk.0.ffn_up.weight": [types.get("sq3")]}
         assert sensitivity.measure(model, tokens, file, stranger, tmp_path) == {}
@@ -96,7 +96,7 @@ def test_the_mix_keeps_to_the_budget_and_to_the_rows(tmp_path):
     assert [t.name for t in kinds["blk.0.attn_q.weight"]] == ["sq2w", "sq3w", "sq4w", "q5_k", "q6_k", "q8_0"]
     assert [t.name for t in kinds["blk.0.ffn_down.weight"]] == ["sq2w", "sq3w", "sq4w", "q8_0"]  # rows of 288
     assert not any("ffn_up" in name or "embd" in name or "output.weight" == name for name in kinds)
-    mixed = mix.choose(found, costs(found), 4.5)
+    mixed = mix.choose(found, costs(found), mix.Budget(4.5))
     made = plan.make([e.tensor for e in found], "sq2", ["ffn_up=q8_0"], chosen=mixed.types)
     assert 4.4 < plan.bpw(e for e in made if plan.is_linear(e.tensor)) <= 4.5
     assert {e.name: e.target_name for e in made if e.reason == "bit budget"} == mixed.types
@@ -105,15 +105,15 @@ def test_the_mix_keeps_to_the_budget_and_to_the_rows(tmp_path):
     assert "4.5, expected" in mix.summary(mixed, made)
 
     unknown = {name: c for name, c in costs(found).items() if "attn_q" not in name}
-    assert mix.choose(found, unknown, 4.5).types["blk.1.attn_q.weight"] == "sq2"
+    assert mix.choose(found, unknown, mix.Budget(4.5)).types["blk.1.attn_q.weight"] == "sq2"
     with pytest.raises(UsageError, match=r"--bpw 1.5 cannot be met.* 3\.\d+ bits"):
-        mix.check(found, 1.5)
-    mix.check(found, 4)
+        mix.check(found, mix.Budget(1.5))
+    mix.check(found, mix.Budget(4))
 
 
 def test_a_plan_is_read_as_it_was_saved_and_only_for_its_model(tmp_path):
     found, path = entries(), tmp_path / "plan.json"
-    mixed = mix.choose(found, costs(found), 3.0)
+    mixed = mix.choose(found, costs(found), mix.Budget(3.0))
     mix.save(mixed, path)
     assert mix.load(path) == mixed
     mix.check_names(mixed, found, path)
@@ -132,6 +132,7 @@ def test_a_plan_is_read_as_it_was_saved_and_only_for_its_model(tmp_path):
         '{"bpw": 3, "types": {"t": "sq3"}, "costs": {"t": {"sq4": 1}}}',
         '{"bpw": 3, "types": {"t": "sq3"}, "costs": {"u": {"sq3": 1}}}', '{"bpw": 1e999, "types": {}, "costs": {}}',
         '{"bpw": true, "types": {}, "costs": {}}', '{"bpw": 1' + "0" * 400 + ', "types": {}, "costs": {}}',
+        '{"bpw": 3, "types": {}, "costs": {}, "whole": 1}',
         '{"bpw": 3}', '{"bpw": "3", "types": {}, "costs": {}}', '{"bpw": 3, "types": 1, "costs": {}}',
     ],
 )  # fmt: skip
@@ -165,7 +166,7 @@ def test_conversion_under_a_budget_and_by_its_plan(runtime_library, tmp_path, ca
     assert file["metadata"]["general.file_type"] in (types.get(name).file_type for name in ("sq3w", "sq4w"))
     assert json.loads(file["metadata"]["gguf_splitq.options"])["bpw"] == 3.5
     chosen = json.loads(saved.read_text())
-    assert json.loads(report.read_text())["budget"] == {key: chosen[key] for key in ("bpw", "costs")}
+    assert json.loads(report.read_text())["budget"] == {key: chosen[key] for key in ("bpw", "whole", "costs")}
     stored = {row["name"]: row["type"] for row in json.loads(report.read_text())["tensors"]}
     assert chosen["types"].items() <= stored.items() and len(chosen["types"]) == 14
 
@@ -177,11 +178,11 @@ def test_conversion_under_a_budget_and_by_its_plan(runtime_library, tmp_path, ca
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        ([], "one of --type, --bpw and --plan"),
-        (["--type", "sq4", "--bpw", "3"], "one of --type, --bpw and --plan"),
+        ([], "one of --type, --bpw, --file-bpw, --size and --plan"),
+        (["--type", "sq4", "--bpw", "3"], "one of --type, --bpw, --file-bpw, --size and --plan"),
         (["--bpw", "3"], "give --calib TEXT"),
         (["--bpw", "nan", "--calib", "self"], "--bpw nan"),
-        (["--type", "sq4", "--save-plan", "plan.json"], "only --bpw makes a plan"),
+        (["--type", "sq4", "--save-plan", "plan.json"], "only --bpw, --file-bpw and --size make a plan"),
         (["--bpw", "3", "--calib", "self", "--save-plan", "nowhere/plan.json"], "does not exist"),
         (["--plan", "nowhere.json"], "cannot be read"),
     ],

@@ -10,6 +10,9 @@ Least squares over the calibration tokens, each counted by its Fisher informatio
 and the solver codes W' against H. The whole correction is GPTAQ's (Li et al., arXiv 2504.02692) and that of Qronos
 (Zhang et al., arXiv 2505.11695); more than half of it fits the calibration text better and other texts worse.
 
+The output matrix comes last. Its e is W (x - x'), so the sum is W times one of the size of H, whatever the vocabulary.
+Embeddings are stored before the first layer, which repairs half of their error as of any other (ends.py).
+
 Layers go from the first to the last, and matrices in stages: those with the same inputs (q, k, v; gate, up) are solved
 at once, those behind them afterwards. In a layer with experts the stored model is routed as the float model is, so that
 an expert sees the same tokens in both.
@@ -32,6 +35,7 @@ from torch.nn.functional import kl_div
 
 from ..coding import solver
 from . import fisher, moments
+from .ends import Standing
 from .model import BATCH, Model, OnDisk
 from .moments import ALONE, Key, Layer
 from .ranks import Alone
@@ -65,6 +69,7 @@ def information(
     keep: Callable[[int, Weights], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Alone = ALONE,
+    ends: fisher.Ends | None = None,
 ) -> None:
     """Calls keep(decoder layer, weights of its tokens), the last layer first. Errors as of `fisher.backward`.
 
@@ -82,7 +87,7 @@ def information(
             found.setdefault(key, {}).update({begin + batch: torch.cat(list(parts))} if parts else {})
 
     with fisher.workers(threads) as pool:
-        for index, _ in fisher.backward(model, batches, take, see, scratch, pool, progress, before):
+        for index, _ in fisher.backward(model, batches, take, see, scratch, pool, progress, before, ends):
             every: dict[Key, dict[int, torch.Tensor]] = {}
             for key, parts in itertools.chain(*(part.items() for part in ranks.gathered(found))):
                 every.setdefault(key, {}).update(parts)
@@ -102,6 +107,7 @@ def run(
     done: Collection[int] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Alone = ALONE,
+    ends: Standing | None = None,
 ) -> Generator[Stage, None, dict[str, float] | None]:
     """Yields stage after stage, the first layer first; its layers have `hessian` and `pull`, and are given `stored`.
 
@@ -110,12 +116,16 @@ def run(
     CONTEXT]. held: others, at most BATCH, for which layers are given `nearest` as well. weights(index): what
     `information` kept. wanted(index, layers): the names of those that are not stored as they are. done: decoder layers
     that come as one stage, not measured, because what is stored of them is known. ranks: the processes that share the
-    tokens, all of which take the same stages; what is held, known, wanted and stored is asked of the first. The same
-    tokens give the same bits at any number of threads. Raises InputError when an activation is NaN or Inf.
+    tokens, all of which take the same stages; what is held, known, wanted and stored is asked of the first. ends: what
+    stands there, of one process; its output comes as a stage behind the last layer, with `drift` in place of `pull`.
+    The same tokens give the same bits at any number of threads. Raises InputError when an activation is NaN or Inf.
     """
+    ends = ends or Standing()
     begin, batches = ranks.share(tokens.split(BATCH))
-    streams = [model.inputs(batches, scratch) for _ in range(2)]
-    tried = [hidden for hidden in model.inputs(held) for _ in range(3)] if len(held) else []
+    streams = [_begun(model, batches, instead, scratch) for instead in ({}, ends.stored)]
+    tried = []
+    if len(held):
+        tried = [hidden for instead in ({}, ends.nearest, ends.stored) for hidden in _begun(model, held, instead)]
     with fisher.workers(threads) as pool:
         for index in range(len(model)):
             with model.layer(index, index + 1) as module:
@@ -136,19 +146,70 @@ def run(
                     instead: list[Mapping[Key, torch.Tensor]] = [{}, decoder.nearest, decoder.stored]
                     tried = [decoder.through(*pair) for pair in zip(tried, instead, strict=True)]
             progress(index + 1, len(model))
+        if ends.output is not None:
+            if len(model) not in done:
+                _measure_output(model, ends.output, ends.weights, streams, pool)
+            yield Stage(len(model), [ends.output], True)
+            ends.put("output", ends.output)
     if not tried:
         return None
+    exact, *others = tried
     with model.heads() as head, torch.no_grad():
-        compared = _turned if model.encoder else _divergences
-        return dict(zip(("nearest", "feedback"), compared(head, *tried), strict=True))
+        compared = _turned if model.encoder else _divergence
+        found = [compared(model, head, exact, *pair) for pair in zip(others, (ends.nearest, ends.stored), strict=True)]
+    return dict(zip(("nearest", "feedback"), found, strict=True))
 
 
 def moved(weight: torch.Tensor, layer: Layer, order: torch.Tensor) -> torch.Tensor:
     """float32 [n_rows, n_cols]: the aim for rows `weight` of a matrix, whose numbers in it are `order`."""
-    if layer.pull is None or layer.hessian is None:
+    if layer.hessian is None:
+        return weight
+    if layer.drift is not None:
+        pull = weight.to(layer.drift) @ layer.drift
+    elif layer.pull is not None:
+        pull = layer.pull[order]
+    else:
         return weight
     factor = torch.linalg.cholesky(solver.damped(layer.hessian, RIDGE))
-    return weight + SHARE * torch.cholesky_solve(layer.pull[order].T, factor).T.to(weight)
+    return weight + SHARE * torch.cholesky_solve(pull.T, factor).T.to(weight)
+
+
+def _begun(
+    model: Model,
+    tokens: torch.Tensor | Sequence[torch.Tensor],
+    instead: Mapping[str, torch.Tensor],
+    scratch: Path | None = None,
+) -> Any:
+    """`Model.inputs` with other matrices at the ends."""
+    with model.standing(instead):
+        return model.inputs(tokens, scratch)
+
+
+def _measure_output(
+    model: Model, layer: Layer, weights: torch.Tensor | None, streams: Sequence[Iterable], pool: Executor
+) -> None:
+    """Gives the output matrix its Hessian and its drift. weights: float32 |g|^2 of all tokens, in order."""
+    if weights is None:
+        return
+    moment, first = moments.Moment(), 0
+    with model.heads() as head:
+        inputs = functools.partial(_inputs, head, model.module.get_output_embeddings())
+        for both in zip(*streams, strict=True):
+            exact, stored = (fisher.each_part(model, pool, inputs, hidden) for hidden in both)
+            pairs = [_Pair(b, a.float() - b.float()) for a, b in zip(exact, stored, strict=True)]
+            count = sum(len(pair.x) for pair in pairs)
+            moments.add_up(moment.add(_weighted(pairs, weights[first : first + count])), pool, model)
+            first += count
+    layer.hessian = moment.mean()
+    if layer.hessian is not None and moment.pull is not None:
+        layer.drift = moment.pull / moment.information
+
+
+def _inputs(head: Callable, output: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """[tokens, in]: what the output matrix is multiplied with, for hidden states after the last layer."""
+    with torch.no_grad(), contextlib.suppress(_Enough), _Inputs(output) as seen:
+        head(hidden)
+    return seen.x.flatten(0, -2)
 
 
 class _Decoder:
@@ -365,18 +426,41 @@ class _Pass(Watch):
                 raise _Enough
 
 
-def _turned(head: Callable, exact: torch.Tensor, *others: torch.Tensor) -> list[float]:
-    """Mean of 1 - cosine between the sequences' vectors, of each of the others."""
+class _Inputs(Watch):
+    """A pass that ends where the module's matrix is multiplied with `x`."""
+
+    x: torch.Tensor
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__(module, lambda *_: None)
+
+    def product(self, name: str, expert: int | None, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        """See `Watch`."""
+        self.x = x
+        raise _Enough
+
+
+def _turned(
+    model: Model, head: Callable, exact: torch.Tensor, other: torch.Tensor, instead: Mapping[str, torch.Tensor]
+) -> float:
+    """`_divergence` of an encoder: the mean of 1 - cosine between the sequences' vectors."""
     wanted = fisher.vectors(head(exact).double())
-    return [float(1 - (fisher.vectors(head(other).double()) * wanted).sum(1).mean()) for other in others]
+    with model.standing(instead):
+        given = fisher.vectors(head(other).double())
+    return float(1 - (given * wanted).sum(1).mean())
 
 
-def _divergences(head: Callable, exact: torch.Tensor, *others: torch.Tensor) -> list[float]:
-    """KL divergence of the float model's distribution from those behind other hidden states, in nats a token."""
-    sums = [0.0] * len(others)
-    for number, hidden in enumerate(exact.split(1)):
-        wanted = head(hidden).log_softmax(-1)
-        for i, other in enumerate(others):
-            given = head(other[number : number + 1]).log_softmax(-1)
-            sums[i] += float(kl_div(given, wanted, reduction="sum", log_target=True)) / hidden.shape[1]
-    return [total / len(exact) for total in sums]
+def _divergence(
+    model: Model, head: Callable, exact: torch.Tensor, other: torch.Tensor, instead: Mapping[str, torch.Tensor]
+) -> float:
+    """KL divergence of the float model's distribution from that behind other hidden states, in nats a token.
+
+    instead: the ends of the other model.
+    """
+    total = 0.0
+    for one, changed in zip(exact.split(1), other.split(1), strict=True):
+        wanted = head(one).log_softmax(-1)
+        with model.standing(instead):
+            given = head(changed).log_softmax(-1)
+        total += float(kl_div(given, wanted, reduction="sum", log_target=True)) / one.shape[1]
+    return total / len(exact)

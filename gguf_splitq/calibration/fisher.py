@@ -13,12 +13,14 @@ computes alone, and what threads give is joined in the order of the sequences. A
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -30,6 +32,19 @@ T = TypeVar("T")
 Take = Callable[[torch.Tensor, torch.Tensor], Any]
 Seen = Mapping[tuple[str, int | None], Sequence[Any]]
 See = Callable[[int, int, Seen], None]
+
+
+class Ends(Protocol):
+    """Who wants to see the embedding and the output too; `ends.py` says what they are."""
+
+    def take(self, x: torch.Tensor, g: torch.Tensor) -> Any:
+        """As `take` of `backward`, for a part of a sequence at the output; called by workers."""
+
+    def see_output(self, batch: int, taken: Sequence[Any], pool: ThreadPoolExecutor) -> None:
+        """What `take` returned of a sequence, in order."""
+
+    def see_embedding(self, batch: int, hidden: torch.Tensor, gradient: torch.Tensor, pool: ThreadPoolExecutor) -> None:
+        """Hidden states [sequences, CONTEXT, hidden] before the first layer, and the gradient there."""
 
 
 def workers(threads: int) -> ThreadPoolExecutor:
@@ -46,6 +61,7 @@ def backward(
     pool: ThreadPoolExecutor,
     progress: Callable[[int, int], None] = lambda done, total: None,
     before: Mapping[int, int] = MappingProxyType({}),
+    ends: Ends | None = None,
 ) -> Iterator[tuple[int, torch.nn.Module]]:
     """Yields (layer, its loaded module) from the last to the first, once `see` was called for all batches.
 
@@ -55,7 +71,8 @@ def backward(
     `take` returned by (matrix, expert), in the order of the sequences; an empty list where no gradient reached the
     matrix. expert: None unless the matrix is one of a stack. scratch: the folder for hidden states, `scratch_bytes` of
     them. progress: decoder layers done and in all, forwards and backwards. before: how many sequences of other
-    processes come before a batch, so that each sequence draws the same labels whoever runs it.
+    processes come before a batch, so that each sequence draws the same labels whoever runs it. ends: is shown the
+    embedding and the output; not those of an encoder.
     Raises InputError when an activation is NaN or Inf.
     """
     boundaries = [model.inputs(tokens, scratch)]
@@ -73,13 +90,22 @@ def backward(
         for batch, hidden in enumerate(boundaries.pop()):
             for _ in range(before.get(batch, 0)):
                 _chance(model, random)
-            gradients.append((_at_the_vector if model.encoder else _at_the_head)(head, model, hidden, random, pool))
+            if model.encoder:
+                gradients.append(_at_the_vector(head, model, hidden, random, pool))
+                continue
+            first, seen = _at_the_head(head, model, hidden, random, pool, ends.take if ends else None)
+            gradients.append(first)
+            if ends:
+                for sequence in seen:
+                    ends.see_output(batch, sequence, pool)
     for index in reversed(range(len(model))):
         with model.layer(index, index - 1) as layer:
             through = functools.partial(_through, model, layer, index, take)
             for batch, hidden in enumerate(boundaries.pop()):
                 earlier, taken = zip(*each_part(model, pool, through, hidden, gradients[batch]), strict=True)
                 gradients[batch] = torch.cat(earlier)
+                if index == 0 and ends:
+                    ends.see_embedding(batch, hidden, gradients[batch], pool)
                 see(index, batch, _joined(taken))
                 del taken
             yield index, layer
@@ -131,26 +157,43 @@ def _finite(index: int) -> Callable:
 
 
 def _at_the_head(
-    head: Callable, model: Model, hidden: torch.Tensor, random: torch.Generator, pool: ThreadPoolExecutor
-) -> torch.Tensor:
-    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer."""
+    head: Callable,
+    model: Model,
+    hidden: torch.Tensor,
+    random: torch.Generator,
+    pool: ThreadPoolExecutor,
+    take: Take | None,
+) -> tuple[torch.Tensor, list[list[Any]]]:
+    """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer.
 
-    def gradient(hidden: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            hidden = hidden.detach().to(model.device).requires_grad_()
+    And of each sequence what `take` makes of the output matrix's parts; nothing where the model has no such matrix.
+    """
+    device, output = model.device, model.module.get_output_embeddings()
+
+    def gradient(hidden: torch.Tensor, chance: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+        calls: list[tuple] = []
+        watch = Watch(output, lambda *call: calls.append(call)) if take and output else contextlib.nullcontext()
+        with torch.enable_grad(), watch:
+            hidden = hidden.detach().to(device).requires_grad_()
             logits = head(hidden).flatten(0, 1)
         p = logits.detach().softmax(-1)
         up_to = p.cumsum(-1)
         labels = torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
         slope = p.neg_().scatter_add_(1, labels, torch.ones_like(chance))  # of log p(label) by the logits
-        return torch.autograd.grad(logits, hidden, slope)[0]
+        del up_to  # as large as the logits
+        first, *rest = torch.autograd.grad(logits, [hidden, *(y for _, _, _, y in calls)], slope)
+        if take is None:
+            return first, []
+        return first, [take(x.flatten(0, -2), g.flatten(0, -2)) for (_, _, x, _), g in zip(calls, rest, strict=True)]
 
-    gradients = []
+    gradients, taken = [], []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
         chance = _chance(model, random, sequence.shape[1])
         few = CONTEXT if model.at_once else CONTEXT // BATCH  # so that all workers have one sequence's logits
-        gradients.append(torch.cat(list(pool.map(gradient, sequence.split(few, 1), chance.split(few))), 1))
-    return torch.cat(gradients)
+        parts, found = zip(*pool.map(gradient, sequence.split(few, 1), chance.split(few)), strict=True)
+        gradients.append(torch.cat(parts, 1))
+        taken.append(list(itertools.chain.from_iterable(found)))
+    return torch.cat(gradients), taken
 
 
 def _at_the_vector(

@@ -4,7 +4,8 @@
 A GGUF file with one F32 tensor for every matrix of the float model, named "LAYER NAME". For half-way aims it is
 [2, tokens]: the tokens' Fisher information, and the batch that each was in. For plain ones it is the Hessian [in, in];
 those of experts that saw too few tokens are the layer's pooled one and are listed in `gguf_splitq.pooled`.
-`gguf_splitq.calibration` holds what they were measured on, as JSON. Layers are kept in the journal until all are there.
+Those of the ends, as `Ends.arrays` gives them, are named "ends NAME". `gguf_splitq.calibration` holds what they were
+measured on, as JSON. Layers are kept in the journal until all are there.
 """
 
 from __future__ import annotations
@@ -100,6 +101,22 @@ class Hessians:
                 found[part, int(expert) if expert else None] = dict(zip(map(int, sizes[0]), split, strict=True))
         return found
 
+    def has_ends(self) -> bool:
+        """Whether what was measured of the model's ends is known, or cannot be any more."""
+        return self.complete or self.journal.find("ends") is not None
+
+    def keep_ends(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Store what `Ends.arrays` gives."""
+        self.journal.keep("ends", {f"ends {name}": array for name, array in arrays.items()})
+
+    def ends(self) -> dict[str, torch.Tensor]:
+        """What `keep_ends` stored, by name; {} from a file that lacks it. InputError when a shape is wrong."""
+        arrays: Mapping[str, Tensor | Array] = self.tensors if self.complete else self.journal.part("ends")[0]
+        found = {name.removeprefix("ends "): array for name, array in arrays.items() if name.startswith("ends ")}
+        return {
+            name: torch.from_numpy(self._read(f"ends {name}", array, (None, None))) for name, array in found.items()
+        }
+
     def _kept(self, index: int) -> tuple[Mapping[str, Tensor | Array], list[str]]:
         """Arrays by name, those of a decoder layer among them, and the names of pooled ones."""
         return (self.tensors, self.pooled) if self.complete else self.journal.part(_part(index))
@@ -140,12 +157,12 @@ class Hessians:
         """Join the layers into the file."""
         if self.complete or self.path is None:
             return
-        parts = [self.journal.part(_part(index)) for index in range(self.count)]
+        parts = [self.journal.part(name) for name in ("ends", *map(_part, range(self.count)))]
         shapes = [(name, tuple(part.get_shape())) for arrays, _ in parts for name, part in arrays.items()]
         kv = {
             "general.architecture": Value.of("hessians"),
             "gguf_splitq.calibration": Value.of(json.dumps(self.calibration)),
-            "gguf_splitq.pooled": Value.of(json.dumps([name for _, pooled in parts for name in pooled])),
+            "gguf_splitq.pooled": Value.of(json.dumps([name for _, pooled in parts for name in pooled or ()])),
         }
         header = gguf_file.header(kv, [(name, shape, 0) for name, shape in shapes])
         size = len(header) + sum(gguf_file.padded(4 * rows * columns) for _, (rows, columns) in shapes)

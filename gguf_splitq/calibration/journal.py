@@ -6,6 +6,7 @@
         tokens.safetensors        the calibration tokens
         layer-00000.safetensors   packed rows of the layer's tensors; their errors as JSON in the metadata
         hessians-00000.safetensors   with --hessians
+        ends.safetensors          what was measured of embedding and output, whose rows have parts by their names
         drawn.safetensors, tuned.safetensors   with --tune: text of the model itself, and the result
 
 Each file appears whole or not at all. The folder is gone when the output is there.

@@ -12,12 +12,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ..coding import families, solver
-from ..plan import Entry
+from ..plan import ENDS, Entry
+from .ends import WEIGHTS
 from .model import BATCH, CONTEXT, SAMPLED, TOGETHER
 
 BASE = 704 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
+KEY = 256  # bytes a row while rows of a matrix are looked for
 SOLVED = 48, 40  # bytes that a GPU takes for each weight of a Hessian, and of a matrix, while that is solved
 
 
@@ -38,11 +40,13 @@ def peak(
     heads = sum(e.tensor.n_rows for e in inside if re.search(r"attn_(k|v|qkv)\.weight", e.name))
 
     reading = _floats(inside) + FLOAT * SAMPLED * TOGETHER * CONTEXT * heads if whole else TEXT * tokens
+    ends = [e for e in outside if e.name in ENDS and len(e.tensor.shape) > 1]
     logits = 4 * FLOAT * CONTEXT * vocabulary  # of one sequence: themselves, their softmax, gradients
     calibrating = logits + max((_layer(layer, threads) for layer in layers), default=0)
+    calibrating += sum(2 * _hessian(e) + 2 * FLOAT * 2 * e.tensor.n_rows for e in ends)  # of what each is used for
     # Rows go from the first process to others: as they are, pickled, and padded for each.
     calibrating += 3 * max(map(_floats, layers), default=0) if several else 0
-    stages = [reading, calibrating]
+    stages = [reading, calibrating + sum(_end(e, threads) for e in ends)]
     if tune:  # two models; of one the weights once more as made from their codes, in steps, and with gradients
         trained = 11 if tune == "codes" else 7  # a code's number, its gradient and two moments
         outputs = 2 * sum(map(_outputs, layers)) + 2 * BATCH * logits
@@ -121,6 +125,22 @@ def _layer(layer: Sequence[Entry], threads: int) -> int:
     coding = threads * max((families.coding_bytes(e.target, *e.tensor.shape[-2:]) for e in matrices), default=0)
     aims = 4 * _floats(layer)
     return _floats(layer) + max(_floats(layer), hessians + 2 * _outputs(layer) + aims + solving + coding)
+
+
+def _hessian(entry: Entry) -> int:
+    return 8 * entry.tensor.n_cols**2
+
+
+def _end(entry: Entry, threads: int) -> int:
+    """The embedding or the output where it is solved: it once more as it is stored, and as it would be nearest, what
+    its rows are found by, and some rows at a time.
+    """
+    if not (entry.quantized and families.coder(entry.coder, entry.layout)):
+        return 0
+    weights = min(WEIGHTS, entry.tensor.n_weights)
+    solving = 56 * entry.tensor.n_cols**2 + 24 * weights  # these rows as floats: read, moved, stored and nearest
+    coding = threads * families.coding_bytes(entry.target, weights // entry.tensor.n_cols, entry.tensor.n_cols)
+    return 2 * FLOAT * entry.tensor.n_weights + KEY * entry.tensor.n_rows + solving + coding
 
 
 def _solving(entry: Entry) -> int:

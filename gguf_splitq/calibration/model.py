@@ -303,6 +303,28 @@ class Model:
         with self._standing_in(lambda *_, **__: (now.hidden,) if self.tuples else now.hidden):
             yield head
 
+    def matrix(self, end: str) -> torch.nn.Parameter:
+        """[vocabulary, hidden]: the "embedding" or the "output". UnsupportedError when the model has no such matrix."""
+        return self._end(end).weight
+
+    @contextlib.contextmanager
+    def standing(self, instead: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Other matrices in place of the "embedding" and the "output", tied or not."""
+        before = [(self._end(end), self._end(end).weight) for end in instead]
+        for (module, weight), other in zip(before, instead.values(), strict=True):
+            module.weight = torch.nn.Parameter(other.to(weight), requires_grad=False)
+        try:
+            yield
+        finally:
+            for module, weight in before:
+                module.weight = weight
+
+    def _end(self, end: str) -> Any:
+        found = self.module.get_input_embeddings() if end == "embedding" else self.module.get_output_embeddings()
+        if not isinstance(getattr(found, "weight", None), torch.nn.Parameter):
+            raise UnsupportedError(f"{self.path}: {type(self.module).__name__} has no {end} matrix: {self.advice}")
+        return found
+
     # How it is built and loaded
 
     def _build(self) -> None:

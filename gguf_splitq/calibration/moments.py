@@ -47,8 +47,9 @@ Taken = Sequence[torch.Tensor]  # of a sequence: x [tokens, in] and float32 |g|^
 class Layer:
     """One matrix, ready to be solved. weight: [out, in], the model's own; hessian: float64 [in, in], None if unknown.
 
-    pull: float64 [out, in], the mean of |g|^2 e x^T, None for a plain aim (aims.py). pooled: the Hessian is that of all
-    experts, because this one saw too few tokens. unknown: why there is no Hessian. held: what it saw of tokens that are
+    pull: float64 [out, in], the mean of |g|^2 e x^T, None for a plain aim (aims.py). drift: float64 [in, in], for the
+    output, that pull as a product, `weight` @ drift. pooled: the Hessian is that of all experts, because this one saw
+    too few tokens. unknown: why there is no Hessian. held: what it saw of tokens that are
     not in the Hessian. stored, nearest: alike `weight`, what the file has instead, and nearest rounding. keys: row
     content -> row numbers.
     """
@@ -57,6 +58,7 @@ class Layer:
     weight: torch.Tensor
     hessian: torch.Tensor | None = None
     pull: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
     pooled: bool = False
     unknown: str = "no token reached it"
     held: Sequence[Taken] = ()
@@ -85,6 +87,7 @@ def run(
     held: torch.Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Alone = ALONE,
+    ends: fisher.Ends | None = None,
 ) -> Iterator[tuple[int, list[Layer]]]:
     """Yields (decoder layer, its matrices with their Hessians), the last layer first; those in `skip` are left out.
 
@@ -112,7 +115,7 @@ def run(
         every = batches if held is None or not len(held) else [*batches, held]
         others = len(tokens) - sum(map(len, batches))  # of other processes; those that are held come last
         before = {0: begin * BATCH, len(batches): others - begin * BATCH}
-        for index, module in fisher.backward(model, every, _take, see, scratch, pool, progress, before):
+        for index, module in fisher.backward(model, every, _take, see, scratch, pool, progress, before, ends):
             if index not in skip:
                 layers, sums = layers_of(module), joined(moments, model.device, ranks)
                 for layer in layers:

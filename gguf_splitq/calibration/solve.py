@@ -2,7 +2,9 @@
 """Error feedback for a whole model: calibrate layer by layer, solve every matrix, keep the bytes for the writer.
 
 With half-way aims (aims.py) the model runs backward for the tokens' weights, then forward, and matrices are solved in
-the order in which they run. With plain ones their Hessians come from the backward pass, the last layer first.
+the order in which they run. With plain ones their Hessians come from the backward pass, the last layer first. The ends
+of the model, where they have a type with error feedback, are solved too: the embedding, or what is both, before the
+layers, on the float model; the output behind them.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from ..coding import families, solver
 from ..coding.solver import Solution
 from ..errors import UnsupportedError
 from ..files.gguf_file import Gguf, require_space
-from ..plan import Entry, is_linear
+from ..plan import ENDS, Entry, is_linear
 from ..rewrite import Rows, each_matrix, to_float32
 from ..types.columns import side_name
-from . import aims, fisher, moments, pieces
+from . import aims, ends, fisher, moments, pieces
 from . import tune as tuning
 from .helping import Job
 from .hessians import Hessians
@@ -125,10 +127,13 @@ def run(
     model = Model(folder, device, DTYPES[dtype], room)
     if tune and model.encoder:
         raise UnsupportedError(f"{folder}: --tune trains what a model writes, and this is an encoder: leave it out")
-    cache = Hessians(hessians, journal, len(model)) if hessians or aim == "half" else None
+    known = Hessians(hessians, journal, len(model))
+    cache = known if hessians or aim == "half" else None
     sample = None
     if not (cache and cache.complete) or tune or aim == "half":
         sample = _sample(model, calib, tokens, journal, threads)
+    if (model.encoder or ranks.count > 1) and not known.has_ends():
+        known.keep_ends({})  # nobody measures them
     solved = Solved(tokens=sample[0].numel() if sample else tokens, dtype=dtype)
     if model.encoder:
         solved.measure = "1 - cosine"
@@ -140,12 +145,16 @@ def run(
     else:
         # The solver's operations are too small for threads to share: a matrix to a thread, and a thread to a matrix.
         with alone(solvers) as pool:
-            for index, layers in _calibrated(model, sample, threads, journal, cache, progress, ranks):
+            for index, layers in _calibrated(model, sample, threads, journal, known, cache, progress, ranks):
                 if journal.find(_part(index)) is None:
                     wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
                     _solve_layer(file, wanted, layers, pool, journal, index, ranks)
-    for index in range(len(model)):
-        solved.add(*journal.part(_part(index)))
+        with alone(1) as pool, alone(solvers) as parts:
+            for entry in _at_ends(entries):
+                layer = _end(model, file, entry, known.ends())
+                pool.submit(_solve_end, file, entry, layer, journal, parts.map).result()
+    for name in [*map(_part, range(len(model))), *(entry.name for entry in _at_ends(entries))]:
+        solved.add(*journal.part(name))
     solved.left = _left(entries, solved)
     if cache:
         cache.finish()
@@ -202,26 +211,31 @@ def _calibrated(
     sample: tuple[torch.Tensor, torch.Tensor] | None,
     threads: int,
     journal: Journal,
+    outside: Hessians,
     cache: Hessians | None,
     progress: Progress,
     ranks: Alone,
 ) -> Iterator[tuple[int, list[moments.Layer]]]:
     """(decoder layer, its matrices with their Hessians) for all that are to be measured or solved.
 
+    outside: where what is measured of the ends is kept.
     sample: as `_sample` gives it; None where the Hessians are all known.
     """
     every, solved = range(len(model)), _finished(model, journal)
     known = _known(model, journal, cache)
-    if len(known) < len(every):
+    if len(known) < len(every) or not outside.has_ends():
         assert sample
         tokens, held = sample
+        seen = None if outside.has_ends() else ends.Ends(model, tokens)
         width, count = model.module.get_input_embeddings().embedding_dim, tokens.numel() + held.numel()
         require_space(journal.folder, fisher.scratch_bytes(len(model), count, width, model.dtype))
-        step = functools.partial(progress, "calibrating")
-        for index, layers in moments.run(model, tokens, journal.folder, threads, known, held, step, ranks):
+        shown = functools.partial(progress, "calibrating")
+        for index, layers in moments.run(model, tokens, journal.folder, threads, known, held, shown, ranks, seen):
             if cache:
                 cache.keep(index, layers)
             yield index, layers
+        if seen:
+            outside.keep_ends(seen.arrays())
     if cache is None:
         return
     for done, index in enumerate(sorted(known - solved)):
@@ -267,11 +281,14 @@ def _half_way(
     """Solve every layer behind the layers before it; returns the held-out divergences, as `aims.run`."""
     tokens, held = sample
     layers = range(len(model))
-    if not all(map(cache.has, layers)):
+    if not (all(map(cache.has, layers)) and cache.has_ends()):
+        seen = None if cache.has_ends() else ends.Ends(model, tokens)
         width = model.module.get_input_embeddings().embedding_dim
         require_space(journal.folder, fisher.scratch_bytes(len(model), tokens.numel(), width, model.dtype))
-        step = functools.partial(progress, "calibrating")
-        aims.information(model, tokens, journal.folder, threads, cache.keep_weights, step, ranks)
+        shown = functools.partial(progress, "calibrating")
+        aims.information(model, tokens, journal.folder, threads, cache.keep_weights, shown, ranks, seen)
+        if seen:
+            cache.keep_ends(seen.arrays())
     chosen = {index: [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")] for index in layers}
     solved = _finished(model, journal)
     work = _Decoder(file, bool(len(held)))
@@ -279,16 +296,29 @@ def _half_way(
     def wanted(index: int, layers: list[moments.Layer]) -> set[str]:
         return work.begin(chosen[index], layers)
 
-    passing = aims.run(
-        model, tokens, held, cache.weights, wanted, journal.folder, threads, solved,
-        functools.partial(progress, "solving"), ranks,
-    )  # fmt: skip
+    standing, last = ends.Standing(), None
     with alone(solvers) as parts, alone(solvers) as pool:
+        for entry in _at_ends(entries):
+            measured, layer = cache.ends(), _end(model, file, entry, cache.ends())
+            if entry.name == "output.weight" and "weights" in measured:
+                last, standing.output, standing.weights = entry, layer, measured["weights"][0]
+                solved |= {len(model)} if journal.find(entry.name) else set()
+                continue
+            pool.submit(_solve_end, file, entry, layer, journal, parts.map, bool(len(held))).result()
+            for end in (ends.END_OF[entry.name], *(["output"] if ends.tied(file) else [])):
+                standing.put(end, layer)
+        passing = aims.run(
+            model, tokens, held, cache.weights, wanted, journal.folder, threads, solved,
+            functools.partial(progress, "solving"), ranks, standing,
+        )  # fmt: skip
         while True:
             try:
                 stage = next(passing)
             except StopIteration as end:
                 return end.value
+            if last and stage.index == len(model):
+                pool.submit(_solve_end, file, last, stage.layers[0], journal, parts.map, bool(len(held))).result()
+                continue
             if stage.index in solved:
                 work.put_back(journal.part(_part(stage.index))[0])
                 continue
@@ -403,6 +433,59 @@ def _solve_layer(
         report["pooled"] += pooled
         report["tried"] |= {entry.name: tried} if any(tried) else {}
     journal.keep(_part(index), rows, report)
+
+
+def _at_ends(entries: Sequence[Entry]) -> list[Entry]:
+    """The embedding and the output, where they are solved, in the order of `ENDS`."""
+    found = {e.name: e for e in entries if e.name in ENDS and e.quantized and not e.copied and _coder(e)}
+    return [found[name] for name in ENDS if name in found]
+
+
+def _end(model: Model, file: Gguf, entry: Entry, measured: Mapping[str, torch.Tensor]) -> moments.Layer:
+    """The matrix of an end, with the Hessian of the float model."""
+    end = ends.END_OF[entry.name]
+    layer = moments.Layer(end, model.matrix(end).detach(), ends.hessian(measured, entry.name, ends.tied(file)))
+    layer.unknown = "not measured: of an encoder, by several processes, or by another version"
+    return layer
+
+
+def _solve_end(
+    file: Gguf, entry: Entry, layer: moments.Layer, journal: Journal, each: solver.Each, tried: bool = False
+) -> None:
+    """Solve the embedding or the output, some rows at a time, and keep it in the journal, or take it from there.
+
+    Gives `layer` what is stored, and with `tried` nearest rounding; nothing where it cannot be solved.
+    """
+    found = journal.find(entry.name)
+    rows: dict[str, Rows] = dict(found[0]) if found else {}
+    report, packed, first = _empty(), [], 0
+    stored, nearest = layer.weight.clone(), layer.weight.clone() if tried else None
+    for part in each_matrix(file, entry.tensor, ends.step(entry.tensor)):
+        place = moments.match(part, [layer])
+        if place is None or layer.hessian is None and not rows:
+            report["left"][entry.name] = NOWHERE if place is None else layer.unknown
+            break
+        weight, order = torch.from_numpy(part), place[1]
+        if rows:
+            value = decoded(entry, rows, 0, slice(first, first + len(part)))
+        else:
+            _, solution = pieces.of_rows(entry.name, entry.coder, entry.layout, weight, layer, order, each)
+            value = solution.weight
+            packed.append(solution.packed.cpu().numpy())
+            for name, error in solution.errors.items():
+                errors = report["errors"].setdefault(entry.name, dict.fromkeys(solution.errors, 0.0))
+                errors[name] += error * len(part) / entry.tensor.n_rows
+        stored[order.to(stored.device)] = value.to(stored)
+        if nearest is not None:
+            nearest[order.to(stored.device)] = rounded(weight, entry).to(nearest)
+        first += len(part)
+    else:
+        layer.stored, layer.nearest = stored, nearest
+    layer.hessian = layer.drift = None
+    if found is None:
+        whole = layer.stored is not None
+        report["errors"] = report["errors"] if whole else {}
+        journal.keep(entry.name, {entry.name: np.concatenate(packed)} if whole else {}, report)
 
 
 def _coder(entry: Entry) -> Callable[..., Solution] | None:

@@ -26,7 +26,7 @@ from ..calibration import text as texts
 from ..errors import EnvironmentFailed, InputError, UsageError, ValidationFailed
 from ..files import gguf_file
 from ..files.gguf_file import mib
-from ..inspection import linear_bpw
+from ..inspection import both_bpw
 from ..options import Validate
 from ..runtime import building
 from . import overlap
@@ -138,8 +138,8 @@ class Baseline:
 
         options: more of its command-line options. environment: variables added to this process's.
 
-        Returns ppl, ppl_base, ppl_ratio, mean_kld and p99_kld (nats), top1 (0..1), chunks, ctx, bpw (stored bits per
-        weight of the linear layers), size (bytes). A result that is not a number raises ValidationFailed.
+        Returns ppl, ppl_base, ppl_ratio, mean_kld and p99_kld (nats), top1 (0..1), chunks, ctx, file_bpw (stored bits
+        per weight), bpw (of the linear layers), size (bytes). A result that is not a number raises ValidationFailed.
         """
         with gguf_file.read(file) as header:
             vocabulary, size = _vocabulary(header), header.size
@@ -157,7 +157,7 @@ class Baseline:
             "ppl_ratio": found["ppl"] / self.ppl,
             "chunks": self.chunks,
             "ctx": self.ctx,
-            "bpw": linear_bpw(file),
+            **dict(zip(("file_bpw", "bpw"), both_bpw(file), strict=True)),
             "size": size,
         }
 
@@ -240,10 +240,11 @@ def check_overlap(file: str | Path, text: str | Path) -> None:
 
 def print_table(results: list[dict]) -> None:
     """One row per result of `validate` on standard output."""
-    table = Table("file", "bpw", "size", "perplexity", "ratio", "mean KLD", "99 % KLD", "top-1")
+    table = Table("file", "bpw", "linear layers", "size", "perplexity", "ratio", "mean KLD", "99 % KLD", "top-1")
     for r in results:
         table.add_row(
             Path(r["file"]).name,
+            f"{r['file_bpw']:.2f}",
             f"{r['bpw']:.2f}",
             mib(r["size"]),
             f"{r['ppl']:.3f}",

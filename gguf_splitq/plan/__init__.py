@@ -37,6 +37,7 @@ _KEPT_BY_ARCHITECTURE = {
 }  # fmt: skip
 
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+ENDS = ("token_embd.weight", "output.weight")  # what a model begins and ends with; where tied, the first is both
 
 # What a row that does not divide falls back to (f16 when that does not divide either). Stock types as upstream's
 # tensor_type_fallback in src/llama-quant.cpp; sq4x is this project's own rule.

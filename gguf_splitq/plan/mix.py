@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A type for every linear layer: chosen under a bit budget (`--bpw`), kept in a file and used again (`--plan`).
+"""A type for every tensor: chosen under a bit budget (`--bpw`, `--file-bpw`, `--size`), kept in a file (`--plan`).
 
-The budget is stored bits per weight of all linear layers, those included whose type a `--tensor-type` rule decides.
+The budget of `--bpw` is stored bits per weight of all linear layers, those included whose type a `--tensor-type` rule
+decides. That of a whole file is all its tensors, embedding and output among them, for which types are chosen as well.
 """
 
 from __future__ import annotations
@@ -22,15 +23,46 @@ from . import Entry
 
 MOST_BYTES = 1 << 26  # of a plan; what is longer is a model given by mistake, not to be read whole
 CANDIDATES = ("sq2w", "sq3w", "sq4w", "q5_k", "q6_k", "q8_0")
+NARROW = {"q5_k": "q5_0", "q6_k": "q5_1"}  # of whole files, what stands in where rows do not divide
+
+
+@dataclass(frozen=True)
+class Budget:
+    """bpw: stored bits per weight of the linear layers, or with `whole` of all tensors, their padding counted.
+
+    size: what `bpw` was made of, bytes of the file, of which the first `header` are no tensors; else None.
+    """
+
+    bpw: float
+    whole: bool = False
+    size: int | None = None
+    header: int = 0
+
+    @classmethod
+    def of_size(cls, size: int, header: int, entries: Iterable[Entry]) -> Budget:
+        """What leaves room for a header of `header` bytes in a file of `size` bytes with these tensors."""
+        weights = sum(e.tensor.n_weights for e in entries)
+        return cls(8 * (size - header) / max(weights, 1), True, size, header)
+
+    @property
+    def option(self) -> str:
+        """As messages call it."""
+        if self.size is not None:
+            return f"--size {gguf_file.mib(self.size)}"
+        return f"--file-bpw {self.bpw:g}" if self.whole else f"--bpw {self.bpw:g}"
 
 
 @dataclass(frozen=True)
 class Mix:
-    """bpw: the budget. types: tensor -> type. costs: tensor -> type -> expected divergence added, in nats."""
+    """bpw: the budget, of linear layers or of the `whole` file. types: tensor -> type.
+
+    costs: tensor -> type -> expected divergence added, in nats.
+    """
 
     bpw: float
     types: dict[str, str]
     costs: dict[str, dict[str, float]]
+    whole: bool = False
 
 
 def base(bpw: float) -> str:
@@ -38,47 +70,63 @@ def base(bpw: float) -> str:
     return next((name for name in ("sq4w", "sq3w") if types.get(name).bpw <= bpw), "sq2w")
 
 
-def label(bpw: float) -> str:
+def label(bpw: float, whole: bool = False) -> str:
     """What stands for {type} in the output's name."""
-    return f"{bpw:g}bpw"
+    return f"{bpw:g}bpw-file" if whole else f"{bpw:g}bpw"
 
 
-def candidates(entries: Iterable[Entry]) -> dict[str, list[TensorType]]:
-    """Tensor -> the types its rows divide into, for the linear layers that no rule decides."""
-    every = [types.get(name) for name in CANDIDATES]
-    free = [e for e in entries if e.reason == "--type" and not e.fallback]
-    return {e.name: [t for t in every if e.tensor.n_cols % t.block_size == 0] for e in free}
+def candidates(entries: Iterable[Entry], whole: bool = False) -> dict[str, list[TensorType]]:
+    """Tensor -> the types its rows divide into, for the linear layers that no rule decides.
+
+    whole: for the embedding and the output as well.
+    """
+    found = {}
+    for e in entries:
+        at_end = whole and e.name in plan.ENDS and e.reason in ("embeddings", "output")
+        if (e.reason == "--type" or at_end) and not e.fallback:
+            fit = {name: e.tensor.n_cols % types.get(name).block_size == 0 for name in CANDIDATES}
+            names = [name if fit[name] else NARROW.get(name, "") if whole else "" for name in CANDIDATES]
+            found[e.name] = [types.get(name) for name in names if name]
+    return found
 
 
-def check(entries: Sequence[Entry], bpw: float, architecture: str = "") -> None:
+def check(entries: Sequence[Entry], budget: Budget, architecture: str = "") -> None:
     """UsageError when not even the smallest types keep to the budget."""
-    weights, limit, sizes = _sizes(entries, bpw, architecture)
-    if not weights:
-        raise UsageError(f"--bpw {bpw:g} is for linear layers and there are none: give --type")
+    weights, limit, sizes = _sizes(entries, budget, architecture)
+    if not any(plan.is_linear(e.tensor, architecture) for e in entries):
+        raise UsageError(f"{budget.option} is for linear layers and there are none: give --type")
     least = sum(min(found.values()) for found in sizes.values())
-    if least > limit:
-        smallest = 8 * (least - limit) / max(weights, 1) + bpw
-        raise UsageError(
-            f"--bpw {bpw:g} cannot be met: with the smallest types the linear layers take {smallest:.4g} bits per "
-            "weight: give that or more"
-        )
+    if least <= limit:
+        return
+    smallest = 8 * (least - limit) / max(weights, 1) + budget.bpw
+    taken = f"the linear layers take {smallest:.4g} bits per weight"
+    if budget.whole:
+        taken = f"the file takes {smallest:.4g} bits per weight"
+    if budget.size is not None:
+        taken = f"the file takes {(budget.size + least - limit + (1 << 20) - 1) >> 20} MiB"
+    raise UsageError(f"{budget.option} cannot be met: with the smallest types {taken}: give that or more")
 
 
-def choose(entries: Sequence[Entry], costs: Mapping[str, dict[str, float]], bpw: float, architecture: str = "") -> Mix:
+def choose(
+    entries: Sequence[Entry], costs: Mapping[str, dict[str, float]], budget: Budget, architecture: str = ""
+) -> Mix:
     """The types with the least sum of costs within the budget; tensors without costs stay as they are in `entries`."""
-    from . import budget
+    from .budget import choose as chosen
 
-    _, limit, sizes = _sizes(entries, bpw, architecture)
+    _, limit, sizes = _sizes(entries, budget, architecture)
     fixed = [e for e in entries if e.name in sizes and e.name not in costs]
-    chosen = budget.choose(costs, sizes, limit - sum(e.n_bytes for e in fixed))
-    return Mix(bpw, chosen | {e.name: e.target_name for e in fixed}, dict(costs))
+    found = chosen(costs, sizes, limit - sum(_bytes(e, budget.whole) for e in fixed))
+    return Mix(budget.bpw, found | {e.name: e.target_name for e in fixed}, dict(costs), budget.whole)
 
 
-def summary(mix: Mix, entries: Iterable[Entry], architecture: str = "") -> str:
+def summary(mix: Mix, entries: Sequence[Entry], architecture: str = "") -> str:
     """One line: what is stored, and the divergence expected of it."""
-    stored = plan.bpw(e for e in entries if plan.is_linear(e.tensor, architecture))
+    linear = plan.bpw(e for e in entries if plan.is_linear(e.tensor, architecture))
     cost = sum(costs[mix.types[name]] for name, costs in mix.costs.items())
-    return f"linear layers: {stored:.3f} bits per weight of {mix.bpw:g}, expected KL divergence {cost:.2g}"
+    stored = f"linear layers: {linear:.3f} bits per weight of {mix.bpw:g}"
+    if mix.whole:
+        stored = f"file: {plan.bpw(entries):.3f} bits per weight of {mix.bpw:.5g}, linear layers {linear:.3f}"
+    return f"{stored}, expected KL divergence {cost:.2g}"
 
 
 def save(mix: Mix, path: str | Path) -> None:
@@ -113,7 +161,7 @@ def _is_plan(mix: Mix) -> bool:
     if not all(isinstance(found, dict) and mix.types.get(name) in found for name, found in mix.costs.items()):
         return False
     numbers = [mix.bpw, *(cost for found in mix.costs.values() for cost in found.values())]
-    return all(type(n) in (int, float) for n in numbers) and 0 < mix.bpw < 32
+    return type(mix.whole) is bool and all(type(n) in (int, float) for n in numbers) and 0 < mix.bpw < 32
 
 
 def check_names(mix: Mix, entries: Sequence[Entry], path: str | Path, architecture: str = "") -> None:
@@ -121,9 +169,10 @@ def check_names(mix: Mix, entries: Sequence[Entry], path: str | Path, architectu
     linear = {e.name for e in entries if plan.is_linear(e.tensor, architecture)}
     if not linear:
         raise InputError(f"{path}: a plan is for linear layers and this model has none: give --type")
-    for name in sorted(mix.types.keys() - linear):
+    ends = {e.name for e in entries if mix.whole and e.name in plan.ENDS}
+    for name in sorted(mix.types.keys() - linear - ends):
         raise InputError(f"{path}: tensor {name!r} is not a linear layer of this model: make a plan for it with --bpw")
-    for name in sorted(candidates(entries).keys() - mix.types.keys()):
+    for name in sorted(candidates(entries, mix.whole).keys() - mix.types.keys()):
         raise InputError(f"{path}: tensor {name!r} has no type there: make a plan for this model with --bpw")
 
 
@@ -136,14 +185,22 @@ def most_used(entries: Iterable[Entry], architecture: str = "") -> TensorType:
     return types.get(weights.most_common(1)[0][0])
 
 
-def _sizes(entries: Sequence[Entry], bpw: float, architecture: str) -> tuple[int, int, dict[str, dict[str, int]]]:
-    """Weights of all linear layers, bytes left for those that are free, and tensor -> type -> bytes of these."""
-    linear = [e for e in entries if plan.is_linear(e.tensor, architecture)]
-    free, weights = candidates(linear), sum(e.tensor.n_weights for e in linear)
-    limit = math.floor(bpw * weights / 8) - sum(e.n_bytes for e in linear if e.name not in free)
+def _sizes(entries: Sequence[Entry], budget: Budget, architecture: str) -> tuple[int, int, dict[str, dict[str, int]]]:
+    """Weights that the budget is for, bytes left for tensors that are free, and tensor -> type -> bytes of these."""
+    counted = [e for e in entries if budget.whole or plan.is_linear(e.tensor, architecture)]
+    free, weights = candidates(counted, budget.whole), sum(e.tensor.n_weights for e in counted)
+    limit = math.floor(budget.bpw * weights / 8) - sum(_bytes(e, budget.whole) for e in counted if e.name not in free)
+    pad = gguf_file.padded if budget.whole else int
     sizes = {
-        e.name: {t.name: e.tensor.n_rows * t.row_bytes(e.tensor.n_cols) for t in free[e.name]}
-        for e in linear
+        e.name: {t.name: pad(e.tensor.n_rows * t.row_bytes(e.tensor.n_cols)) for t in free[e.name]}
+        for e in counted
         if e.name in free
     }
     return weights, limit, sizes
+
+
+def _bytes(entry: Entry, whole: bool) -> int:
+    """What a tensor takes, in a file with its padding."""
+    if not whole:
+        return entry.n_bytes
+    return sum(gguf_file.padded(gguf_file.n_bytes(shape, type_id)) for _, shape, type_id in entry.stored)
