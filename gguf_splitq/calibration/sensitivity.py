@@ -15,9 +15,7 @@ tokens: rank correlation 0.98 on ref-a (84 matrices, sq2) and 0.98 and 0.99 on t
 its sums gives the same. Tokens taken as independent, mean(g_o^2) mean(|g|^2 x_i^2), give 0.96 and 0.97, too little for
 V; the relative output error of each matrix alone gives 0.73 on the demo.
 
-The embedding and the output are measured alike (ends.py), a tied matrix in both uses: on ref-a sq2w to q5_k are
-predicted at 0.8 to 1.05 of what rounding the embedding alone costs on other tokens, at 0.73 to 0.78 for the output; on
-the demo, tied and untied, sq3w and sq4w at 0.8 to 1.0. Feedback leaves 0.59 to 0.73 of it there.
+The embedding and the output are measured alike (ends.py), a tied matrix in both uses.
 
 Error feedback is not run for this: it lowers the divergence of sq4, sq3 and sq2 by nearly the same factor, `FEEDBACK`.
 """
