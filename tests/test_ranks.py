@@ -118,7 +118,7 @@ def test_a_process_that_dies_ends_the_run_and_it_goes_on(whole, tmp_path, victim
     said = child.communicate(timeout=60)[1]
     assert child.returncode > 0 and not (tmp_path / "out.gguf").exists()
     spoken = re.findall("^gguf-splitq: .*", said, re.MULTILINE)
-    assert len(spoken) == int(victim) and 'File "' + str(ROOT) not in said, said
+    assert len(spoken) == int(victim) and f'File "{ROOT}/gguf_splitq' not in said, said
     if victim == "1":
         ended(launched(model, *given(options, tmp_path / "out.gguf")))
     else:  # one process goes on with what two have left
