@@ -287,7 +287,14 @@ def tensor_cores(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
     The other factor, which the tokens' weights are part of, is rounded to 11 bits; sums are float32.
     """
-    if device.type != "cuda" or dtype != torch.bfloat16:
+    with tf32(device) if dtype == torch.bfloat16 else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Float32 products in TF32 if `device` is a GPU."""
+    if device.type != "cuda":
         yield
         return
     before = torch.get_float32_matmul_precision()

@@ -150,8 +150,10 @@ def run(
                     wanted = [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")]
                     _solve_layer(file, wanted, layers, pool, journal, index, ranks)
         with alone(1) as pool, alone(solvers) as parts:
-            for entry in _at_ends(entries):
-                layer = _end(model, file, entry, known.ends())
+            at_ends = _at_ends(entries)
+            measured = known.ends() if at_ends else {}
+            for entry in at_ends:
+                layer = _end(model, file, entry, measured)
                 pool.submit(_solve_end, file, entry, layer, journal, parts.map).result()
     for name in [*map(_part, range(len(model))), *(entry.name for entry in _at_ends(entries))]:
         solved.add(*journal.part(name))
@@ -296,10 +298,11 @@ def _half_way(
     def wanted(index: int, layers: list[moments.Layer]) -> set[str]:
         return work.begin(chosen[index], layers)
 
-    standing, last = ends.Standing(), None
+    standing, last, at_ends = ends.Standing(), None, _at_ends(entries)
+    measured = cache.ends() if at_ends else {}
     with alone(solvers) as parts, alone(solvers) as pool:
-        for entry in _at_ends(entries):
-            measured, layer = cache.ends(), _end(model, file, entry, cache.ends())
+        for entry in at_ends:
+            layer = _end(model, file, entry, measured)
             if entry.name == "output.weight" and "weights" in measured:
                 last, standing.output, standing.weights = entry, layer, measured["weights"][0]
                 solved |= {len(model)} if journal.find(entry.name) else set()

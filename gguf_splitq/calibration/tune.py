@@ -286,7 +286,8 @@ def run(
         loss = functools.partial(_loss, teacher, student, quantized)
         before = after = _divergence(loss, held)
         if groups:
-            _train(loss, quantized.bundles, groups, tokens, steps, chance, progress)
+            with moments.tf32(student.device):  # as precise as a gradient has to be
+                _train(loss, quantized.bundles, groups, tokens, steps, chance, progress)
             after = _divergence(loss, held)
         changed: dict[str, np.ndarray] = {}
         share = 0.0
@@ -318,25 +319,24 @@ def _train(
     optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     batches: list[torch.Tensor] = []
-    with _tf32():
-        for step in range(steps):
-            if not batches:
-                batches = list(tokens[torch.randperm(len(tokens), generator=chance)].split(BATCH))
-            batch = batches.pop()
-            with torch.enable_grad():
-                loss(batch).div(batch.numel()).backward()
-            for group in optimizer.param_groups if step == 0 else ():
-                size = torch.stack([leaf.grad.square().mean() for leaf in group["params"]]).mean().sqrt()
-                group["eps"] = max(EPSILON * float(size), torch.finfo(torch.float32).tiny)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            for bundle in bundles:
-                if bundle.units is not None:
-                    bundle.units.data.clamp_(*bundle.reach)
-                    if step % bundle.every == 0 or step + 1 == steps:
-                        bundle.choose(chance)
-            progress(step + 1, steps)
+    for step in range(steps):
+        if not batches:
+            batches = list(tokens[torch.randperm(len(tokens), generator=chance)].split(BATCH))
+        batch = batches.pop()
+        with torch.enable_grad():
+            loss(batch).div(batch.numel()).backward()
+        for group in optimizer.param_groups if step == 0 else ():
+            size = torch.stack([leaf.grad.square().mean() for leaf in group["params"]]).mean().sqrt()
+            group["eps"] = max(EPSILON * float(size), torch.finfo(torch.float32).tiny)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        for bundle in bundles:
+            if bundle.units is not None:
+                bundle.units.data.clamp_(*bundle.reach)
+                if step % bundle.every == 0 or step + 1 == steps:
+                    bundle.choose(chance)
+        progress(step + 1, steps)
 
 
 def _groups(bundles: Sequence[Bundle]) -> Iterator[dict[str, Any]]:
@@ -351,17 +351,6 @@ def _groups(bundles: Sequence[Bundle]) -> Iterator[dict[str, Any]]:
 
 def _size(values: torch.Tensor) -> float:
     return float(values.detach().float().square().mean().sqrt())
-
-
-@contextlib.contextmanager
-def _tf32() -> Iterator[None]:
-    """Products on GPUs in TF32, as precise as a gradient has to be."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _loss(teacher: Model, student: Model, quantized: _Quantized, tokens: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,7 @@ class Trellis:
         return 64 >> self.bits
 
     @classmethod
+    @functools.cache
     def of(cls, kind: Window, device: str | torch.device = "cpu") -> Trellis:
         edges, first = np.arange(64), kind.chain[0]
         codes = np.zeros((64, BLOCK), np.uint8)
