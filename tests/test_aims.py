@@ -13,6 +13,7 @@ from test_calibrate import TEXT, checkpoint, threads_of_torch, tokens  # noqa: F
 from gguf_splitq import convert
 from gguf_splitq.calibration import aims, moments
 from gguf_splitq.calibration.model import Model
+from gguf_splitq.errors import InputError
 
 
 def run(model, text, tmp_path, stored, threads=1, done=(), held=None, wanted=None):
@@ -95,6 +96,20 @@ def test_the_aim_solves_half_of_the_least_squares_problem():
     )
     layer.pull = None
     assert aims.moved(weight, layer, torch.arange(8)) is weight
+
+
+def test_a_hessian_that_rounding_made_indefinite_takes_a_larger_ridge():
+    """As float32 sums of few tokens with nearly all of the weight can be."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 24).double(), torch.randn(8, 24)
+    hessian = x.T @ x / 6
+    hessian -= 1e-3 * hessian.diagonal().mean() * torch.eye(24)
+    layer = moments.Layer("a", weight, hessian, (torch.randn(6, 8).double().T @ x) / 6)
+    change = aims.moved(weight, layer, torch.arange(8)) - weight
+    assert torch.isfinite(change).all() and 0 < change.norm() < 10 * weight.norm()
+    layer.hessian = (5 - 4 * torch.eye(24)).double()
+    with pytest.raises(InputError, match="not positive definite"):
+        aims.moved(weight, layer, torch.arange(8))
 
 
 def test_where_nothing_is_changed_there_is_no_pull(checkpoint, tmp_path):  # noqa: F811

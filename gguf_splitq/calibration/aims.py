@@ -161,7 +161,10 @@ def run(
 
 
 def moved(weight: torch.Tensor, layer: Layer, order: torch.Tensor) -> torch.Tensor:
-    """float32 [n_rows, n_cols]: the aim for rows `weight` of a matrix, whose numbers in it are `order`."""
+    """float32 [n_rows, n_cols]: the aim for rows `weight` of a matrix, whose numbers in it are `order`.
+
+    Raises InputError as `solver.solve` does.
+    """
     if layer.hessian is None:
         return weight
     if layer.drift is not None:
@@ -170,8 +173,8 @@ def moved(weight: torch.Tensor, layer: Layer, order: torch.Tensor) -> torch.Tens
         pull = layer.pull[order]
     else:
         return weight
-    factor = torch.linalg.cholesky(solver.damped(layer.hessian, RIDGE))
-    return weight + SHARE * torch.cholesky_solve(pull.T, factor).T.to(weight)
+    _, _, factor, _ = solver.factored(layer.hessian, RIDGE, solver.unordered)
+    return weight + SHARE * torch.cholesky_solve(pull.flip(1).T, factor).T.flip(1).to(weight)  # its columns are reversed
 
 
 def _begun(

@@ -254,8 +254,8 @@ def _add_block(taken: Sequence[Taken], start: int, total: torch.Tensor, width: i
     end = min(start + width, len(total))
     product = total.new_zeros(end, end - start, dtype=torch.float32)
     for x, information, *_ in taken:
-        x = x[:, :end].float()
-        product.addmm_(x.T, x[:, start:] * information[:, None])
+        x = x[:, :end].float() * information.sqrt()[:, None]  # both factors alike: no rounding makes it indefinite
+        product.addmm_(x.T, x[:, start:])
     total[:end, start:end] += product
 
 
@@ -283,9 +283,9 @@ def add_up(blocks: Iterable[functools.partial[None]], pool: Executor, model: Mod
 
 @contextlib.contextmanager
 def tensor_cores(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Float32 products on a GPU in TF32 where inputs have no more bits than that: bfloat16 has 8, TF32 has 11.
+    """Float32 products on a GPU in TF32, which rounds factors to 11 bits, where inputs are bfloat16 and have 8.
 
-    The other factor, which the tokens' weights are part of, is rounded to 11 bits; sums are float32.
+    Sums are float32.
     """
     with tf32(device) if dtype == torch.bfloat16 else contextlib.nullcontext():
         yield

@@ -193,6 +193,11 @@ def falling(diagonal: torch.Tensor) -> torch.Tensor:
     return diagonal.argsort(descending=True, stable=True)
 
 
+def unordered(diagonal: torch.Tensor) -> torch.Tensor:
+    """The columns as they come."""
+    return torch.arange(len(diagonal), device=diagonal.device)
+
+
 def factored(
     hessian: torch.Tensor,
     damping: float,
