@@ -174,7 +174,8 @@ def moved(weight: torch.Tensor, layer: Layer, order: torch.Tensor) -> torch.Tens
     else:
         return weight
     _, _, factor, _ = solver.factored(layer.hessian, RIDGE, solver.unordered)
-    return weight + SHARE * torch.cholesky_solve(pull.flip(1).T, factor).T.flip(1).to(weight)  # its columns are reversed
+    change = torch.cholesky_solve(solver.backwards(pull.T), factor)  # which is of the reverse order
+    return weight + SHARE * solver.backwards(change).T.to(weight)
 
 
 def _begun(
