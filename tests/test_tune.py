@@ -2,6 +2,7 @@
 """Training scales, norms and codes: it helps on other tokens, stores what it trained, and refuses what harms."""
 
 import json
+import math
 
 import crafted
 import numpy as np
@@ -50,7 +51,7 @@ def test_what_is_trained_is_stored(runtime_library, tiny_llama, tmp_path):
 
 def test_codes_are_trained(runtime_library, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "BATCH", 2)
-    monkeypatch.setattr(tune, "LOW_RATE", 0.01)  # few steps are to change something
+    monkeypatch.setattr(tune, "CODE_RATES", {4.0: 0.01, math.inf: 1e-3})  # few steps are to change something
     options = {"tune": "codes", "tune_steps": 12, "hessians": tmp_path / "weights.gguf"}
     tuned = run(crafted.DEMO, crafted.DEMO / "calib.txt", tmp_path / "tuned.gguf", "sq2w", **options)["tuned"]
     assert tuned["after"] < tuned["before"] and 0.001 < tuned["changed"] < 0.1
@@ -127,7 +128,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_text(runtime_library, tiny
 def test_training_that_does_not_help_is_thrown_away(runtime_library, tiny_llama, tmp_path, monkeypatch):
     folder, text = tiny_llama
     run(folder, text, tmp_path / "plain.gguf")
-    monkeypatch.setattr(tune, "RATE", 3.0)
+    monkeypatch.setattr(tune, "RATES", dict.fromkeys(tune.RATES, 3.0))
     tuned = run(folder, text, tmp_path / "tuned.gguf", tune="scales", tune_steps=2)["tuned"]
     assert tuned["after"] == tuned["before"]
     for name, value in values(tmp_path / "plain.gguf").items():

@@ -113,6 +113,8 @@ class Model:
         if cuda and self.room.vram is not None:
             total = _gpu_memory(self.device)[2]
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.room.vram / total), self.device.index)
+        if cuda:  # PyTorch loads its linear algebra at the first call, which threads must not make at once (#90613)
+            torch.linalg.cholesky(torch.eye(1, device=self.device))
         self.ahead: tuple[int, Future[dict[str, Any]]] | None = None  # a layer that is being read meanwhile
         # What transformers is pointed at: a folder, with the name of the GGUF in it when it is one.
         self.source, self.advice = {"pretrained_model_name_or_path": str(folder)}, "convert without --calib"

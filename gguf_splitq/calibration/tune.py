@@ -38,8 +38,8 @@ from .stored import decoded, rounded
 STEPS = {"scales": 64, "codes": 640}  # by what is trained
 DRAWN = 1 << 20  # tokens that the model draws, at most
 PASSES = 2  # over the calibration text before more is drawn
-RATE = 3e-3  # of scales and norms, relative to their own size
-CODE_RATE, LOW_RATE, LOW = 1e-3, 3e-3, 3.0  # of codes, in mean gaps of levels; the second below so many bits
+RATES = {"scales": 3e-3, "codes": 1e-3}  # of scales and norms, relative to their own size, by what is trained
+CODE_RATES = {3.0: 3e-3, 4.0: 2e-3, math.inf: 2e-4}  # of codes, in mean gaps of levels, below so many bits a weight
 WARM = 10  # steps until the rate is whole, an eighth of few
 BETAS = 0.9, 0.98
 EPSILON = 0.01  # Adam's, relative to the first gradient's root mean square: 1e-8 is more than many gradients here
@@ -281,7 +281,9 @@ def run(
         original = {name: parameter.detach().clone() for name, (parameter, _) in norms.items()}
         for parameter, _ in norms.values():
             parameter.requires_grad_(True)
-        groups = [*_groups(quantized.bundles), *({"params": [p], "lr": RATE * _size(p)} for p, _ in norms.values())]
+        rate = RATES[what]
+        groups = [*_groups(quantized.bundles, rate)]
+        groups += [{"params": [parameter], "lr": rate * _size(parameter)} for parameter, _ in norms.values()]
         codes = [bundle.codes for bundle in quantized.bundles]
         loss = functools.partial(_loss, teacher, student, quantized)
         before = after = _divergence(loss, held)
@@ -339,14 +341,14 @@ def _train(
         progress(step + 1, steps)
 
 
-def _groups(bundles: Sequence[Bundle]) -> Iterator[dict[str, Any]]:
-    """Leaves with their rates."""
+def _groups(bundles: Sequence[Bundle], rate: float) -> Iterator[dict[str, Any]]:
+    """Leaves with their rates. rate: of scales."""
     for bundle in bundles:
         if bundle.change is not None:
-            yield {"params": [bundle.change], "lr": RATE}
+            yield {"params": [bundle.change], "lr": rate}
         if bundle.units is not None:
-            rate = LOW_RATE if bundle.fmt.type.bpw < LOW else CODE_RATE
-            yield {"params": [bundle.units], "lr": rate * bundle.gap}
+            of_codes = next(rate for bits, rate in CODE_RATES.items() if bundle.fmt.type.bpw < bits)
+            yield {"params": [bundle.units], "lr": of_codes * bundle.gap}
 
 
 def _size(values: torch.Tensor) -> float:
