@@ -368,7 +368,7 @@ def _measured(entry: plan.Entry, given: options.Convert) -> int:
         return 8 * entry.tensor.n_cols**2 + 4 * given.calib_tokens
     if given.aim == "plain":
         return 4 * entry.tensor.n_cols**2 * count
-    return 8 * given.calib_tokens * min(count, 8)
+    return 12 * given.calib_tokens * min(count, 8)
 
 
 def deciding(given: options.Convert) -> dict:
@@ -407,6 +407,7 @@ def settings(job: Job, calib: str | Path) -> dict:
         "calib_tokens": job.given.calib_tokens,
         "calib_dtype": job.given.precision,
         "aim": job.given.aim,
+        "weights": "by token" if job.given.aim == "half" else None,  # which an earlier version kept by batch
         "hessians": job.given.hessians is not None,
         "tune": job.given.tune and [job.given.tune, job.given.steps],
         "version": __version__,

@@ -278,7 +278,7 @@ def test_experts_have_their_own_hessians_or_the_pooled_one(checkpoint, tmp_path,
         seen.update({(index, *key): call for key, [call] in taken.items()})
 
     with fisher.workers(1) as pool:
-        for _ in fisher.backward(model, text, lambda x, g: (x, g), see, tmp_path, pool):
+        for _ in fisher.backward(model, text, lambda x, g, _: (x, g), see, tmp_path, pool):
             pass
     layers = {(index, part.name): part for index, found in moments.run(model, text, tmp_path) for part in found}
     for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
@@ -477,7 +477,7 @@ def test_matrices_that_no_gradient_reaches_are_seen(checkpoint, tmp_path):
     with pytest.MonkeyPatch.context() as patch, fisher.workers(1) as pool:
         patch.setattr(type(model.layers[1].mlp), "forward", wasteful)
         for _ in fisher.backward(
-            model, tokens(1), lambda x, g: 1, lambda i, b, taken: seen.update({i: taken}), tmp_path, pool
+            model, tokens(1), lambda *_: 1, lambda i, b, taken: seen.update({i: taken}), tmp_path, pool
         ):
             pass
     assert seen[1]["mlp.down_proj.weight", None] == [] and seen[1]["self_attn.q_proj.weight", None] == [1]

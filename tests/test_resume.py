@@ -103,6 +103,15 @@ def test_one_calibration_serves_two_types(whole, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+def test_weights_that_an_earlier_version_kept_by_batch_are_refused(whole, tmp_path):
+    folder, text, _ = whole
+    cache = tmp_path / "hessians.gguf"
+    run(folder, text, tmp_path / "first.gguf", hessians=cache)
+    cache.write_bytes(cache.read_bytes().replace(b'"weights"', b'"unknown"'))
+    with pytest.raises(errors.UsageError, match="hessians.gguf: it was measured with weights None and this run has by"):
+        run(folder, text, tmp_path / "other.gguf", hessians=cache)
+
+
 def test_hessians_serve_a_copy_of_the_checkpoint_and_no_other_one(whole, tmp_path, monkeypatch):
     folder, text, _ = whole
     cache, copy = tmp_path / "hessians.gguf", tmp_path / "elsewhere" / folder.name

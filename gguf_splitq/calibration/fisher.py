@@ -29,7 +29,7 @@ from .model import BATCH, CONTEXT, Model, OnDisk
 from .watch import Watch
 
 T = TypeVar("T")
-Take = Callable[[torch.Tensor, torch.Tensor], Any]
+Take = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
 Seen = Mapping[tuple[str, int | None], Sequence[Any]]
 See = Callable[[int, int, Seen], None]
 
@@ -38,7 +38,7 @@ class Ends(Protocol):
     """Who wants to see the embedding and the output too; `ends.py` says what they are."""
 
     def take(self, x: torch.Tensor, g: torch.Tensor) -> Any:
-        """As `take` of `backward`, for a part of a sequence at the output; called by workers."""
+        """As `take` of `backward`, for a part of a sequence at the output, in order; called by workers."""
 
     def see_output(self, batch: int, taken: Sequence[Any], pool: ThreadPoolExecutor) -> None:
         """What `take` returned of a sequence, in order."""
@@ -65,9 +65,10 @@ def backward(
 ) -> Iterator[tuple[int, torch.nn.Module]]:
     """Yields (layer, its loaded module) from the last to the first, once `see` was called for all batches.
 
-    tokens: int64 [sequences, CONTEXT], or batches of them, the first one the largest. take(x, g) comes from a worker
-    for each matrix and sequence. x: the matrix's inputs [rows, in]. g: the gradient at its outputs [rows, out] of the
-    log-likelihood, its labels drawn with a fixed seed. see(layer, batch, taken) comes for each batch, in order: what
+    tokens: int64 [sequences, CONTEXT], or batches of them, the first one the largest. take(x, g, numbers) comes from a
+    worker for each matrix and part of a batch. x: the matrix's inputs [rows, in]. g: the gradient at its outputs [rows,
+    out] of the log-likelihood, its labels drawn with a fixed seed. numbers: int64 [rows], of the tokens in the batch;
+    None where that is not known. see(layer, batch, taken) comes for each batch, in order: what
     `take` returned by (matrix, expert), in the order of the sequences; an empty list where no gradient reached the
     matrix. expert: None unless the matrix is one of a stack. scratch: the folder for hidden states, `scratch_bytes` of
     them. progress: decoder layers done and in all, forwards and backwards. before: how many sequences of other
@@ -102,7 +103,8 @@ def backward(
         with model.layer(index, index - 1) as layer:
             through = functools.partial(_through, model, layer, index, take)
             for batch, hidden in enumerate(boundaries.pop()):
-                earlier, taken = zip(*each_part(model, pool, through, hidden, gradients[batch]), strict=True)
+                parts = each_part(model, pool, through, hidden, gradients[batch], numbers(hidden))
+                earlier, taken = zip(*parts, strict=True)
                 gradients[batch] = torch.cat(earlier)
                 if index == 0 and ends:
                     ends.see_embedding(batch, hidden, gradients[batch], pool)
@@ -115,6 +117,11 @@ def backward(
 def scratch_bytes(layers: int, tokens: int, width: int, dtype: torch.dtype) -> int:
     """What `backward` keeps in files: hidden states before and after each layer, and gradients."""
     return (layers + 2) * tokens * width * dtype.itemsize
+
+
+def numbers(hidden: torch.Tensor) -> torch.Tensor:
+    """int64 [sequences, CONTEXT] of a batch of hidden states: its tokens' numbers."""
+    return torch.arange(hidden.shape[:2].numel()).view(hidden.shape[:2])
 
 
 def each_part(model: Model, pool: Executor, work: Callable[..., T], *batches: torch.Tensor) -> list[T]:
@@ -148,7 +155,7 @@ def forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tens
 
 
 def _finite(index: int) -> Callable:
-    def check(name: str, expert: int | None, x: torch.Tensor, y: torch.Tensor) -> None:
+    def check(name: str, expert: int | None, x: torch.Tensor, y: torch.Tensor, _: torch.Tensor | None) -> None:
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             where = f"decoder layer {index}, {name.removesuffix('.weight')}"
             raise InputError(f"{where}: an activation is NaN or Inf: check the checkpoint")
@@ -162,7 +169,7 @@ def _at_the_head(
     hidden: torch.Tensor,
     random: torch.Generator,
     pool: ThreadPoolExecutor,
-    take: Take | None,
+    take: Callable[[torch.Tensor, torch.Tensor], Any] | None,
 ) -> tuple[torch.Tensor, list[list[Any]]]:
     """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer.
 
@@ -181,10 +188,10 @@ def _at_the_head(
         labels = torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
         slope = p.neg_().scatter_add_(1, labels, torch.ones_like(chance))  # of log p(label) by the logits
         del up_to  # as large as the logits
-        first, *rest = torch.autograd.grad(logits, [hidden, *(y for _, _, _, y in calls)], slope)
+        first, *rest = torch.autograd.grad(logits, [hidden, *(y for _, _, _, y, _ in calls)], slope)
         if take is None:
             return first, []
-        return first, [take(x.flatten(0, -2), g.flatten(0, -2)) for (_, _, x, _), g in zip(calls, rest, strict=True)]
+        return first, [take(x.flatten(0, -2), g.flatten(0, -2)) for (_, _, x, *_), g in zip(calls, rest, strict=True)]
 
     gradients, taken = [], []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
@@ -225,18 +232,24 @@ def _chance(model: Model, random: torch.Generator, tokens: int = CONTEXT) -> tor
 
 
 def _through(
-    model: Model, layer: torch.nn.Module, index: int, take: Take, hidden: torch.Tensor, gradient: torch.Tensor
+    model: Model,
+    layer: torch.nn.Module,
+    index: int,
+    take: Take,
+    hidden: torch.Tensor,
+    gradient: torch.Tensor,
+    tokens: torch.Tensor,
 ) -> tuple[torch.Tensor, list[tuple[tuple[str, int | None], Any]]]:
     """The gradient at the layer's input, from that at its output, and what is taken of its matrices on the way."""
     calls = []
-    with torch.enable_grad(), Watch(layer, lambda *call: calls.append(call)):
+    with torch.enable_grad(), Watch(layer, lambda *call: calls.append(call), tokens):
         hidden = hidden.detach().to(model.device).requires_grad_()
         output = model.forward(layer, index, hidden)
-    wanted = [hidden, *(y for _, _, _, y in calls)]
+    wanted = [hidden, *(y for _, _, _, y, _ in calls)]
     first, *rest = torch.autograd.grad(output, wanted, gradient.to(model.device), allow_unused=True)
     taken = []
-    for (name, expert, x, _), g in zip(calls, rest, strict=True):
-        taken.append(((name, expert), None if g is None else take(x.detach().flatten(0, -2), g.flatten(0, -2))))
+    for (name, expert, x, _, rows), g in zip(calls, rest, strict=True):
+        taken.append(((name, expert), None if g is None else take(x.detach().flatten(0, -2), g.flatten(0, -2), rows)))
     return first, taken
 
 

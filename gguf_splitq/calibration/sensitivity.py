@@ -55,7 +55,7 @@ class _Sums:
         self.rows, self.columns = self.rows + rows, self.columns + columns
 
 
-def _take(x: torch.Tensor, g: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _take(x: torch.Tensor, g: torch.Tensor, _: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What each sequence adds to the sums."""
     # CONTEXT rows are a sequence, except for experts; tokens of two sequences are independent, so that is no error.
     pairs = zip(x.split(CONTEXT), g.split(CONTEXT), strict=True)
