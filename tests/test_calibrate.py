@@ -11,7 +11,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import crafted
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 import transformers
 
 from gguf_splitq import cli, convert, display, errors, plan, types
-from gguf_splitq.calibration import fisher, memory, moments, solve
+from gguf_splitq.calibration import fisher, memory, moments, pieces, solve
 from gguf_splitq.calibration.model import Model
 from gguf_splitq.coding import formats, solver
 from gguf_splitq.files import checkpoint as checkpoint_files
@@ -453,12 +452,13 @@ def test_what_is_left_has_the_reason(runtime_library, checkpoint, tmp_path):
     weight = torch.randn(32, 64)
     tensor = gguf_file.Tensor("blk.0.ffn_up.weight", (32, 64), 0, 0, 0, Path())
     entry = plan.Entry(tensor, types.get("sq4"), "")
-    rows = SimpleNamespace(read_rows=lambda *_: weight.numpy().view(np.uint8))
     for seen, reason in [({}, "no token reached it"), ({("a", None): moments.Moment()}, "no gradient reached it")]:
         layer = moments.Layer("a", weight)
         moments.measured(layer, seen, {})
         place = layer, torch.arange(len(weight))
-        assert solve._solve_tensor(rows, entry, lambda *_, place=place: place) == reason
+        with pieces.alone(1) as pool:
+            found = solve._solve_all(None, [entry], lambda _, place=place: [place], [layer], moments.ALONE, pool)
+            assert list(found) == [reason]
     done = solve.Solved(left={"blk.0.ffn_up.weight": reason})
     mtp = plan.Entry(replace(tensor, name="blk.9.ffn_up.weight"), types.get("sq4"), "")
     outside = "outside the decoder layers that transformers runs"

@@ -45,16 +45,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(whole, tmp_path, monkeypat
     layers = step[1] if step[0] == "solving" else 0
     assert len(list(kept.glob("layer-*.safetensors"))) == layers
     solved = []
-    monkeypatch.setattr("gguf_splitq.calibration.solve._solve_tensor", spy(solved))
+    monkeypatch.setattr("gguf_splitq.calibration.pieces.of_rows", spy(solved))
     assert run(folder, text, tmp_path / "out.gguf").read_bytes() == expected
     assert len(solved) == 14 - 7 * layers
     assert not kept.exists()
 
 
 def spy(calls):
-    from gguf_splitq.calibration import solve
+    from gguf_splitq.calibration import pieces
 
-    original = solve._solve_tensor
+    original = pieces.of_rows
 
     def called(*args):
         calls.append(args)

@@ -7,6 +7,7 @@ conversions to the bounds.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -121,7 +122,8 @@ def _layer(layer: Sequence[Entry], threads: int) -> int:
     """
     matrices = [e for e in layer if len(e.tensor.shape) > 1]
     hessians = sum(8 * e.tensor.n_cols**2 * _count(e) for e in matrices)
-    solving = sum(sorted(map(_solving, matrices), reverse=True)[:threads])
+    each = itertools.chain.from_iterable([_solving(e)] * min(_count(e), threads) for e in matrices)
+    solving = sum(sorted(each, reverse=True)[:threads])
     coding = threads * max((families.coding_bytes(e.target, *e.tensor.shape[-2:]) for e in matrices), default=0)
     aims = 4 * _floats(layer)
     return _floats(layer) + max(_floats(layer), hessians + 2 * _outputs(layer) + aims + solving + coding)
