@@ -38,7 +38,7 @@ from ..rewrite import each_matrix
 from ..types import TensorType
 from . import fisher, moments
 from .ends import END_OF, Ends, step, tied
-from .model import CONTEXT, Model
+from .model import CONTEXT, Model, Room
 
 TOKENS = 8192  # of the calibration text
 FEEDBACK = 0.64  # divergence of a type with error feedback / with an importance matrix: sq4 0.64, sq3 0.66, sq2 0.63
@@ -73,10 +73,11 @@ def of_checkpoint(
     scratch: Path,
     progress: Callable[[int, int], None],
     device: str = "cpu",
+    room: Room | None = None,
 ) -> dict[str, dict[str, float]]:
     """`measure` on the checkpoint that `file` was made from, on `TOKENS` of at most `tokens` tokens of the text."""
     torch.set_num_threads(threads)
-    model = Model(folder, device)
+    model = Model(folder, device, room=room)
     count = min(tokens, TOKENS)
     text = model.sample_tokens(count, threads) if calib == "self" else model.read_tokens(Path(calib), count)
     return measure(model, text, file, candidates, scratch, threads, progress)

@@ -165,7 +165,7 @@ def run(
     if tune:
         assert sample
         if journal.find("tuned") is None:
-            again = functools.partial(Model, folder, device)
+            again = functools.partial(Model, folder, device, room=room)
             own = _drawn(again, tuning.drawn(tune_steps, sample[0].numel()), journal, threads)
             text, step = torch.cat([sample[0], own]), functools.partial(progress, "tuning")
             changed = tuning.run(again, file, entries, solved.rows, text, sample[1], tune, tune_steps, step)
