@@ -161,14 +161,15 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
     if not given.plans_only:
         require_space(given, source, entries)
         what = "measuring" if given.dry_run else "writing"
-        gpu = f", and of a GPU's by estimate {gguf_file.mib(vram)} and hidden states" if vram else ""
+        fewer = ", or fewer sequences at a time" if given.vram is not None and vram > given.vram else ""
+        gpu = f", and of a GPU's by estimate {gguf_file.mib(vram)} and hidden states{fewer}" if vram else ""
         display.say(f"{what} {given.path}, in at most about {gguf_file.mib(peak)} of memory{gpu}")
     return Job(given, source, make, entries, budget, given.plan, importance or {}, kv, solvers, spare, at_once, loads)
 
 
 def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
     """The job with the types that cost the least divergence under its budget, measured on the text."""
-    from .calibration import sensitivity
+    from .calibration import model, sensitivity
 
     given, budget = job.given, job.budget
     assert given.calib and budget  # Convert.check
@@ -184,6 +185,7 @@ def choose(job: Job, file: Gguf, progress: display.Progress) -> Job:
         given.scratch,
         step,
         given.processor,
+        model.Room(given.vram, job.spare, display.say),
     )
     chosen = mix.choose(job.entries, costs, budget, job.architecture)
     entries = job.make(chosen.types)
@@ -308,18 +310,33 @@ def memory_needs(
 
 
 def gpu_needs(given: options.Convert, entries: Sequence[plan.Entry]) -> int:
-    """Bytes of a GPU's memory, by estimate, 0 where none is used; UsageError when --max-vram is less."""
+    """Bytes of a GPU's memory, by estimate, 0 where none is used.
+
+    UsageError when --max-vram is less than one sequence at a time needs.
+    """
     if not given.calib or given.plans_only or given.processor == "cpu":
         return 0
-    from .calibration import memory
+    from .calibration import memory, tune
 
-    needed = memory.on_gpu(entries, 16 if given.precision == "bf16" else 32)
-    if given.vram is not None and needed > given.vram:
+    bits = 16 if given.precision == "bf16" else 32
+    needs: dict[str, Callable[..., int]] = {}
+    if given.measures:
+        needs["measuring what types cost"] = functools.partial(memory.measuring, entries)
+    if not given.dry_run:
+        needs["calibrating this"] = functools.partial(memory.on_gpu, entries, bits)
+    drawn = tune.drawn(given.steps, given.calib_tokens)
+    if given.calib == "self" or drawn:  # to measure and to train on in float32
+        precise = given.measures or drawn
+        needs["drawing text"] = functools.partial(memory.drawing, entries, 32 if precise else bits)
+    if given.tune and not given.dry_run:
+        needs["--tune"] = functools.partial(memory.training, entries, given.tune)
+    least, what = max((needed(sequences=1), what) for what, needed in needs.items())
+    if given.vram is not None and least > given.vram:
         raise UsageError(
-            f"--max-vram {gguf_file.mib(given.vram)} is too small: calibrating this needs about "
-            f"{gguf_file.mib(needed)}: give that or --device cpu"
+            f"--max-vram {gguf_file.mib(given.vram)} is too small: {what} needs about {gguf_file.mib(least)}, one "
+            "sequence at a time: give that or --device cpu"
         )
-    return needed
+    return max(needed() for needed in needs.values())
 
 
 def peak_ram(
@@ -368,7 +385,7 @@ def _measured(entry: plan.Entry, given: options.Convert) -> int:
         return 8 * entry.tensor.n_cols**2 + 4 * given.calib_tokens
     if given.aim == "plain":
         return 4 * entry.tensor.n_cols**2 * count
-    return 8 * given.calib_tokens * min(count, 8)
+    return 12 * given.calib_tokens * min(count, 8)
 
 
 def deciding(given: options.Convert) -> dict:
@@ -407,6 +424,7 @@ def settings(job: Job, calib: str | Path) -> dict:
         "calib_tokens": job.given.calib_tokens,
         "calib_dtype": job.given.precision,
         "aim": job.given.aim,
+        "weights": "by token" if job.given.aim == "half" else None,  # which an earlier version kept by batch
         "hessians": job.given.hessians is not None,
         "tune": job.given.tune and [job.given.tune, job.given.steps],
         "version": __version__,

@@ -239,7 +239,12 @@ def each_matrix(file: Gguf, tensor: Tensor, step: int | None = None) -> Iterator
     """float32 [rows, columns] of a tensor's matrix, or of one expert after the other; of `step` rows when given."""
     step = step or tensor.shape[-2]
     for first in range(0, tensor.n_rows, step):
-        yield to_float32(file.read_rows(tensor, first, min(step, tensor.n_rows - first)), tensor.type_id)
+        yield read_float32(file, tensor, first, min(step, tensor.n_rows - first))
+
+
+def read_float32(file: Gguf, tensor: Tensor, first: int, count: int) -> np.ndarray:
+    """float32 [count, columns]: rows of a tensor."""
+    return to_float32(file.read_rows(tensor, first, count), tensor.type_id)
 
 
 def encode(source: Gguf, job: Job) -> Chunk:

@@ -16,10 +16,15 @@ from gguf_splitq.calibration.model import Model
 from gguf_splitq.errors import InputError
 
 
-def run(model, text, tmp_path, stored, threads=1, done=(), held=None, wanted=None):
-    """Name -> its layer with what was measured, and the stages; `stored` makes of a weight what is put in its place."""
+def run(model, text, tmp_path, stored, threads=1, done=(), held=None, wanted=None, at_once=(None, None)):
+    """Name -> its layer with what was measured, and the stages; `stored` makes of a weight what is put in its place.
+
+    at_once: sequences that are run at a time, on the way backward and then forward.
+    """
     weights, found, stages = {}, {}, []
+    model.at_once = at_once[0]
     aims.information(model, text, tmp_path, threads, weights.__setitem__)
+    model.at_once = at_once[1]
     every = wanted or (lambda index, layers: {layer.name for layer in layers if layer.weight.dim() == 2})
     held = text[:0] if held is None else held
     passing = aims.run(model, text, held, weights.__getitem__, every, tmp_path, threads, done)
@@ -76,7 +81,7 @@ def test_hessians_and_pulls_are_those_of_the_definition(checkpoint, tmp_path):  
             for name in names:
                 layer, module = found[index, name], f"{index}.{name.removesuffix('.weight')}"
                 (_, y), (x, other) = wanted[module], behind[module]
-                w = torch.cat(list(weights[index][name, None].values())).double()[:, None]
+                w = torch.cat(list(weights[index][name, None].values()), 1)[0].double()[:, None]
                 torch.testing.assert_close(layer.hessian, x.T @ (w * x) / w.sum(), rtol=1e-3, atol=1e-6)
                 torch.testing.assert_close(layer.pull, (w * (y - other)).T @ x / w.sum(), rtol=1e-2, atol=1e-5)
             with torch.no_grad():
@@ -146,6 +151,31 @@ def test_experts_see_the_same_tokens_in_both_models(checkpoint, tmp_path):  # no
     assert {"gate_up_proj"} in names and {"down_proj"} in names
     experts = [layer for (_, name), layer in found.items() if "[" in name]
     assert len(experts) == 2 * 2 * 4 and all(layer.pull is not None for layer in experts)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3moe"])
+def test_weights_are_of_their_tokens_however_a_batch_is_divided(checkpoint, tmp_path, kind):  # noqa: F811
+    """An expert has its tokens in an order that depends on the batch."""
+
+    def wanted(index, layers):
+        return {layer.name for layer in layers if "gate.weight" not in layer.name}
+
+    text, first = tokens(9), None
+    for at_once in ((8, 8), (None, None), (8, None), (None, 8), (4, 1)):
+        found, _, _ = run(Model(checkpoint(kind)), text, tmp_path, coarse, wanted=wanted, at_once=at_once)
+        first = first or found
+        assert sum(layer.key[1] is not None for layer in found.values()) == 2 * 2 * 4
+        for key, layer in found.items():
+            for one, other in ((layer.hessian, first[key].hessian), (layer.pull, first[key].pull)):
+                assert float((one - other).norm()) <= 1e-3 * float(other.norm())
+
+
+def test_tokens_that_only_one_pass_gave_to_an_expert_get_the_mean():
+    known = torch.tensor([[2.0, 4.0, 6.0], [7, 1, 5]])
+    pairs = [aims._Pair(torch.zeros(len(rows), 1), None, torch.tensor(rows)) for rows in ([1, 5], [6, 7])]
+    assert [w.tolist() for _, w in aims._weighted(pairs, known)] == [[4, 6], [4, 2]]
+    [(_, w)] = aims._weighted([aims._Pair(torch.zeros(3, 1), None, None)], known)
+    assert w.tolist() == [4, 4, 4]
 
 
 def test_the_same_at_any_number_of_threads_and_from_finished_layers(checkpoint, tmp_path):  # noqa: F811

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import crafted
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 import transformers
 
 from gguf_splitq import cli, convert, display, errors, plan, types
-from gguf_splitq.calibration import fisher, memory, moments, solve
+from gguf_splitq.calibration import fisher, memory, moments, pieces, solve
 from gguf_splitq.calibration.model import Model
 from gguf_splitq.coding import formats, solver
 from gguf_splitq.files import checkpoint as checkpoint_files
@@ -278,7 +277,7 @@ def test_experts_have_their_own_hessians_or_the_pooled_one(checkpoint, tmp_path,
         seen.update({(index, *key): call for key, [call] in taken.items()})
 
     with fisher.workers(1) as pool:
-        for _ in fisher.backward(model, text, lambda x, g: (x, g), see, tmp_path, pool):
+        for _ in fisher.backward(model, text, lambda x, g, _: (x, g), see, tmp_path, pool):
             pass
     layers = {(index, part.name): part for index, found in moments.run(model, text, tmp_path) for part in found}
     for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
@@ -453,12 +452,13 @@ def test_what_is_left_has_the_reason(runtime_library, checkpoint, tmp_path):
     weight = torch.randn(32, 64)
     tensor = gguf_file.Tensor("blk.0.ffn_up.weight", (32, 64), 0, 0, 0, Path())
     entry = plan.Entry(tensor, types.get("sq4"), "")
-    rows = SimpleNamespace(read_rows=lambda *_: weight.numpy().view(np.uint8))
     for seen, reason in [({}, "no token reached it"), ({("a", None): moments.Moment()}, "no gradient reached it")]:
         layer = moments.Layer("a", weight)
         moments.measured(layer, seen, {})
         place = layer, torch.arange(len(weight))
-        assert solve._solve_tensor(rows, entry, lambda *_, place=place: place) == reason
+        with pieces.alone(1) as pool:
+            found = solve._solve_all(None, [entry], lambda _, place=place: [place], [layer], moments.ALONE, pool)
+            assert list(found) == [reason]
     done = solve.Solved(left={"blk.0.ffn_up.weight": reason})
     mtp = plan.Entry(replace(tensor, name="blk.9.ffn_up.weight"), types.get("sq4"), "")
     outside = "outside the decoder layers that transformers runs"
@@ -477,7 +477,7 @@ def test_matrices_that_no_gradient_reaches_are_seen(checkpoint, tmp_path):
     with pytest.MonkeyPatch.context() as patch, fisher.workers(1) as pool:
         patch.setattr(type(model.layers[1].mlp), "forward", wasteful)
         for _ in fisher.backward(
-            model, tokens(1), lambda x, g: 1, lambda i, b, taken: seen.update({i: taken}), tmp_path, pool
+            model, tokens(1), lambda *_: 1, lambda i, b, taken: seen.update({i: taken}), tmp_path, pool
         ):
             pass
     assert seen[1]["mlp.down_proj.weight", None] == [] and seen[1]["self_attn.q_proj.weight", None] == [1]

@@ -43,7 +43,7 @@ from gguf_splitq.types import columns
 SECONDS = float(os.environ.get("SPLITQ_FUZZ_SECONDS", 0))  # for each kind of file; 0: as many mutants as below
 MUTANTS = 100
 MEMORY = 64 << 20  # bytes, for files of a few kilobytes
-CALIBRATION = {"model": "m", "calib": "c", "calib_tokens": 4096, "calib_dtype": "f32", "aim": "plain"}
+CALIBRATION = {"model": "m", "calib": "c", "calib_tokens": 4096, "calib_dtype": "f32", "aim": "plain", "weights": None}
 
 
 def model(folder):
@@ -105,8 +105,8 @@ def hessians(folder):
 
 def weights(folder):
     kv = {"gguf_splitq.calibration": Value.of(json.dumps(CALIBRATION))}
-    matrix = np.float32([[1, 2, 3], [0, 0, 1]]).tobytes()
-    return write(folder / "weights.gguf", kv, [(f"0 {name}", (2, 3), 0) for name in ("a", "b[1]")], [matrix, matrix])
+    matrix = np.float32([[1, 2, 3], [0, 0, 1], [5, 4, 0]]).tobytes()
+    return write(folder / "weights.gguf", kv, [(f"0 {name}", (3, 3), 0) for name in ("a", "b[1]")], [matrix, matrix])
 
 
 def saved_plan(folder):
@@ -281,6 +281,21 @@ def test_what_are_no_hessians(folder, kv, matrix, words):
     path = write(folder / "h.gguf", {k: Value.of(v) for k, v in kv.items()}, stored, [matrix.tobytes()])
     with pytest.raises(SplitqError, match=words):
         use_hessians(path)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        ([[1, 2], [0, 0]], r"'0 a' is f32 \[2, 2\] where f32 \[3, 'any'\] is due"),
+        ([[1, 2], [0, 0], [0, 4096]], "'0 a' has tokens that no batch has"),
+        ([[1, 2], [0, 0], [-1, 0]], "'0 a' has tokens that no batch has"),
+    ],
+)
+def test_what_are_no_weights_of_tokens(folder, matrix, words):
+    kv = {"gguf_splitq.calibration": Value.of(json.dumps(CALIBRATION))}
+    path = write(folder / "w.gguf", kv, [("0 a", np.shape(matrix), 0)], [np.float32(matrix).tobytes()])
+    with pytest.raises(InputError, match=words):
+        use_weights(path)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"3", b"null", b"[" * 100000, b"\xff", b'{"a": 1}'])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_splitq import convert, errors, plan
+from gguf_splitq import convert, errors, plan, rewrite
 from gguf_splitq.calibration import moments, pieces, ranks, solve
 from gguf_splitq.coding import solver
 from gguf_splitq.files import gguf_file
@@ -197,8 +197,8 @@ def test_rows_that_are_dealt_out_become_what_they_would_alone(runtime_library, t
         layer.hessian = x.T @ x / 1000
         layer.held = [(x[:50].float(), torch.ones(50))]
 
-    def find(entry, number, rows):
-        return moments.match(rows, layers)
+    def find(entry):
+        return (moments.match(rows, layers) for rows in rewrite.each_matrix(file, entry.tensor))
 
     with ThreadPoolExecutor(2) as pool:
         one, many = (
@@ -207,6 +207,12 @@ def test_rows_that_are_dealt_out_become_what_they_would_alone(runtime_library, t
         )
     for entry in entries:
         stored, stages, pooled, tried = one[entry.name]
+        for number, (rows, (layer, order)) in enumerate(
+            zip(rewrite.each_matrix(file, entry.tensor), find(entry), strict=True)
+        ):
+            at = entry.name, entry.coder, entry.layout, torch.from_numpy(rows), layer, order
+            first = number * len(rows)
+            assert np.array_equal(stored[entry.name][first : first + len(rows)], pieces.of_rows(*at)[1].packed)
         for key, rows in stored.items():
             assert np.array_equal(many[entry.name][0][key], rows)
         assert many[entry.name][1] == pytest.approx(stages, rel=1e-4) and many[entry.name][2] == pooled
@@ -217,10 +223,12 @@ def test_each_gets_as_many_weights_as_any_other(monkeypatch):
     monkeypatch.setattr(solver, "LEAST_ROWS", 1)
     monkeypatch.setattr(solver, "WEIGHTS", 1)
     sizes = [(40, 8), (10, 8), (10, 8), (8, 60)]
-    every = [pieces.Piece("a", i, "sq4", PLAIN, f"{i}", torch.arange(n), None, c) for i, (n, c) in enumerate(sizes)]
+    every = [pieces.Piece("a", i, 0, c, "sq4", PLAIN, f"{i}", torch.arange(n)) for i, (n, c) in enumerate(sizes)]
     hands = pieces.deal(every, 3)
     loads = [sum(len(piece.order) * piece.n_cols for piece in hand) for hand in hands]
     assert sum(loads) == 960 and max(loads) - min(loads) <= 2 * 60
     for i, (n, _) in enumerate(sizes):
-        assert torch.equal(torch.cat([p.order for hand in hands for p in hand if p.number == i]), torch.arange(n))
+        mine = [p for hand in hands for p in hand if p.number == i]
+        assert torch.equal(torch.cat([p.order for p in mine]), torch.arange(n))
+        assert all(p.first == int(p.order[0]) for p in mine)
     assert pieces.deal([], 3) == [[], [], []]

@@ -45,16 +45,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(whole, tmp_path, monkeypat
     layers = step[1] if step[0] == "solving" else 0
     assert len(list(kept.glob("layer-*.safetensors"))) == layers
     solved = []
-    monkeypatch.setattr("gguf_splitq.calibration.solve._solve_tensor", spy(solved))
+    monkeypatch.setattr("gguf_splitq.calibration.pieces.of_rows", spy(solved))
     assert run(folder, text, tmp_path / "out.gguf").read_bytes() == expected
     assert len(solved) == 14 - 7 * layers
     assert not kept.exists()
 
 
 def spy(calls):
-    from gguf_splitq.calibration import solve
+    from gguf_splitq.calibration import pieces
 
-    original = solve._solve_tensor
+    original = pieces.of_rows
 
     def called(*args):
         calls.append(args)
@@ -101,6 +101,15 @@ def test_one_calibration_serves_two_types(whole, tmp_path, monkeypatch):
         convert.convert(folder, "sq3", outfile=tmp_path / "x.gguf", **(options | {"calib_tokens": 4096}))
     names = {"first.gguf", "again.gguf", "sq3w.gguf", "hessians.gguf", "report.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_weights_that_an_earlier_version_kept_by_batch_are_refused(whole, tmp_path):
+    folder, text, _ = whole
+    cache = tmp_path / "hessians.gguf"
+    run(folder, text, tmp_path / "first.gguf", hessians=cache)
+    cache.write_bytes(cache.read_bytes().replace(b'"weights"', b'"unknown"'))
+    with pytest.raises(errors.UsageError, match="hessians.gguf: it was measured with weights None and this run has by"):
+        run(folder, text, tmp_path / "other.gguf", hessians=cache)
 
 
 def test_hessians_serve_a_copy_of_the_checkpoint_and_no_other_one(whole, tmp_path, monkeypatch):

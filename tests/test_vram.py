@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
 """What a calibration takes of a GPU's memory, on a CPU that passes for one."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_calibrate import checkpoint, entries, tokens  # noqa: F401 (a fixture)
+from test_calibrate import TEXT, checkpoint, entries, tokens  # noqa: F401 (a fixture)
 
-from gguf_splitq import convert, errors, options
-from gguf_splitq.calibration import fisher, memory, model, moments
+from gguf_splitq import convert, errors, options, plan, types
+from gguf_splitq.calibration import fisher, memory, model, moments, sensitivity, tune
 from gguf_splitq.calibration.model import Model, OnDisk, Room
+from gguf_splitq.files import gguf_file
+from gguf_splitq.rewrite import read_float32
 
 
 @pytest.fixture
@@ -56,11 +59,11 @@ def test_memory_that_hidden_states_leave_is_taken_again(gpu, tmp_path):
 def limited(work, most, calls, at=0):
     """The same, for so many sequences at most in its argument `at`."""
 
-    def called(*args):
+    def called(*args, **options):
         calls.append(len(args[at]))
         if len(args[at]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return work(*args)
+        return work(*args, **options)
 
     return called
 
@@ -90,6 +93,67 @@ def test_the_sums_are_those_of_smaller_parts(checkpoint, tmp_path, monkeypatch):
     assert calls[:2] == [6, 6] and calls[-3:] == [2, 2, 2] and hessians[0]
     for key, hessian in hessians[0].items():
         torch.testing.assert_close(hessians[1][key], hessian, rtol=1e-4, atol=1e-8)
+
+
+def test_costs_are_those_of_smaller_parts_and_keep_to_the_room(checkpoint, tmp_path, monkeypatch):  # noqa: F811
+    folder, said, costs = checkpoint("mixtral"), [], []
+    path = convert.convert(folder, "bf16", tmp_path / "m.gguf", threads=1)
+    for most in (8, 3):
+        room = Room(say=said.append)
+
+        def model_on_gpu(*given, room, room_given=room):
+            assert room is room_given
+            found = Model(*given, room=room)
+            found.at_once = 8
+            return found
+
+        with monkeypatch.context() as patch, gguf_file.read(path) as file:
+            patch.setattr(sensitivity, "Model", model_on_gpu)
+            patch.setattr(fisher, "_through", limited(fisher._through, most, [], 4))
+            wanted = {t.name: [types.get("q8_0")] for t in file.tensors if t.name.startswith("blk.1.")}
+            wanted = {name: kinds for name, kinds in wanted.items() if "norm" not in name}
+            given = (folder, file, wanted, TEXT, 4096, 1, tmp_path, lambda *_: None)
+            costs.append(sensitivity.of_checkpoint(*given, room=room))
+    assert len(said) == 1 and costs[0].keys() == costs[1].keys() and costs[0]
+    for name, cost in costs[0].items():
+        assert costs[1][name] == pytest.approx(cost, rel=0.05)  # of experts, tokens are taken in other groups
+
+
+@pytest.mark.parametrize("what", ["scales", "codes"])
+def test_training_is_that_of_smaller_parts(tiny_llama, tmp_path, monkeypatch, what):
+    folder, text = tiny_llama
+    said, calls, reports = [], [], []
+    sample = Model(folder).read_tokens(text, 12 * 512)
+
+    def model_on_gpu():
+        found = Model(folder, room=Room(say=said.append))
+        found.at_once = 8
+        return found
+
+    with gguf_file.read(convert.convert(folder, "bf16", tmp_path / "m.gguf", threads=1)) as file:
+        chosen = [e for e in plan.make(file.tensors, "sq2") if e.quantized and e.name.startswith("blk.")]
+        rows = {e.name: e.coder.encode(read_float32(file, e.tensor, 0, e.tensor.n_rows)) for e in chosen}
+        for most in (8, 3):
+            with monkeypatch.context() as patch:
+                patch.setattr(tune, "_loss", limited(tune._loss, most, calls, 3))
+                given = file, chosen, rows, sample[:10], sample[10:], what, 3, lambda *_: None
+                reports.append(tune.run(model_on_gpu, *given)[1])
+    assert calls == [2, *[2, 8, 2], 2, 2, *[2, 8, 4, 2, 2, 2, 2, 2], 2] and len(said) == 1
+    assert reports[0]["after"] < reports[0]["before"]
+    for name in ("before", "after"):
+        assert reports[1][name] == pytest.approx(reports[0][name], rel=0.01)
+
+
+def test_fewer_sequences_are_drawn_at_a_time(checkpoint, monkeypatch):  # noqa: F811
+    said, calls = [], []
+    monkeypatch.setattr(model, "SAMPLED", 4)
+    tiny = Model(checkpoint("llama"), room=Room(say=said.append))
+    tiny.module.generate = limited(lambda prompt, **_: prompt[:, :1].expand(-1, 512), 1, calls)
+    drawn = tiny.sample_tokens(4 * 512)
+    assert drawn.shape == (4, 512) and calls[:2] == [4, 2] and calls[-4:] == [1] * 4 and len(said) == 1
+    tiny.module.generate = limited(None, 0, calls)
+    with pytest.raises(torch.OutOfMemoryError):
+        tiny.sample_tokens(4 * 512)
 
 
 def test_the_next_layer_is_read_while_one_runs(checkpoint, tmp_path, monkeypatch):  # noqa: F811
@@ -129,6 +193,40 @@ def test_the_estimate_follows_what_is_on_the_gpu():
     plain, several = (memory.peak(entries(()), 2048, 1, several=several) for several in (False, True))
     assert several == plain + 3 * 4 * (4 * 1024**2 + 3 * 1024 * 2816)  # rows go to other processes
     assert one > 2 * 4 * (4 * 1024**2 + 3 * 1024 * 2816) + 8 * (6 * 1024**2 + 2816**2)
+
+
+def test_what_is_run_before_and_after_is_stated_too():
+    some = entries((), ())
+    for needed in (memory.measuring, functools.partial(memory.training, tune="codes")):
+        assert needed(some, sequences=1) < needed(some) < needed(entries((), (), ()), sequences=64)
+    weights = 4 * sum(e.tensor.n_weights for e in some)
+    assert memory.measuring(some) < memory.training(some, "scales") < memory.training(some, "codes")
+    assert weights < memory.drawing(some, 32) < 2 * memory.drawing(some, 16) + 1
+    assert memory.training(some, "codes") <= memory.peak(some, 2048, 1, tune="codes")
+
+
+@pytest.mark.parametrize(
+    ("more", "max_vram", "what"),
+    [
+        (dict(type="sq4"), "20M", "calibrating this"),
+        (dict(file_bpw=5, dry_run=True), "20M", "measuring what types cost"),
+        (dict(type="sq2", tune="scales"), "60M", "--tune"),
+    ],
+)
+def test_less_than_one_sequence_needs_is_refused(
+    runtime_library,
+    checkpoint,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    more,
+    max_vram,
+    what,
+):
+    monkeypatch.setattr(options, "check_device", lambda device: "cuda")
+    given = dict(calib=str(TEXT), outfile=tmp_path / "out.gguf", max_vram=max_vram) | more
+    words = f"--max-vram .* is too small: {what} needs about [0-9.]+ MiB, one sequence at a time: give that or --device"
+    with pytest.raises(errors.UsageError, match=words):
+        convert.convert(checkpoint("llama"), **given)
 
 
 def test_what_is_needed_is_stated_and_less_is_refused(checkpoint, tmp_path, monkeypatch, capsys):  # noqa: F811

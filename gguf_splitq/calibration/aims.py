@@ -36,7 +36,7 @@ from torch.nn.functional import kl_div
 from ..coding import solver
 from . import fisher, moments
 from .ends import Standing
-from .model import BATCH, Model, OnDisk
+from .model import BATCH, CONTEXT, Model, OnDisk
 from .moments import ALONE, Key, Layer
 from .ranks import Alone
 from .watch import Watch
@@ -44,7 +44,8 @@ from .watch import Watch
 SHARE = 0.5  # of the correction
 RIDGE = 1e-4
 
-Weights = Mapping[Key, Mapping[int, torch.Tensor]]  # by batch: float32 |g|^2 of the tokens that a matrix saw
+# By batch, float32 [2, n]: |g|^2 of the tokens that a matrix saw, and their numbers in the batch.
+Weights = Mapping[Key, Mapping[int, torch.Tensor]]
 ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__,
              torch.Tensor.__iadd__)  # fmt: skip
 
@@ -79,12 +80,15 @@ def information(
     begin, batches = ranks.share(tokens.split(BATCH))
     before = {0: begin * BATCH}
 
-    def take(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        return g.float().square().sum(1).cpu()
+    def take(x: torch.Tensor, g: torch.Tensor, numbers: torch.Tensor | None) -> torch.Tensor:
+        weights = g.float().square().sum(1).cpu()
+        if numbers is None:  # then all of the batch get the mean
+            weights, numbers = weights.mean()[None], torch.zeros(1)
+        return torch.stack([weights, numbers])
 
     def see(index: int, batch: int, taken: fisher.Seen) -> None:
         for key, parts in taken.items():
-            found.setdefault(key, {}).update({begin + batch: torch.cat(list(parts))} if parts else {})
+            found.setdefault(key, {}).update({begin + batch: torch.cat(list(parts), 1)} if parts else {})
 
     with fisher.workers(threads) as pool:
         for index, _ in fisher.backward(model, batches, take, see, scratch, pool, progress, before, ends):
@@ -200,10 +204,11 @@ def _measure_output(
         inputs = functools.partial(_inputs, head, model.module.get_output_embeddings())
         for both in zip(*streams, strict=True):
             exact, stored = (fisher.each_part(model, pool, inputs, hidden) for hidden in both)
-            pairs = [_Pair(b, a.float() - b.float()) for a, b in zip(exact, stored, strict=True)]
-            count = sum(len(pair.x) for pair in pairs)
-            moments.add_up(moment.add(_weighted(pairs, weights[first : first + count])), pool, model)
-            first += count
+            taken: list[moments.Taken] = []
+            for a, b in zip(exact, stored, strict=True):
+                taken.append((b, weights[first : first + len(b)].to(b.device), a.float() - b.float()))
+                first += len(b)
+            moments.add_up(moment.add(taken), pool, model)
     layer.hessian = moment.mean()
     if layer.hessian is not None and moment.pull is not None:
         layer.drift = moment.pull / moment.information
@@ -264,7 +269,8 @@ class _Decoder:
         sums: dict[Key, moments.Moment] = {}
         for batch, both in enumerate(zip(exact, stored, strict=True), begin):
             seen: dict[Key, list[_Pair]] = defaultdict(list)
-            for pairs in fisher.each_part(self.model, self.pool, functools.partial(self._pairs, names), *both):
+            parts = *both, fisher.numbers(both[0])
+            for pairs in fisher.each_part(self.model, self.pool, functools.partial(self._pairs, names), *parts):
                 for key, pair in pairs:
                     seen[key].append(pair)
             blocks = []
@@ -299,52 +305,70 @@ class _Decoder:
 
         return torch.cat(fisher.each_part(self.model, self.pool, part, hidden))
 
-    def _run(self, hidden: torch.Tensor, names: set[str], instead: Mapping, results: Iterable | None = None) -> _Pass:
+    def _run(
+        self,
+        hidden: torch.Tensor,
+        names: set[str],
+        instead: Mapping,
+        tokens: torch.Tensor,
+        results: Iterable | None = None,
+    ) -> _Pass:
         """A pass that ends when it has seen all of `names`; experts may get any number of calls."""
         due = None if self.routed else (names, names & self.added)
-        seen = _Pass(self.module, names, instead, self.planned, results, due)
+        seen = _Pass(self.module, names, instead, self.planned, results, due, tokens)
         with torch.no_grad(), contextlib.suppress(_Enough), seen:
             self.model.forward(self.module, self.index, hidden)
         return seen
 
-    def _pairs(self, names: set[str], exact: torch.Tensor, stored: torch.Tensor) -> list[tuple[Key, _Pair]]:
+    def _pairs(
+        self, names: set[str], exact: torch.Tensor, stored: torch.Tensor, tokens: torch.Tensor
+    ) -> list[tuple[Key, _Pair]]:
         """What a worker's part shows of a stage's matrices."""
-        one = self._run(exact, names, {})
-        other = self._run(stored, names, self.stored, one.others if self.routed else None)
+        one = self._run(exact, names, {}, tokens)
+        other = self._run(stored, names, self.stored, tokens, one.others if self.routed else None)
         same = [(a.key, a.x.shape) for a in one.calls] == [(b.key, b.x.shape) for b in other.calls]
-        return [
-            (a.key, _Pair((b if same else a).x.flatten(0, -2), a.off(b, a.name in self.added) if same else None))
-            for a, b in zip(one.calls, other.calls if same else one.calls, strict=True)
-        ]
+        pairs = []
+        for a, b in zip(one.calls, other.calls if same else one.calls, strict=True):
+            off = a.off(b, a.name in self.added) if same else None
+            pairs.append((a.key, _Pair((b if same else a).x.flatten(0, -2), off, a.rows)))
+        return pairs
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """x: [tokens, in], behind what is stored; off: float32 [tokens, out], what its outputs should repair, or None."""
+    """x: [tokens, in], behind what is stored; off: float32 [tokens, out], what its outputs should repair, or None.
+
+    rows: int64 [tokens], their numbers in the batch, or None.
+    """
 
     x: torch.Tensor
     off: torch.Tensor | None
+    rows: torch.Tensor | None
 
 
-def _weighted(pairs: list[_Pair], weights: torch.Tensor) -> list[moments.Taken]:
-    """With the tokens' weights float32 [n]; their mean for all where there are not as many."""
-    counts = [len(pair.x) for pair in pairs]
-    if sum(counts) != len(weights):
-        weights = weights.mean().expand(sum(counts))
+def _weighted(pairs: list[_Pair], known: torch.Tensor) -> list[moments.Taken]:
+    """With the tokens' weights, by those that are `known` (see `Weights`); their mean where one is not."""
+    weights, numbers = known
+    mean, none = weights.mean(), torch.zeros(BATCH * CONTEXT)
+    counts = none.index_add(0, numbers.long(), torch.ones_like(weights))  # more than 1 of a matrix that is run twice
+    every = torch.where(counts > 0, none.index_add(0, numbers.long(), weights) / counts, mean)
     plain = any(pair.off is None for pair in pairs)
-    each = zip(pairs, weights.split(counts), strict=True)
-    found = [(pair.x, w.to(pair.x.device), pair.off) for pair, w in each]
+    found = []
+    for pair in pairs:
+        own = mean.expand(len(pair.x)) if pair.rows is None else every[pair.rows]
+        found.append((pair.x, own.to(pair.x.device), pair.off))
     return [[part for part in parts if part is not None][: 2 if plain else 3] for parts in found]
 
 
 @dataclass
 class _Call:
-    """A product y = x W^T. total: y and what it is added to."""
+    """A product y = x W^T. rows: as of `Watch`; total: y and what it is added to."""
 
     name: str
     expert: int | None
     x: torch.Tensor
     y: torch.Tensor
+    rows: torch.Tensor | None
     total: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -375,7 +399,7 @@ class _Pass(Watch):
 
     calls: of matrices in `names`, in order. instead: other matrices to multiply with. others: results of matrices that
     are not `planned`, or `results`, to be given in their place. due: names that are to have calls, and those that are
-    to have totals: then the pass ends.
+    to have totals: then the pass ends. tokens: as of `Watch`.
     """
 
     def __init__(
@@ -386,8 +410,9 @@ class _Pass(Watch):
         planned: Collection[str] = (),
         results: Iterable | None = None,
         due: tuple[set[str], set[str]] | None = None,
+        tokens: torch.Tensor | None = None,
     ):
-        super().__init__(module, lambda *_: None)
+        super().__init__(module, lambda *_: None, tokens)
         self.names, self.instead, self.planned = names, instead, planned
         self.results, self.due = None if results is None else iter(list(results)), due
         self.calls: list[_Call] = []
@@ -403,7 +428,7 @@ class _Pass(Watch):
         if name not in self.planned:
             self.others.append(y)
         if name in self.names:
-            self.calls.append(_Call(name, expert, x, y))
+            self.calls.append(_Call(name, expert, x, y, self.rows_of(expert, x)))
             self._end()
         return y
 

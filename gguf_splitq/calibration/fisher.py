@@ -29,7 +29,7 @@ from .model import BATCH, CONTEXT, Model, OnDisk
 from .watch import Watch
 
 T = TypeVar("T")
-Take = Callable[[torch.Tensor, torch.Tensor], Any]
+Take = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
 Seen = Mapping[tuple[str, int | None], Sequence[Any]]
 See = Callable[[int, int, Seen], None]
 
@@ -38,7 +38,7 @@ class Ends(Protocol):
     """Who wants to see the embedding and the output too; `ends.py` says what they are."""
 
     def take(self, x: torch.Tensor, g: torch.Tensor) -> Any:
-        """As `take` of `backward`, for a part of a sequence at the output; called by workers."""
+        """As `take` of `backward`, for a part of a sequence at the output, in order; called by workers."""
 
     def see_output(self, batch: int, taken: Sequence[Any], pool: ThreadPoolExecutor) -> None:
         """What `take` returned of a sequence, in order."""
@@ -65,9 +65,10 @@ def backward(
 ) -> Iterator[tuple[int, torch.nn.Module]]:
     """Yields (layer, its loaded module) from the last to the first, once `see` was called for all batches.
 
-    tokens: int64 [sequences, CONTEXT], or batches of them, the first one the largest. take(x, g) comes from a worker
-    for each matrix and sequence. x: the matrix's inputs [rows, in]. g: the gradient at its outputs [rows, out] of the
-    log-likelihood, its labels drawn with a fixed seed. see(layer, batch, taken) comes for each batch, in order: what
+    tokens: int64 [sequences, CONTEXT], or batches of them, the first one the largest. take(x, g, numbers) comes from a
+    worker for each matrix and part of a batch. x: the matrix's inputs [rows, in]. g: the gradient at its outputs [rows,
+    out] of the log-likelihood, its labels drawn with a fixed seed. numbers: int64 [rows], of the tokens in the batch;
+    None where that is not known. see(layer, batch, taken) comes for each batch, in order: what
     `take` returned by (matrix, expert), in the order of the sequences; an empty list where no gradient reached the
     matrix. expert: None unless the matrix is one of a stack. scratch: the folder for hidden states, `scratch_bytes` of
     them. progress: decoder layers done and in all, forwards and backwards. before: how many sequences of other
@@ -102,7 +103,8 @@ def backward(
         with model.layer(index, index - 1) as layer:
             through = functools.partial(_through, model, layer, index, take)
             for batch, hidden in enumerate(boundaries.pop()):
-                earlier, taken = zip(*each_part(model, pool, through, hidden, gradients[batch]), strict=True)
+                parts = each_part(model, pool, through, hidden, gradients[batch], numbers(hidden))
+                earlier, taken = zip(*parts, strict=True)
                 gradients[batch] = torch.cat(earlier)
                 if index == 0 and ends:
                     ends.see_embedding(batch, hidden, gradients[batch], pool)
@@ -117,23 +119,35 @@ def scratch_bytes(layers: int, tokens: int, width: int, dtype: torch.dtype) -> i
     return (layers + 2) * tokens * width * dtype.itemsize
 
 
-def each_part(model: Model, pool: Executor, work: Callable[..., T], *batches: torch.Tensor) -> list[T]:
-    """What `work` gives of each part of these batches, in order. A worker takes a sequence, a GPU all it has room for.
+def numbers(hidden: torch.Tensor) -> torch.Tensor:
+    """int64 [sequences, CONTEXT] of a batch of hidden states: its tokens' numbers."""
+    return torch.arange(hidden.shape[:2].numel()).view(hidden.shape[:2])
 
-    Once its memory runs out a GPU takes half as much, here and from then on; torch.OutOfMemoryError when one sequence
-    is too much.
+
+def each_part(model: Model, pool: Executor, work: Callable[..., T], *batches: torch.Tensor) -> list[T]:
+    """What `work` gives of each part of these batches, in order: a sequence to a worker, or `as_fits` to a GPU."""
+    if model.at_once is None:
+        return list(pool.map(work, *(batch.split(1) for batch in batches)))
+    return as_fits(model, work, *batches)
+
+
+def as_fits(
+    model: Model, work: Callable[..., T], *batches: torch.Tensor, again: Callable[[], object] = lambda: None
+) -> list[T]:
+    """What `work` gives of these batches: on a CPU whole, on a GPU in parts that there is room for, in order.
+
+    Once its memory runs out a GPU takes half as much, here and from then on, all of the batch anew; `again` is called
+    before that. torch.OutOfMemoryError when one sequence is too much.
     """
-    while model.at_once is not None:
+    while True:
+        at_once = model.at_once or len(batches[0])
         try:
-            return [work(*part) for part in zip(*(batch.split(model.at_once) for batch in batches), strict=True)]
+            return [work(*part) for part in zip(*(batch.split(at_once) for batch in batches), strict=True)]
         except torch.OutOfMemoryError:
-            if model.at_once == 1:
+            if model.at_once in (None, 1):
                 raise
-        if model.at_once == BATCH:
-            model.room.say("the GPU's memory ran out: fewer sequences are run at a time, which takes longer")
-        model.at_once //= 2
-        torch.cuda.empty_cache()
-    return list(pool.map(work, *(batch.split(1) for batch in batches)))
+        again()
+        model.at_once = model.room.half(at_once, BATCH)
 
 
 def forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -148,7 +162,7 @@ def forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tens
 
 
 def _finite(index: int) -> Callable:
-    def check(name: str, expert: int | None, x: torch.Tensor, y: torch.Tensor) -> None:
+    def check(name: str, expert: int | None, x: torch.Tensor, y: torch.Tensor, _: torch.Tensor | None) -> None:
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             where = f"decoder layer {index}, {name.removesuffix('.weight')}"
             raise InputError(f"{where}: an activation is NaN or Inf: check the checkpoint")
@@ -162,7 +176,7 @@ def _at_the_head(
     hidden: torch.Tensor,
     random: torch.Generator,
     pool: ThreadPoolExecutor,
-    take: Take | None,
+    take: Callable[[torch.Tensor, torch.Tensor], Any] | None,
 ) -> tuple[torch.Tensor, list[list[Any]]]:
     """The gradient at the hidden states [batch, CONTEXT, hidden] after the last layer.
 
@@ -181,10 +195,10 @@ def _at_the_head(
         labels = torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
         slope = p.neg_().scatter_add_(1, labels, torch.ones_like(chance))  # of log p(label) by the logits
         del up_to  # as large as the logits
-        first, *rest = torch.autograd.grad(logits, [hidden, *(y for _, _, _, y in calls)], slope)
+        first, *rest = torch.autograd.grad(logits, [hidden, *(y for _, _, _, y, _ in calls)], slope)
         if take is None:
             return first, []
-        return first, [take(x.flatten(0, -2), g.flatten(0, -2)) for (_, _, x, _), g in zip(calls, rest, strict=True)]
+        return first, [take(x.flatten(0, -2), g.flatten(0, -2)) for (_, _, x, *_), g in zip(calls, rest, strict=True)]
 
     gradients, taken = [], []
     for sequence in hidden.split(1):  # the logits of a batch would be the largest tensor of all
@@ -225,18 +239,24 @@ def _chance(model: Model, random: torch.Generator, tokens: int = CONTEXT) -> tor
 
 
 def _through(
-    model: Model, layer: torch.nn.Module, index: int, take: Take, hidden: torch.Tensor, gradient: torch.Tensor
+    model: Model,
+    layer: torch.nn.Module,
+    index: int,
+    take: Take,
+    hidden: torch.Tensor,
+    gradient: torch.Tensor,
+    tokens: torch.Tensor,
 ) -> tuple[torch.Tensor, list[tuple[tuple[str, int | None], Any]]]:
     """The gradient at the layer's input, from that at its output, and what is taken of its matrices on the way."""
     calls = []
-    with torch.enable_grad(), Watch(layer, lambda *call: calls.append(call)):
+    with torch.enable_grad(), Watch(layer, lambda *call: calls.append(call), tokens):
         hidden = hidden.detach().to(model.device).requires_grad_()
         output = model.forward(layer, index, hidden)
-    wanted = [hidden, *(y for _, _, _, y in calls)]
+    wanted = [hidden, *(y for _, _, _, y, _ in calls)]
     first, *rest = torch.autograd.grad(output, wanted, gradient.to(model.device), allow_unused=True)
     taken = []
-    for (name, expert, x, _), g in zip(calls, rest, strict=True):
-        taken.append(((name, expert), None if g is None else take(x.detach().flatten(0, -2), g.flatten(0, -2))))
+    for (name, expert, x, _, rows), g in zip(calls, rest, strict=True):
+        taken.append(((name, expert), None if g is None else take(x.detach().flatten(0, -2), g.flatten(0, -2), rows)))
     return first, taken
 
 

@@ -2,8 +2,9 @@
 """A file of what was measured, so that one backward pass serves any number of types.
 
 A GGUF file with one F32 tensor for every matrix of the float model, named "LAYER NAME". For half-way aims it is
-[2, tokens]: the tokens' Fisher information, and the batch that each was in. For plain ones it is the Hessian [in, in];
-those of experts that saw too few tokens are the layer's pooled one and are listed in `gguf_splitq.pooled`.
+[3, tokens]: the tokens' Fisher information, the batch that each was in, and its number there. For plain ones it is the
+Hessian [in, in]; those of experts that saw too few tokens are the layer's pooled one and are listed in
+`gguf_splitq.pooled`.
 Those of the ends, as `Ends.arrays` gives them, are named "ends NAME". `gguf_splitq.calibration` holds what they were
 measured on, as JSON. Layers are kept in the journal until all are there.
 """
@@ -23,10 +24,11 @@ from ..files import gguf_file
 from ..files.gguf_file import Tensor, Value
 from .aims import Key, Weights
 from .journal import Array, Journal
+from .model import BATCH, CONTEXT
 from .moments import Layer
 
 T = TypeVar("T")
-MEASURED = ("model", "calib", "calib_tokens", "calib_dtype", "aim")  # the settings that it depends on
+MEASURED = ("model", "calib", "calib_tokens", "calib_dtype", "aim", "weights")  # the settings that it depends on
 
 
 class Hessians:
@@ -80,9 +82,9 @@ class Hessians:
         arrays = {}
         for (name, expert), batches in weights.items():
             if batches:
-                numbers = [torch.full_like(part, batch) for batch, part in batches.items()]
+                parts = [torch.stack([w, torch.full_like(w, batch), n]) for batch, (w, n) in batches.items()]
                 key = f"{index} {name}" if expert is None else f"{index} {name}[{expert}]"
-                arrays[key] = torch.stack([torch.cat(list(batches.values())), torch.cat(numbers)]).numpy()
+                arrays[key] = torch.cat(parts, 1).numpy()
         self.journal.keep(_part(index), arrays, [])
 
     def weights(self, index: int) -> Weights:
@@ -95,9 +97,11 @@ class Hessians:
                 part, _, expert = matrix.rstrip("]").partition("[")
                 if expert and not expert.isdecimal():
                     raise self._damaged(f"{name!r} is no name of a matrix")
-                values, batches = torch.from_numpy(self._read(name, array, (2, None)))
+                values, batches, numbers = torch.from_numpy(self._read(name, array, (3, None)))
+                if not ((numbers >= 0) & (numbers < BATCH * CONTEXT)).all():
+                    raise self._damaged(f"{name!r} has tokens that no batch has")
                 sizes = batches.unique_consecutive(return_counts=True)
-                split = values.split(sizes[1].tolist())
+                split = torch.stack([values, numbers]).split(sizes[1].tolist(), 1)
                 found[part, int(expert) if expert else None] = dict(zip(map(int, sizes[0]), split, strict=True))
         return found
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """How much memory a calibration takes, stated before it starts. Pure: tensors' shapes and options in, bytes out.
 
-Bounds for the CPU; on a GPU the layer being run is in the GPU's memory, and `on_gpu` estimates that. Tests hold
-conversions to the bounds.
+Bounds for the CPU; on a GPU the layer being run is in the GPU's memory, and `on_gpu` and what follows it estimate that.
+Tests hold conversions to the bounds.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from ..coding import families, solver
 from ..plan import ENDS, Entry
 from .ends import WEIGHTS
-from .model import BATCH, CONTEXT, SAMPLED, TOGETHER
+from .model import BATCH, CONTEXT, SAMPLED, SAMPLED_ON_GPU, TOGETHER
 
 BASE = 704 << 20  # Python with PyTorch and transformers, and what the allocator does not give back
 TEXT = 1024  # bytes per token while the text is taken apart
@@ -36,22 +37,28 @@ def peak(
     """
     outside, layers = _by_layer(entries)
     inside = [entry for layer in layers for entry in layer]
-    vocabulary = max((e.tensor.n_rows for e in outside), default=0)
-    heads = sum(e.tensor.n_rows for e in inside if re.search(r"attn_(k|v|qkv)\.weight", e.name))
-
-    reading = _floats(inside) + FLOAT * SAMPLED * TOGETHER * CONTEXT * heads if whole else TEXT * tokens
+    reading = _floats(inside) + FLOAT * SAMPLED * TOGETHER * CONTEXT * _heads(inside) if whole else TEXT * tokens
     ends = [e for e in outside if e.name in ENDS and len(e.tensor.shape) > 1]
-    logits = 4 * FLOAT * CONTEXT * vocabulary  # of one sequence: themselves, their softmax, gradients
-    calibrating = logits + max((_layer(layer, threads) for layer in layers), default=0)
+    calibrating = _logits(outside) + max((_layer(layer, threads) for layer in layers), default=0)
     calibrating += sum(2 * _hessian(e) + 2 * FLOAT * 2 * e.tensor.n_rows for e in ends)  # of what each is used for
     # Rows go from the first process to others: as they are, pickled, and padded for each.
     calibrating += 3 * max(map(_floats, layers), default=0) if several else 0
     stages = [reading, calibrating + sum(_end(e, threads) for e in ends)]
-    if tune:  # two models; of one the weights once more as made from their codes, in steps, and with gradients
-        trained = 11 if tune == "codes" else 7  # a code's number, its gradient and two moments
-        outputs = 2 * sum(map(_outputs, layers)) + 2 * BATCH * logits
-        stages.append(_floats(outside) + trained * _floats(inside) + outputs)
+    if tune:
+        stages.append(training(entries, tune) - _floats(outside))
     return BASE + _floats(outside) + max(stages)
+
+
+def training(entries: Sequence[Entry], tune: str, sequences: int = BATCH) -> int:
+    """Bytes at most of `tune.run`, on a GPU by estimate, when that runs so many sequences at a time.
+
+    Two models; of one the weights once more as made from their codes, in steps, and with gradients. The calibration's
+    ends are still there.
+    """
+    outside, layers = _by_layer(entries)
+    trained = 11 if tune == "codes" else 7  # a code's number, its gradient and two moments
+    outputs = 2 * sum(map(_outputs, layers)) // BATCH + 2 * _logits(outside)
+    return 3 * _floats(outside) + trained * sum(map(_floats, layers)) + sequences * outputs
 
 
 def solvers(
@@ -69,11 +76,11 @@ def solvers(
     return threads
 
 
-def on_gpu(entries: Sequence[Entry], bits: int) -> int:
+def on_gpu(entries: Sequence[Entry], bits: int, sequences: int = BATCH) -> int:
     """Bytes of a GPU's memory, by estimate, without hidden states between the layers. bits: of a weight there.
 
     One decoder layer: its matrices as they are, as they are stored and rounded to nearest; its Hessians, what moves its
-    aims, a batch with gradients, and the matrix being solved.
+    aims, so many sequences with gradients, and the matrix being solved.
     """
     outside, layers = _by_layer(entries)
     share = bits / 8 / FLOAT
@@ -85,9 +92,30 @@ def on_gpu(entries: Sequence[Entry], bits: int) -> int:
         pieces = (min(e.tensor.shape[-2] * e.tensor.n_cols, solver.ON_GPU * solver.WEIGHTS) for e in matrices)
         sizes = zip(matrices, pieces, strict=True)
         solving = max((of_hessian * e.tensor.n_cols**2 + of_matrix * piece for e, piece in sizes), default=0)
-        most = max(most, int(share * (4 * _floats(layer) + 2 * _outputs(layer))) + hessians + solving)
-    vocabulary = max((e.tensor.n_rows for e in outside), default=0)
-    return int(share * _floats(outside)) + 4 * FLOAT * CONTEXT * vocabulary + most
+        batch = 2 * _outputs(layer) * sequences // BATCH
+        most = max(most, int(share * (4 * _floats(layer) + batch)) + hessians + solving)
+    return int(share * _floats(outside)) + _logits(outside) + most
+
+
+def measuring(entries: Sequence[Entry], sequences: int = BATCH) -> int:
+    """The same while it is measured what types cost (sensitivity.py), in float32.
+
+    One decoder layer and what loads it, so many sequences with gradients, and what is made of one sequence and matrix.
+    """
+    outside, layers = _by_layer(entries)
+    most = 0
+    for layer in layers:
+        largest = max((e.tensor.shape[-2] * e.tensor.n_cols for e in layer if len(e.tensor.shape) > 1), default=0)
+        batch = 2 * _outputs(layer) * sequences // BATCH
+        most = max(most, 2 * _floats(layer) + batch + 2 * FLOAT * largest)
+    return _floats(outside) + _logits(outside) + most
+
+
+def drawing(entries: Sequence[Entry], bits: int, sequences: int = SAMPLED_ON_GPU) -> int:
+    """The same while the model, whole in memory, draws so many sequences at a time."""
+    outside, layers = _by_layer(entries)
+    cache = int(bits / 8 * CONTEXT * sum(map(_heads, layers)))
+    return int(bits / 8 / FLOAT * _floats(entries)) + sequences * (cache + _logits(outside) // CONTEXT)
 
 
 def _by_layer(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[Entry]]]:
@@ -102,6 +130,16 @@ def _by_layer(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[Entry]]]
 def _count(entry: Entry) -> int:
     """Matrices in a tensor."""
     return entry.tensor.n_rows // entry.tensor.shape[-2]
+
+
+def _heads(inside: Sequence[Entry]) -> int:
+    """Numbers that a token leaves in the KV cache."""
+    return sum(e.tensor.n_rows for e in inside if re.search(r"attn_(k|v|qkv)\.weight", e.name))
+
+
+def _logits(outside: Sequence[Entry]) -> int:
+    """Those of one sequence: themselves, their softmax, gradients."""
+    return 4 * FLOAT * CONTEXT * max((e.tensor.n_rows for e in outside), default=0)
 
 
 def _floats(entries: Sequence[Entry]) -> int:
@@ -121,7 +159,8 @@ def _layer(layer: Sequence[Entry], threads: int) -> int:
     """
     matrices = [e for e in layer if len(e.tensor.shape) > 1]
     hessians = sum(8 * e.tensor.n_cols**2 * _count(e) for e in matrices)
-    solving = sum(sorted(map(_solving, matrices), reverse=True)[:threads])
+    each = itertools.chain.from_iterable([_solving(e)] * min(_count(e), threads) for e in matrices)
+    solving = sum(sorted(each, reverse=True)[:threads])
     coding = threads * max((families.coding_bytes(e.target, *e.tensor.shape[-2:]) for e in matrices), default=0)
     aims = 4 * _floats(layer)
     return _floats(layer) + max(_floats(layer), hessians + 2 * _outputs(layer) + aims + solving + coding)

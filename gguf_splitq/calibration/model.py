@@ -92,6 +92,13 @@ class Room:
         self.pinned.append(weakref.ref(kept))
         return kept
 
+    def half(self, at_once: int, most: int) -> int:
+        """Sequences that a GPU is to run at a time once its memory has run out: half as many. Said the first time."""
+        if at_once == most:
+            self.say("the GPU's memory ran out: fewer sequences are run at a time, which takes longer")
+        torch.cuda.empty_cache()
+        return at_once // 2
+
 
 class Model:
     """A causal language model, or an encoder, of which one decoder layer at a time is in memory.
@@ -203,15 +210,17 @@ class Model:
         """int64 [sequences, CONTEXT] drawn from the model itself, as it speaks (temperature 1).
 
         A sequence starts with the model's first token, if it has one, and a random one, so that no two are alike. The
-        model is whole in memory meanwhile. Another seed gives other text, a processor of another kind too. The same at
-        any number of threads, of which at most TOGETHER are used.
+        model is whole in memory meanwhile. Another seed gives other text, a processor of another kind too, and a GPU
+        that has no room for SAMPLED_ON_GPU sequences at a time and draws fewer. The same at any number of threads, of
+        which at most TOGETHER are used.
         Raises UnsupportedError of an encoder.
         """
         if self.encoder:
             raise UnsupportedError(f"{self.path}: an encoder writes no text: give --calib TEXT")
         first = self.module.generation_config.bos_token_id
         vocabulary = self.module.get_input_embeddings().num_embeddings
-        sequences, at_once = max(4, count // CONTEXT), SAMPLED if self.device.type == "cpu" else SAMPLED_ON_GPU
+        most = SAMPLED if self.device.type == "cpu" else SAMPLED_ON_GPU
+        sequences, at_once = max(4, count // CONTEXT), most
 
         def draw(start: int) -> torch.Tensor:
             random = torch.Generator(self.device).manual_seed(seed * sequences + start)
@@ -230,7 +239,13 @@ class Model:
         with contextlib.ExitStack() as stack, ThreadPoolExecutor(min(threads, together), "draw", alone) as pool:
             for index in range(len(self)):
                 stack.enter_context(self.layer(index))
-            return torch.cat(list(pool.map(draw, range(0, sequences, at_once))))
+            while True:
+                try:
+                    return torch.cat(list(pool.map(draw, range(0, sequences, at_once))))
+                except torch.OutOfMemoryError:
+                    if at_once == 1:
+                        raise
+                at_once = self.room.half(at_once, most)
 
     @torch.no_grad()
     def inputs(

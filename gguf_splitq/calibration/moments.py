@@ -152,7 +152,7 @@ def _row_keys(rows: torch.Tensor) -> list[int]:
     return [hash(row.tobytes()) for row in rounded]
 
 
-def _take(x: torch.Tensor, g: torch.Tensor) -> Taken:
+def _take(x: torch.Tensor, g: torch.Tensor, _: torch.Tensor | None) -> Taken:
     return x, g.float().square().sum(1)
 
 

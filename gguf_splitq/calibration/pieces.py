@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -35,18 +35,20 @@ _ON_GPU = threading.Lock()
 class Piece:
     """Rows of a tensor's matrix that one process solves.
 
-    number: of the matrix in the tensor. kind, layout: the type. layer: the name of the layer that has the rows; order:
-    their numbers in it. rows: float32 [n_rows, n_cols], None where they are the layer's own. n_cols: of each.
+    number: of the matrix in the tensor; first: of the first row there. n_cols: of each. kind, layout: the type. layer:
+    the name of the layer that has the rows; order: their numbers in it. rows: float32 [n_rows, n_cols], None where they
+    are to be read, or are the layer's own.
     """
 
     tensor: str
     number: int
+    first: int
+    n_cols: int
     kind: str
     layout: Layout
     layer: str
     order: torch.Tensor
-    rows: np.ndarray | None
-    n_cols: int
+    rows: np.ndarray | None = None
 
     @property
     def whole(self) -> bool:
@@ -54,8 +56,8 @@ class Piece:
         return types.get(self.kind).columns is not None
 
     def cut(self, start: int, end: int) -> Piece:
-        """Some of the rows."""
-        return replace(self, order=self.order[start:end], rows=None if self.rows is None else self.rows[start:end])
+        """Some of the rows, before they are read."""
+        return replace(self, first=self.first + start, order=self.order[start:end])
 
 
 class Found(NamedTuple):
@@ -71,11 +73,20 @@ def alone(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "solve", lambda: torch.set_num_threads(1))
 
 
-def of_matrix(entry: Entry, number: int, rows: np.ndarray, layer: Layer, order: torch.Tensor) -> Piece:
-    """All rows float32 [n_rows, n_cols] of matrix `number` of a tensor."""
-    own = torch.equal(layer.weight[order.to(layer.weight.device)].float().cpu(), torch.from_numpy(rows))
-    at = entry.name, number, entry.coder.name, entry.layout, layer.name, order
-    return Piece(*at, None if own else rows, rows.shape[1])
+def of_matrix(entry: Entry, number: int, layer: Layer, order: torch.Tensor) -> Piece:
+    """All rows of matrix `number` of a tensor."""
+    first, n_cols = number * len(order), entry.tensor.n_cols
+    return Piece(entry.name, number, first, n_cols, entry.coder.name, entry.layout, layer.name, order)
+
+
+def to_send(piece: Piece, rows: np.ndarray, layer: Layer) -> Piece:
+    """The same with its rows, unless they are those that the layer has elsewhere too."""
+    own = torch.equal(_own(piece, layer).cpu(), torch.from_numpy(rows))
+    return piece if own else replace(piece, rows=rows)
+
+
+def _own(piece: Piece, layer: Layer) -> torch.Tensor:
+    return layer.weight[piece.order.to(layer.weight.device)].float()
 
 
 def deal(pieces: Iterable[Piece], count: int) -> list[list[Piece]]:
@@ -94,20 +105,29 @@ def deal(pieces: Iterable[Piece], count: int) -> list[list[Piece]]:
     return hands
 
 
-def solve(pieces: Sequence[Piece], layers: Sequence[Layer], pool: Executor, each: solver.Each = map) -> list[Found]:
-    """What becomes of each piece. pool: threads for pieces, each: what takes rows of one."""
+def solve(
+    pieces: Sequence[Piece],
+    layers: Sequence[Layer],
+    pool: Executor,
+    each: solver.Each = map,
+    read: Callable[[Piece], np.ndarray] | None = None,
+) -> Iterator[Found]:
+    """What becomes of each piece, in order. pool: threads for pieces, each: what takes rows of one.
+
+    read: gives the rows.
+    """
     named = {layer.name: layer for layer in layers}
 
     def one(piece: Piece) -> Found:
         layer = named[piece.layer]
-        rows = layer.weight[piece.order.to(layer.weight.device)].float() if piece.rows is None else piece.rows
+        rows = read(piece) if read else _own(piece, layer) if piece.rows is None else piece.rows
         kind = types.get(piece.kind)
         with turn(kind, layer):
             at = piece.tensor, kind, piece.layout
             solved = of_rows(*at, torch.as_tensor(rows), layer, piece.order, each)[1]
             return Found(solved.packed.cpu().numpy(), solved.side, solved.errors)
 
-    return list(pool.map(one, pieces))
+    return pool.map(one, pieces)
 
 
 def turn(kind: types.TensorType, layer: Layer) -> contextlib.AbstractContextManager:
@@ -142,4 +162,4 @@ def of_rows(
 def help_out(layers: Sequence[Layer], ranks: Alone, pool: Executor, each: solver.Each = map) -> None:
     """Solve what the first process deals to this one."""
     mine: list[Piece] = ranks.dealt(list)
-    ranks.gathered(solve(mine, layers, pool, each))
+    ranks.gathered(list(solve(mine, layers, pool, each)))

@@ -38,7 +38,7 @@ from ..rewrite import each_matrix
 from ..types import TensorType
 from . import fisher, moments
 from .ends import END_OF, Ends, step, tied
-from .model import CONTEXT, Model
+from .model import CONTEXT, Model, Room
 
 TOKENS = 8192  # of the calibration text
 FEEDBACK = 0.64  # divergence of a type with error feedback / with an importance matrix: sq4 0.64, sq3 0.66, sq2 0.63
@@ -55,7 +55,7 @@ class _Sums:
         self.rows, self.columns = self.rows + rows, self.columns + columns
 
 
-def _take(x: torch.Tensor, g: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _take(x: torch.Tensor, g: torch.Tensor, _: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What each sequence adds to the sums."""
     # CONTEXT rows are a sequence, except for experts; tokens of two sequences are independent, so that is no error.
     pairs = zip(x.split(CONTEXT), g.split(CONTEXT), strict=True)
@@ -73,10 +73,11 @@ def of_checkpoint(
     scratch: Path,
     progress: Callable[[int, int], None],
     device: str = "cpu",
+    room: Room | None = None,
 ) -> dict[str, dict[str, float]]:
     """`measure` on the checkpoint that `file` was made from, on `TOKENS` of at most `tokens` tokens of the text."""
     torch.set_num_threads(threads)
-    model = Model(folder, device)
+    model = Model(folder, device, room=room)
     count = min(tokens, TOKENS)
     text = model.sample_tokens(count, threads) if calib == "self" else model.read_tokens(Path(calib), count)
     return measure(model, text, file, candidates, scratch, threads, progress)

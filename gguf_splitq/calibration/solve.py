@@ -10,8 +10,10 @@ layers, on the float model; the output behind them.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from ..coding.solver import Solution
 from ..errors import UnsupportedError
 from ..files.gguf_file import Gguf, require_space
 from ..plan import ENDS, Entry, is_linear
-from ..rewrite import Rows, each_matrix, to_float32
+from ..rewrite import Rows, each_matrix, read_float32
 from ..types.columns import side_name
 from . import aims, ends, fisher, moments, pieces
 from . import tune as tuning
@@ -40,7 +42,7 @@ from .stored import decoded, rounded
 
 Progress = Callable[[str, int, int], None]
 Place = tuple[moments.Layer, torch.Tensor]  # of a GGUF matrix: the layer that has its rows, and their numbers in it
-Result = tuple[dict[str, np.ndarray], dict[str, float], list[str], list[float]] | str  # of `_solve_tensor`
+Result = tuple[dict[str, np.ndarray], dict[str, float], list[str], list[float]] | str  # of `_joined`, or why not
 NOWHERE = "no linear layer of the model has its rows"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -163,7 +165,7 @@ def run(
     if tune:
         assert sample
         if journal.find("tuned") is None:
-            again = functools.partial(Model, folder, device)
+            again = functools.partial(Model, folder, device, room=room)
             own = _drawn(again, tuning.drawn(tune_steps, sample[0].numel()), journal, threads)
             text, step = torch.cat([sample[0], own]), functools.partial(progress, "tuning")
             changed = tuning.run(again, file, entries, solved.rows, text, sample[1], tune, tune_steps, step)
@@ -356,7 +358,7 @@ class _Decoder:
         names = {layer.name for layer in stage.layers}
         due = [self.entries[name] for name, places in self.places.items() if places[0][0].name in names]
         coded = [entry for entry in due if _coder(entry)]
-        found = _solve_all(self.file, coded, lambda e, n, _: self.places[e.name][n], stage.layers, ranks, pool, each)
+        found = _solve_all(self.file, coded, lambda e: self.places[e.name], stage.layers, ranks, pool, each)
         for entry in due:
             self._put(entry, self._taken(entry, next(found)) if _coder(entry) else {})
 
@@ -388,7 +390,8 @@ class _Decoder:
         for number, (layer, order) in enumerate(self.places[entry.name]):
             here = slice(first, first + len(order))
             wanted = self.tried or entry.name not in rows
-            nearest = rounded(self._matrix(entry, here), entry) if wanted else None
+            matrix = read_float32(self.file, entry.tensor, first, len(order)) if wanted else None
+            nearest = None if matrix is None else rounded(torch.from_numpy(matrix), entry)
             fed = decoded(entry, rows, number, here) if entry.name in rows else nearest
             for name, value in (("stored", fed), ("nearest", nearest)):
                 if value is not None:
@@ -396,11 +399,6 @@ class _Decoder:
                         setattr(layer, name, layer.weight.clone())
                     getattr(layer, name)[order.to(layer.weight.device)] = value.to(layer.weight)
             first = here.stop
-
-    def _matrix(self, entry: Entry, here: slice) -> torch.Tensor:
-        """float32 [n_rows, n_cols]: these rows of the input."""
-        rows = self.file.read_rows(entry.tensor, here.start, here.stop - here.start)
-        return torch.from_numpy(to_float32(rows, entry.tensor.type_id))
 
 
 def _empty() -> dict[str, Any]:
@@ -425,7 +423,11 @@ def _solve_layer(
     wanted = [entry for entry in wanted if _coder(entry)]
     rows: dict[str, np.ndarray] = {}
     report = _empty()
-    results = _solve_all(file, wanted, lambda _, __, rows: moments.match(rows, layers), layers, ranks, pool)
+
+    def find(entry: Entry) -> Iterator[Place | None]:
+        return (moments.match(rows, layers) for rows in each_matrix(file, entry.tensor))
+
+    results = _solve_all(file, wanted, find, layers, ranks, pool)
     for entry, found in zip(wanted, results, strict=True):
         if isinstance(found, str):
             report["left"][entry.name] = found
@@ -512,34 +514,41 @@ def _left(entries: Sequence[Entry], solved: Solved) -> dict[str, str]:
 def _solve_all(
     file: Gguf,
     entries: list[Entry],
-    find: Callable[[Entry, int, np.ndarray], Place | None],
+    find: Callable[[Entry], Iterable[Place | None]],
     layers: list[moments.Layer],
     ranks: Alone,
     pool: ThreadPoolExecutor,
     each: solver.Each = map,
 ) -> Iterator[Result]:
-    """`_solve_tensor` of each, in order, by all processes. layers: where `find` finds them."""
-    if ranks.count == 1:
-        return pool.map(lambda entry: _solve_tensor(file, entry, functools.partial(find, entry), each), entries)
+    """What becomes of each tensor, in order, by all processes. find: where each of its matrices is, in `layers`."""
     reasons: dict[str, str] = {}
     due: list[pieces.Piece] = []
     for entry in entries:
         mine = []
-        for number, rows in enumerate(each_matrix(file, entry.tensor)):
-            place = find(entry, number, rows)
+        for number, place in enumerate(find(entry)):
             if place is None or place[0].hessian is None:
                 reasons[entry.name] = place[0].unknown if place else NOWHERE
                 break
-            mine.append(pieces.of_matrix(entry, number, rows, *place))
+            mine.append(pieces.of_matrix(entry, number, *place))
         due += [] if entry.name in reasons else mine
+    named, tensors = {layer.name: layer for layer in layers}, {entry.name: entry.tensor for entry in entries}
+
+    def read(piece: pieces.Piece) -> np.ndarray:
+        return read_float32(file, tensors[piece.tensor], piece.first, len(piece.order))
+
+    def dealt() -> list[list[pieces.Piece]]:
+        own, *others = hands
+        return [own, *([pieces.to_send(p, read(p), named[p.layer]) for p in hand] for hand in others)]
+
     hands = pieces.deal(due, ranks.count)
-    found = ranks.gathered(pieces.solve(ranks.dealt(lambda: hands), layers, pool, each))
-    every = [pair for hand, done in zip(hands, found, strict=True) for pair in zip(hand, done, strict=True)]
-    named = {layer.name: layer for layer in layers}
+    own = pieces.solve(ranks.dealt(dealt), layers, pool, each, read)
+    # One process takes over what is stored of a tensor while others are solved.
+    found = ranks.gathered(list(own)) if ranks.count > 1 else [own]
+    every = itertools.chain.from_iterable(map(zip, hands, found))  # in the order of the entries
+    counts = Counter(piece.tensor for hand in hands for piece in hand)
 
     def joined(entry: Entry) -> Result:
-        own = [(piece, done) for piece, done in every if piece.tensor == entry.name]
-        return reasons.get(entry.name) or _joined(file, entry, own, named)
+        return reasons.get(entry.name) or _joined(file, entry, list(itertools.islice(every, counts[entry.name])), named)
 
     return map(joined, entries)
 
@@ -547,7 +556,11 @@ def _solve_all(
 def _joined(
     file: Gguf, entry: Entry, parts: list[tuple[pieces.Piece, pieces.Found]], layers: Mapping[str, moments.Layer]
 ) -> Result:
-    """As of `_solve_tensor`, from what became of all its rows, in order."""
+    """From what became of all rows of a tensor, in order.
+
+    What is stored, name -> uint8 [n_rows, row_bytes], and [matrices, size] of a side tensor; errors by stage; the
+    experts that took the pooled Hessian; and as `Solved.tried`.
+    """
     stored: dict[str, np.ndarray] = {entry.name: np.concatenate([done.packed for _, done in parts])}
     if parts[0][1].side is not None:
         stored[side_name(entry.name)] = np.stack([done.side for _, done in parts if done.side is not None])
@@ -558,41 +571,10 @@ def _joined(
         layer, first = layers[name], number * n_rows
         pooled += [f"{entry.name}[{number}]"] if layer.pooled else []
         if layer.held:
-            rows = to_float32(file.read_rows(entry.tensor, first, n_rows), entry.tensor.type_id)
+            rows = torch.from_numpy(read_float32(file, entry.tensor, first, n_rows))
             fed = decoded(entry, stored, number, slice(first, first + n_rows)).to(layer.weight.device)
-            tried += _tried(torch.from_numpy(rows).to(fed.device), fed, entry, layer)
+            tried += _tried(rows.to(fed.device), fed, entry, layer)
     return stored, errors, pooled, tried.tolist()
-
-
-def _solve_tensor(
-    file: Gguf, entry: Entry, find: Callable[[int, np.ndarray], Place | None], each: solver.Each = map
-) -> Result:
-    """What is stored, errors by stage, the experts that took the pooled Hessian, and as `Solved.tried`; or why not.
-
-    find(number, rows): where matrix `number` of the tensor is. Stored: name -> uint8 [n_rows, row_bytes], and
-    [matrices, size] of a side tensor.
-    """
-    matrices, sides, errors, pooled, tried = [], [], [], [], np.zeros(3)
-    for number, rows in enumerate(each_matrix(file, entry.tensor)):
-        found = find(number, rows)
-        if found is None:
-            return NOWHERE
-        layer, order = found
-        if layer.hessian is None:
-            return layer.unknown
-        if layer.pooled:
-            pooled.append(f"{entry.name}[{number}]")
-        with pieces.turn(entry.coder, layer):
-            at = entry.name, entry.coder, entry.layout
-            weight, solved = pieces.of_rows(*at, torch.from_numpy(rows), layer, order, each)
-            matrices.append(solved.packed.cpu().numpy())
-            sides += [] if solved.side is None else [solved.side]
-            errors.append(solved.errors)
-            tried += _tried(weight, solved.weight.to(weight.device), entry, layer)
-    stored = {entry.name: np.concatenate(matrices)}
-    if sides:
-        stored[side_name(entry.name)] = np.stack(sides)
-    return stored, {s: float(np.mean([e[s] for e in errors])) for s in errors[0]}, pooled, tried.tolist()
 
 
 def _tried(weight: torch.Tensor, fed: torch.Tensor, entry: Entry, layer: moments.Layer) -> np.ndarray:

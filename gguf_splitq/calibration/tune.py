@@ -31,7 +31,7 @@ from ..coding import formats, windows
 from ..files.gguf_file import Gguf
 from ..plan import Entry
 from ..rewrite import Rows, each_matrix, to_float32
-from . import moments
+from . import fisher, moments
 from .model import BATCH, CONTEXT, Model
 from .stored import decoded, rounded
 
@@ -286,11 +286,11 @@ def run(
         groups += [{"params": [parameter], "lr": rate * _size(parameter)} for parameter, _ in norms.values()]
         codes = [bundle.codes for bundle in quantized.bundles]
         loss = functools.partial(_loss, teacher, student, quantized)
-        before = after = _divergence(loss, held)
+        before = after = _divergence(student, loss, held)
         if groups:
             with moments.tf32(student.device):  # as precise as a gradient has to be
-                _train(loss, quantized.bundles, groups, tokens, steps, chance, progress)
-            after = _divergence(loss, held)
+                _train(student, loss, quantized.bundles, groups, tokens, steps, chance, progress)
+            after = _divergence(student, loss, held)
         changed: dict[str, np.ndarray] = {}
         share = 0.0
         if after < before:
@@ -305,6 +305,7 @@ def run(
 
 
 def _train(
+    student: Model,
     loss: Callable[[torch.Tensor], torch.Tensor],
     bundles: Sequence[Bundle],
     groups: list[dict[str, Any]],
@@ -325,8 +326,12 @@ def _train(
         if not batches:
             batches = list(tokens[torch.randperm(len(tokens), generator=chance)].split(BATCH))
         batch = batches.pop()
-        with torch.enable_grad():
-            loss(batch).div(batch.numel()).backward()
+
+        def backward(part: torch.Tensor, size: int = batch.numel()) -> None:
+            with torch.enable_grad():
+                loss(part).div(size).backward()
+
+        fisher.as_fits(student, backward, batch, again=optimizer.zero_grad)
         for group in optimizer.param_groups if step == 0 else ():
             size = torch.stack([leaf.grad.square().mean() for leaf in group["params"]]).mean().sqrt()
             group["eps"] = max(EPSILON * float(size), torch.finfo(torch.float32).tiny)
@@ -366,8 +371,9 @@ def _loss(teacher: Model, student: Model, quantized: _Quantized, tokens: torch.T
 
 
 @torch.no_grad()
-def _divergence(loss: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> float:
-    return sum(float(loss(part)) for part in tokens.split(BATCH)) / tokens.numel()
+def _divergence(student: Model, loss: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> float:
+    parts = (fisher.as_fits(student, lambda part: float(loss(part)), batch) for batch in tokens.split(BATCH))
+    return sum(map(sum, parts)) / tokens.numel()
 
 
 def _pieces(
