@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import files
 from .common import RESULTS, run
 from .quality import OURS, plot
 
 PICTURE = RESULTS / "quality.svg"
 PICTURED = "quality.ref-a"
+FILES = "files"  # one table's name for the whole files of all models, and how their results begin
 DOCS = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Table = tuple[list[str], list[list[str]]]  # headings, rows
@@ -28,8 +30,10 @@ def results() -> dict[str, dict]:
 
 def tables(kept: dict[str, dict]) -> dict[str, str]:
     """Name -> Markdown, with a line on what was measured."""
-    found = {}
+    found = {FILES: "\n".join(whole_files(name, result) for name, result in kept.items() if is_files(name))}
     for name, result in kept.items():
+        if is_files(name):
+            continue
         for part, table, measured in parts(name, result):
             found[part] = markdown(table) + "\n" + source(measured)
     return found
@@ -70,6 +74,41 @@ def quality(result: dict) -> Table:
     table.sort(key=lambda entry: -entry[0])
     fed = ["perplexity / F16, feedback", "top-1, feedback"] if "feedback" in kinds else []
     return ["type", "bits per weight", *kinds.values(), *fed], [cells for _, cells in table]
+
+
+def is_files(name: str) -> bool:
+    """Whether it is a result of `make quality ARGS="--files"`."""
+    return name.startswith(f"{FILES}.")
+
+
+def whole_files(name: str, result: dict) -> str:
+    """A model's whole files: a row for each size, what of the claim was missed, and the picture."""
+    at = {(row["type"], row["data"]): row for row in result["rows"]}
+    sizes = [size for size in files.SIZES if (size, "imatrix") in at and (size, "ours") in at]
+    timed = any("tg" in row for row in result["rows"])
+    table, missed = [], []
+    for size in sizes:
+        theirs, ours = at[size, "imatrix"], at[size, "ours"]
+        below = files.next_smaller(size, at)
+        ratios = [row["mean_kld"] / theirs["mean_kld"] if row else None for row in (ours, below)]
+        if ratios[0] > files.AT_MOST and (ratios[1] is None or ratios[1] > 1):
+            missed.append(f"{size} ({ratios[0]:.2f})")
+        klds = [significant(row["mean_kld"]) for row in (theirs, ours)]
+        shares = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        rates = [f"{row['tg']:.0f}" if "tg" in row else "" for row in (theirs, ours)] if timed else []
+        table.append([size, f"{theirs['file_bpw']:.2f}", *klds, *shares, *rates])
+    headings = ["size of", "bits per weight of the file", "KLD, imatrix", "KLD, `--file-bpw`", "of theirs"]
+    headings += ["next smaller, of theirs", *(["tokens per second, theirs", "ours"] if timed else [])]
+    claim = f"{files.AT_MOST:g} of llama-quantize's divergence at most, or no more of it at the next smaller size:"
+    verdict = f"missed at the size of {', '.join(missed)}" if missed else f"kept at {len(sizes)} of {len(sizes)} sizes"
+    model = result["model"]
+    return (
+        f"**{model}**, {result['chunks']} chunks, {result['tokens']} tokens\n\n"
+        + markdown((headings, table))
+        + f"\n{claim} {verdict}.\n\n"
+        + source(result["measured"])
+        + f"\n![{model}: KL divergence over bits per weight of whole files]({RESULTS.name}/{name}.svg)\n"
+    )
 
 
 def bench(result: dict) -> Table:
@@ -114,6 +153,7 @@ def plain(result: dict) -> Table:
         "minutes": ("minutes of processor time", "{:.2g}"),
         "peak": ("memory, MB", "{:.0f}"),
         "MB": ("MB", "{:.4g}"),
+        "file_bpw": ("bits per weight of the file", "{:.2f}"),
         "ppl": ("perplexity", "{:.3f}"),
         "ppl_ratio": ("perplexity / F16", "{:.4f}"),
         "mean_kld": ("KLD", ""),
@@ -162,10 +202,13 @@ def filled(text: str, found: dict[str, str]) -> str:
     return MARKED.sub(lambda match: f"{match[1]}\n{found[match[2]]}\n{match[3]}", text)
 
 
-def draw(kept: dict[str, dict], path: Path) -> None:
-    """KLD over stored bits."""
-    result = kept[PICTURED]
-    plot(result["rows"], f"{result['model']} on {result['chunks']} chunks of {result['text']}", path)
+def draw(kept: dict[str, dict], folder: Path) -> None:
+    """KLD over stored bits: of linear layers, and of whole files for each model that is kept."""
+    pictures = {PICTURE.name: (plot, kept[PICTURED])}
+    pictures |= {f"{name}.svg": (files.plot, result) for name, result in kept.items() if is_files(name)}
+    for picture, (drawn, result) in pictures.items():
+        title = f"{result['model']} on {result['chunks']} chunks of {result['text']}"
+        drawn(result["rows"], title, folder / picture)
 
 
 def main() -> None:
@@ -176,7 +219,7 @@ def main() -> None:
         if (after := filled(before, found)) != before:
             path.write_text(after)
             print(f"written: {path}")
-    draw(kept, PICTURE)
+    draw(kept, RESULTS)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ gguf-splitq runtime build
 1. A better q4_k for any llama.cpp, Ollama or LM Studio
 gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type q4_k --calib self
 
-2. Our best small file, run and chat
-gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4w --calib self
-"$(gguf-splitq runtime path)/llama-server" -m SmolLM2-135M-Instruct-sq4w.gguf
+2. The best file of a size, run and chat
+gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --size 100M --calib self
+"$(gguf-splitq runtime path)/llama-server" -m SmolLM2-135M-Instruct-100M.gguf
 
 3. Without data, in seconds
 gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4w --outfile quick.gguf
