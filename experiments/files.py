@@ -47,7 +47,8 @@ class File(Run):
         return self.data == "ours"
 
 
-def runs() -> list[File]:
+def runs(_: Path) -> list[File]:
+    """Of any model."""
     return [File(size, data) for size in SIZES for data in ("imatrix", "ours")]
 
 

@@ -378,11 +378,10 @@ def main() -> None:
     from . import ends, files  # which take what they share from here
 
     what, module = ("files", files) if args.files else ("ends", ends) if args.ends else ("quality", None)
-    every = module.runs() if module else runs()
-    wanted = [r for r in every if only is None or {r.type.lower(), r.data, f"{r.type.lower()}/{r.data}"} & only]
-
     f16, own = args.folder / "f16.gguf", args.folder / f"f16.{os.getpid()}.gguf"
     convert(args.model, "f16", own, threads=args.threads).replace(f16)
+    every = module.runs(f16) if module else runs()
+    wanted = [r for r in every if only is None or {r.type.lower(), r.data, f"{r.type.lower()}/{r.data}"} & only]
     rows = Rows(args.folder / what)
     found = measure(wanted, f16, rows, args, *([module.make] if module else []))
     if args.speed:

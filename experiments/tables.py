@@ -17,7 +17,7 @@ from .quality import OURS, plot
 
 PICTURE = RESULTS / "quality.svg"
 PICTURED = "quality.ref-a"
-FILES = "files"  # one table's name for the whole files of all models, and how their results begin
+BLOCKS = ("files", "ends")  # one table's name for the results of all models, and how the names of these begin
 DOCS = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Table = tuple[list[str], list[list[str]]]  # headings, rows
@@ -30,13 +30,15 @@ def results() -> dict[str, dict]:
 
 def tables(kept: dict[str, dict]) -> dict[str, str]:
     """Name -> Markdown, with a line on what was measured."""
-    found = {FILES: "\n".join(whole_files(name, result) for name, result in kept.items() if is_files(name))}
+    models: dict[str, list[str]] = {block: [] for block in BLOCKS}
+    found = {}
     for name, result in kept.items():
-        if is_files(name):
+        if (block := name.partition(".")[0]) in BLOCKS:
+            models[block].append({"files": whole_files, "ends": ends}[block](name, result))
             continue
         for part, table, measured in parts(name, result):
             found[part] = markdown(table) + "\n" + source(measured)
-    return found
+    return found | {block: "\n".join(parts) for block, parts in models.items()}
 
 
 def parts(name: str, result: dict) -> Iterator[tuple[str, Table, dict]]:
@@ -78,7 +80,7 @@ def quality(result: dict) -> Table:
 
 def is_files(name: str) -> bool:
     """Whether it is a result of `make quality ARGS="--files"`."""
-    return name.startswith(f"{FILES}.")
+    return name.startswith("files.")
 
 
 def whole_files(name: str, result: dict) -> str:
@@ -103,12 +105,33 @@ def whole_files(name: str, result: dict) -> str:
     verdict = f"missed at the size of {', '.join(missed)}" if missed else f"kept at {len(sizes)} of {len(sizes)} sizes"
     model = result["model"]
     return (
-        f"**{model}**, {result['chunks']} chunks, {result['tokens']} tokens\n\n"
-        + markdown((headings, table))
+        titled(result, (headings, table))
         + f"\n{claim} {verdict}.\n\n"
         + source(result["measured"])
         + f"\n![{model}: KL divergence over bits per weight of whole files]({RESULTS.name}/{name}.svg)\n"
     )
+
+
+def ends(_: str, result: dict) -> str:
+    """A row for each type and what embedding and output have, beside those with Q8_0."""
+    at = {(row["type"], row["data"]): row for row in result["rows"]}
+    table = []
+    for (type, data), row in at.items():
+        base = at[type, "q8_0"]
+        ratios = [f"{row[key] / base[key]:.2f}" for key in ("file_bpw", "mean_kld")]
+        kind = " and ".join(f"`{end}`" for end in data.replace("same", type).split("+"))
+        table.append([f"`{type}`", kind, f"{row['file_bpw']:.2f}", significant(row["mean_kld"]), *ratios])
+    headings = ["linear layers", "embedding and output", "bits per weight of the file", "KLD"]
+    return (
+        titled(result, ([*headings, "bits / with `q8_0`", "KLD / with `q8_0`"], table))
+        + "\n"
+        + source(result["measured"])
+    )
+
+
+def titled(result: dict, table: Table) -> str:
+    """A table below its model's name."""
+    return f"**{result['model']}**, {result['chunks']} chunks, {result['tokens']} tokens\n\n" + markdown(table)
 
 
 def bench(result: dict) -> Table:

@@ -378,9 +378,11 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--plan", dest="plan_file", metavar="JSON", help="types that --save-plan kept (no default)")
     many = "type of tensors by name, such as ffn_down=sq4 (default: none); may be repeated, the first match wins"
     g.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help=many)
-    embedding = "type of the embedding (default: q8_0); a smaller one pays off in small models"
+    embedding = (
+        "type of the embedding (default: q8_0, with K and IQ types q6_k); a smaller one pays off in small models"
+    )
     g.add_argument("--token-embedding-type", metavar="TYPE", help=embedding)
-    g.add_argument("--output-tensor-type", metavar="TYPE", help="type of the output matrix (default: q8_0)")
+    g.add_argument("--output-tensor-type", metavar="TYPE", help="type of the output matrix (default: the same)")
     metric = "what gives columns of cq2.x to sq3.x more bits (default: %(default)s); outlier is CLAQ's, for comparing"
     g.add_argument("--claq-metric", choices=("hessian", "outlier"), default="hessian", help=metric)
 

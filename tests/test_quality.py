@@ -77,7 +77,8 @@ def test_decoding_takes_turns(tmp_path, monkeypatch):
     assert [row["tg"] for row in rows] == [3, 6] and len(calls) == files.ROUNDS
 
 
-def test_ends_are_set_beside_q8_0():
+def test_ends_are_set_beside_q8_0(demo_f16):
+    assert {run.data for run in ends.runs(demo_f16)} == {"q8_0", "q6_k", "q5_1", "sq4w"}  # one matrix, one type
     rows = [row("sq4w", "q8_0", 0, 0.01, file_bpw=5.0), row("sq4w", "q6_k", 0, 0.011, file_bpw=4.5)]
     assert [claim["measured"] for claim in ends.claims_of(rows)] == pytest.approx([1.1, 0.9])
 

@@ -92,9 +92,17 @@ def test_whole_files_of_all_models_are_one_block():
     ]  # fmt: skip
     result = {"measured": measured, "model": "m", "text": "t", "chunks": 2, "tokens": 512, "rows": rows}
     found = tables.tables({"files.m": result, "files.n": result | {"model": "n"}})
-    assert list(found) == ["files"] and found["files"].count("| Q2_K | 3.00 | 0.100 | 0.0700 | 0.70 |  |") == 2
+    assert list(found) == ["files", "ends"] and found["files"].count("| Q2_K | 3.00 | 0.100 | 0.0700 | 0.70 |  |") == 2
     assert "| Q4_K_M | 5.10 | 0.0100 | 0.00610 | 0.61 | 0.98 | 50 | 50 |" in found["files"]
     assert "missed at the size of Q2_K (0.70)." in found["files"] and "files.n.svg" in found["files"]
     assert "IQ2_M" not in found["files"]
     assert "kept at 2 of 2 sizes" in tables.tables({"files.m": result | {"rows": rows[:4]}})["files"]
-    assert tables.tables({}) == {"files": ""}  # nothing is kept yet
+    assert tables.tables({}) == {"files": "", "ends": ""}  # nothing is kept yet
+
+
+def test_ends_are_shown_beside_q8_0():
+    measured = {"commit": "0" * 9, "machine": "one", "date": "2026-01-01", "command": "a b"}
+    rows = [whole("sq4w", "q8_0", 5.0, 0.01), whole("sq4w", "sq4w+q6_k", 4.5, 0.0105)]
+    result = {"measured": measured, "model": "m", "text": "t", "chunks": 2, "tokens": 512, "rows": rows}
+    found = tables.tables({"ends.m": result})["ends"]
+    assert "| `sq4w` | `sq4w` and `q6_k` | 4.50 | 0.0105 | 0.90 | 1.05 |" in found and "`a b`" in found
