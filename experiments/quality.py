@@ -202,7 +202,7 @@ def measure(wanted: list[Run], f16: Path, rows: Rows, args, make=make) -> list[d
             result = base().compare(file) | {"minutes": minutes}
             if args.unpatched is not None and source.data == "feedback" and source.type in UNPATCHED:
                 result["unpatched_kld"] = by_upstream(base(), file, unpatched(args))
-            if not args.files:
+            if source.data != "ours":  # those are timed later
                 file.unlink()
             return result
 
