@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`make journeys`: the conversions that README.md shows, run as they stand there, with what they take and give.
 
-The model is the one that README names: from a hub or, without one, the package index (`experiments/public.py`).
+The model is the one that README names: from a hub or, without one, the package index (`experiments/public.py`). Beside
+them stands a file as it is published, of the size that README gives, with an importance matrix of the demo's text.
 """
 
 import os
@@ -15,9 +16,10 @@ from gguf_splitq.errors import EnvironmentFailed
 from gguf_splitq.measure.validate import Baseline
 
 from . import public
-from .common import BUILD, DEMO, convert, parser, quantize, run, save, show
+from .common import BUILD, DEMO, convert, imatrix, parser, quantize, run, save, show
 
 README = Path("README.md")
+STOCK = "Q4_K_M"  # what README's --size is the size of
 UNIT = 1024 if sys.platform == "linux" else 1  # bytes of what the system counts a process' memory in
 
 
@@ -37,8 +39,9 @@ def main() -> None:
     model = public.smollm2()
     folder = BUILD / "journeys"
     f16 = convert(model, "f16", folder / "f16.gguf", threads=args.threads)
-    rows = [{"command": "`llama-quantize --pure F16 Q4_K`"}]
-    files = [quantize(f16, "Q4_K", folder / "stock.gguf", args.threads, "--pure")]
+    matrix = imatrix(f16, DEMO / "calib.txt", folder / "imatrix.gguf", args.threads)
+    rows = [{"command": f"`llama-quantize --imatrix MATRIX F16 {STOCK}`"}]
+    files = [quantize(f16, STOCK, folder / "stock.gguf", args.threads, "--imatrix", matrix)]
     fewer = ["--calib-tokens", str(args.tokens)] if args.tokens else []
     made = (line for line in commands() if line.startswith("gguf-splitq convert") and "f16" not in line)
     for number, line in enumerate(made):
@@ -50,7 +53,8 @@ def main() -> None:
     with Baseline(f16, args.text, chunks=args.chunks, threads=args.threads) as base:
         for row, file in zip(rows, files, strict=True):
             row |= base.compare(file) | {"MB": file.stat().st_size / 1e6}
-    columns = {"command": "", "minutes": ".1f", "peak": ".0f", "MB": ".1f", "mean_kld": ".5f", "top1": ".1%"}
+    columns = {"command": "", "minutes": ".1f", "peak": ".0f", "MB": ".1f", "file_bpw": ".2f"}
+    columns |= {"mean_kld": ".5f", "top1": ".1%"}
     show(f"{public.ON_HUB} on {args.chunks} chunks of {args.text}", rows, columns)
     save("journeys", {"rows": [{key: row.get(key) for key in columns} for row in rows]}, args.keep)
 

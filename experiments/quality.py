@@ -6,13 +6,15 @@ Only the linear layers differ: embeddings and output are F16 everywhere. "imatri
 ours and stock types, by `gguf-splitq convert --calib` from as many tokens of that text, "plain" with `--aim plain`
 besides, "self" from text that the model wrote, "tuned" with `--tune scales`, "trained" with `--tune codes` (on a GPU
 alone), and "3.5 bpw" by `--bpw 3.5`; "plain" files share one file of Hessians, all others but "self" one of token
-weights. Finished rows are kept in build/quality/MODEL/rows.json: a run that was stopped goes on, and what the source of
-solver or types, the texts or the options have changed is measured again.
+weights. Finished rows are kept in build/quality/MODEL/: a run that was stopped goes on, and what the source of solver
+or types, the texts or the options have changed is measured again. Several processes may each measure a part with
+--only; the same command without it then joins the rows.
 
   python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, plain, feedback, ...
   python -m experiments.quality --only sq4,Q4_K/imatrix    # types, or one row
   python -m experiments.quality --model ../shared/models/ref-a
   python -m experiments.quality --files                    # whole files, as llama-quantize ships them: files.py
+  python -m experiments.quality --ends                     # types of embedding and output: ends.py
 """
 
 import contextlib
@@ -21,8 +23,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,25 +89,43 @@ def runs() -> list[Run]:
     return [*plain, *weighted, *fed, Run("sq4", "self"), *budgets, *tuned]
 
 
-def make(source: Run, f16: Path, matrix: Path | None, args) -> Path:
-    """The file of a row, in the one scratch place."""
-    outfile = args.folder / "candidate.gguf"
+def make(source: Run, f16: Path, matrix: Path | None, outfile: Path, args) -> None:
+    """The file of a row."""
     options = {"threads": args.threads} | KEPT
     if source.solved:
-        options |= {"calib": "self" if source.data == "self" else str(args.calib), "calib_tokens": args.tokens}
-        if source.data == "plain":
-            options |= {"aim": "plain", "hessians": args.folder / f"hessians-{hessian_key(args)}.gguf"}
-        elif source.data != "self":
-            options["hessians"] = args.folder / f"weights-{hessian_key(args)}.gguf"
-        options["tune"] = TRAINING.get(source.data)
+        options |= {"tune": TRAINING.get(source.data)}
         if source.data == "bpw":
-            return convert(args.model, None, outfile, bpw=float(source.type.split()[0]), **options)
-        return convert(args.model, source.type.lower(), outfile, **options)
+            calibrate(None, outfile, args, bpw=float(source.type.split()[0]), **options)
+        elif source.data == "self":
+            convert(args.model, source.type.lower(), outfile, calib="self", calib_tokens=args.tokens, **options)
+        else:
+            calibrate(source.type.lower(), outfile, args, aim="plain" if source.data == "plain" else "half", **options)
+        return
     weights = matrix if source.data == "imatrix" else None
     if source.type in OURS:
-        return convert(f16, source.type, outfile, imatrix=weights and str(weights), **options)
+        convert(f16, source.type, outfile, imatrix=weights and str(weights), **options)
+        return
     given = ["--pure", "--token-embedding-type", "f16", "--output-tensor-type", "f16"]
-    return quantize(f16, source.type, outfile, args.threads, *given, *(["--imatrix", weights] if weights else []))
+    quantize(f16, source.type, outfile, args.threads, *given, *(["--imatrix", weights] if weights else []))
+
+
+def calibrate(type: str | None, outfile: Path, args, aim: str = "half", **options) -> None:
+    """`convert` with feedback of the calibration text; what the model says of its tokens is measured once."""
+    kind = "hessians" if aim == "plain" else "weights"
+    measured = args.folder / f"{kind}-{hessian_key(args)}.gguf"
+    options |= {"calib": str(args.calib), "calib_tokens": args.tokens, "aim": aim}
+    with shared(measured, outfile.with_suffix(f".{kind}.gguf")) as path:
+        convert(args.model, type, outfile, hessians=path, **options)
+
+
+@contextlib.contextmanager
+def shared(path: Path, own: Path) -> Iterator[Path]:
+    """`path` where it is there; else `own`, to be made and then renamed to `path`: other processes may make it too."""
+    if path.exists():
+        yield path
+        return
+    yield own
+    own.replace(path)
 
 
 def hessian_key(args) -> str:
@@ -114,23 +135,31 @@ def hessian_key(args) -> str:
 
 
 class Rows:
-    """The measured rows on disk, each under everything that decides its numbers."""
+    """The measured rows on disk, each in a file that is named after everything that decides its numbers."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.kept = json.loads(path.read_text()) if path.exists() else {}
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.found: dict[Run, Path] = {}  # where the rows are that were asked for
+        folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, source: Run, settings: dict, measure: Callable[[], dict]) -> dict:
+    def path(self, source: Run, settings: dict) -> Path:
+        """Of a row; what is made for it lies beside it."""
         if source.solved or source.type in OURS:
             settings = settings | {"source": source_hash()}
-        key = f"{source.type} {source.data} {digest(json.dumps(settings, sort_keys=True).encode())}"
-        if key not in self.kept:
-            self.kept[key] = {"type": source.type, "data": source.data} | measure()
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.kept, indent=1) + "\n")
-            part.replace(self.path)
-        print(f"{source.type:8} {source.data:8} mean KLD {self.kept[key]['mean_kld']:.5f}", flush=True)
-        return self.kept[key]
+        key = digest(json.dumps(settings, sort_keys=True).encode())
+        return self.folder / f"{source.type}-{source.data}-{key}.json".replace(" ", "-")
+
+    def get(self, source: Run, settings: dict, measure: Callable[[Path], dict]) -> dict:
+        """The row, measured if it is not there. measure: is given the place for its GGUF file."""
+        path = self.found[source] = self.path(source, settings)
+        if not path.exists():
+            row = {"type": source.type, "data": source.data} | measure(path.with_suffix(".gguf"))
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(row, indent=1) + "\n")
+            part.replace(path)
+        row = json.loads(path.read_text())
+        print(f"{source.type:8} {source.data:8} mean KLD {row['mean_kld']:.5f}", flush=True)
+        return row
 
 
 def digest(data: bytes) -> str:
@@ -144,34 +173,37 @@ def source_hash() -> str:
     return digest(b"".join(p.read_bytes() for p in files))
 
 
-def measure(
-    wanted: list[Run], f16: Path, text: Path, calib: Path, chunks: int, rows: Rows, args, make=make, more=lambda *_: {}
-) -> list[dict]:
-    """The rows of `wanted`, from disk where they are there. more: what else is measured of a file."""
-    common = {"f16": digest(f16.read_bytes()), "text": digest(text.read_bytes()), "chunks": chunks}
+def measure(wanted: list[Run], f16: Path, rows: Rows, args, make=make) -> list[dict]:
+    """The rows of `wanted`, from disk where they are there."""
+    common = {"f16": digest(f16.read_bytes()), "text": digest(args.text.read_bytes()), "chunks": args.chunks}
     common["pin"] = patching.pin()["commit"]
-    data = {"calib": digest(calib.read_bytes()), "tokens": args.tokens}
+    data = {"calib": digest(args.calib.read_bytes()), "tokens": args.tokens}
 
     @functools.cache
     def matrix() -> Path:
         path = args.folder / f"imatrix-{digest(json.dumps(common | data).encode())}.gguf"
-        if not path.exists():
-            print(f"importance matrix of {calib}", flush=True)
-            part = path.with_suffix(".part.gguf")  # llama-imatrix writes it again and again
-            imatrix(f16, calib, part, args.threads, chunks=args.tokens // 512).replace(path)
+        with shared(path, path.with_suffix(f".{os.getpid()}.gguf")) as made:
+            if made != path:
+                print(f"importance matrix of {args.calib}", flush=True)
+                imatrix(f16, args.calib, made, args.threads, chunks=args.tokens // 512)
         return path
 
     with contextlib.ExitStack() as stack:
-        base = functools.cache(lambda: stack.enter_context(Baseline(f16, text, chunks=chunks, threads=args.threads)))
 
-        def one(source: Run) -> dict:
+        @functools.cache
+        def base() -> Baseline:
+            return stack.enter_context(Baseline(f16, args.text, chunks=args.chunks, threads=args.threads))
+
+        def one(source: Run, file: Path) -> dict:
             start = time.monotonic()
-            file = make(source, f16, matrix() if source.data in ("imatrix", "ours") else None, args)
+            make(source, f16, matrix() if source.data in ("imatrix", "ours") else None, file, args)
             minutes = (time.monotonic() - start) / 60
-            check_overlap(file, text)
-            result = base().compare(file) | {"minutes": minutes} | more(file, args)
+            check_overlap(file, args.text)
+            result = base().compare(file) | {"minutes": minutes}
             if args.unpatched is not None and source.data == "feedback" and source.type in UNPATCHED:
                 result["unpatched_kld"] = by_upstream(base(), file, unpatched(args))
+            if source.data != "ours":  # those are timed later
+                file.unlink()
             return result
 
         settings = {"none": common, "self": common | {"tokens": args.tokens}}
@@ -334,6 +366,8 @@ def main() -> None:
     model_and_texts(p, "smollm2")
     p.add_argument("--tokens", type=int, default=131_072, help="tokens of the calibration text to use")
     p.add_argument("--files", action="store_true", help="whole files instead, ours at the sizes of llama-quantize's")
+    p.add_argument("--speed", action="store_true", help="with --files: also how fast those of a size decode, in turns")
+    p.add_argument("--ends", action="store_true", help="types of embedding and output instead, by --type")
     p.add_argument("--only", help="kinds of data, types, or TYPE/KIND, separated by commas")
     upstream = f"run the {' and '.join(UNPATCHED)} files with feedback by llama.cpp as upstream has it, too"
     p.add_argument("--unpatched", nargs="?", const="", metavar="DIR", help=f"{upstream}; built unless DIR has it")
@@ -341,25 +375,24 @@ def main() -> None:
     name, args.model = args.model.removesuffix("/").rpartition("/")[2].removesuffix(".gguf"), chosen(args)
     args.folder = BUILD / "quality" / name
     only = set(args.only.lower().split(",")) if args.only else None
-    from . import files  # which takes what it shares from here
+    from . import ends, files  # which take what they share from here
 
-    every = files.runs() if args.files else runs()
+    what, module = ("files", files) if args.files else ("ends", ends) if args.ends else ("quality", None)
+    f16, own = args.folder / "f16.gguf", args.folder / f"f16.{os.getpid()}.gguf"
+    convert(args.model, "f16", own, threads=args.threads).replace(f16)
+    every = module.runs(f16) if module else runs()
     wanted = [r for r in every if only is None or {r.type.lower(), r.data, f"{r.type.lower()}/{r.data}"} & only]
-
-    f16 = convert(args.model, "f16", args.folder / "f16.gguf", threads=args.threads)
-    rows = Rows(args.folder / ("files.json" if args.files else "rows.json"))
-    how = {"make": files.make, "more": files.more} if args.files else {}
-    found = measure(wanted, f16, args.text, args.calib, args.chunks, rows, args, **how)
+    rows = Rows(args.folder / what)
+    found = measure(wanted, f16, rows, args, *([module.make] if module else []))
+    if args.speed:
+        files.add_speed(found, rows.found, args.threads)
     title = f"{name} on {args.chunks} chunks of {args.text.name}"
-    show(title, found, files.FORMATS if args.files else FORMATS)
-    claims = (files.claims_of if args.files else claims_of)(found)
-    what = "files" if args.files else "quality"
+    show(title, found, module.FORMATS if module else FORMATS)
+    claims = (module.claims_of if module else claims_of)(found)
     settings = {"model": name, "text": args.text.name, "chunks": args.chunks, "tokens": args.tokens}
     save(f"{what}.{name}", settings | {"rows": found, "claims": claims}, args.keep)
-    if args.files:
-        draw(files.series(found), "file_bpw", "whole file", title, BUILD / f"files.{name}.svg")
-    else:
-        plot(found, title, BUILD / f"quality.{name}.svg")
+    draw_all = module.plot if module else plot
+    draw_all(found, title, BUILD / f"{what}.{name}.svg")
     judge(claims)
 
 

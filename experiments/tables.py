@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import files
 from .common import RESULTS, run
 from .quality import OURS, plot
 
 PICTURE = RESULTS / "quality.svg"
 PICTURED = "quality.ref-a"
+BLOCKS = ("files", "ends")  # one table's name for the results of all models, and how the names of these begin
 DOCS = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Table = tuple[list[str], list[list[str]]]  # headings, rows
@@ -28,11 +30,15 @@ def results() -> dict[str, dict]:
 
 def tables(kept: dict[str, dict]) -> dict[str, str]:
     """Name -> Markdown, with a line on what was measured."""
+    models: dict[str, list[str]] = {block: [] for block in BLOCKS}
     found = {}
     for name, result in kept.items():
+        if (block := name.partition(".")[0]) in BLOCKS:
+            models[block].append({"files": whole_files, "ends": ends}[block](name, result))
+            continue
         for part, table, measured in parts(name, result):
             found[part] = markdown(table) + "\n" + source(measured)
-    return found
+    return found | {block: "\n".join(parts) for block, parts in models.items()}
 
 
 def parts(name: str, result: dict) -> Iterator[tuple[str, Table, dict]]:
@@ -70,6 +76,62 @@ def quality(result: dict) -> Table:
     table.sort(key=lambda entry: -entry[0])
     fed = ["perplexity / F16, feedback", "top-1, feedback"] if "feedback" in kinds else []
     return ["type", "bits per weight", *kinds.values(), *fed], [cells for _, cells in table]
+
+
+def is_files(name: str) -> bool:
+    """Whether it is a result of `make quality ARGS="--files"`."""
+    return name.startswith("files.")
+
+
+def whole_files(name: str, result: dict) -> str:
+    """A model's whole files: a row for each size, what of the claim was missed, and the picture."""
+    at = {(row["type"], row["data"]): row for row in result["rows"]}
+    sizes = [size for size in files.SIZES if (size, "imatrix") in at and (size, "ours") in at]
+    timed = any("tg" in row for row in result["rows"])
+    table, missed = [], []
+    for size in sizes:
+        theirs, ours = at[size, "imatrix"], at[size, "ours"]
+        below = files.next_smaller(size, at)
+        ratios = [row["mean_kld"] / theirs["mean_kld"] if row else None for row in (ours, below)]
+        if ratios[0] > files.AT_MOST and (ratios[1] is None or ratios[1] > 1):
+            missed.append(f"{size} ({ratios[0]:.2f})")
+        klds = [significant(row["mean_kld"]) for row in (theirs, ours)]
+        shares = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        rates = [f"{row['tg']:.0f}" if "tg" in row else "" for row in (theirs, ours)] if timed else []
+        table.append([size, f"{theirs['file_bpw']:.2f}", *klds, *shares, *rates])
+    headings = ["size of", "bits per weight of the file", "KLD, imatrix", "KLD, `--file-bpw`", "of theirs"]
+    headings += ["next smaller, of theirs", *(["tokens per second, theirs", "ours"] if timed else [])]
+    claim = f"{files.AT_MOST:g} of llama-quantize's divergence at most, or no more of it at the next smaller size:"
+    verdict = f"missed at the size of {', '.join(missed)}" if missed else f"kept at {len(sizes)} of {len(sizes)} sizes"
+    model = result["model"]
+    return (
+        titled(result, (headings, table))
+        + f"\n{claim} {verdict}.\n\n"
+        + source(result["measured"])
+        + f"\n![{model}: KL divergence over bits per weight of whole files]({RESULTS.name}/{name}.svg)\n"
+    )
+
+
+def ends(_: str, result: dict) -> str:
+    """A row for each type and what embedding and output have, beside those with Q8_0."""
+    at = {(row["type"], row["data"]): row for row in result["rows"]}
+    table = []
+    for (type, data), row in at.items():
+        base = at[type, "q8_0"]
+        ratios = [f"{row[key] / base[key]:.2f}" for key in ("file_bpw", "mean_kld")]
+        kind = " and ".join(f"`{end}`" for end in data.replace("same", type).split("+"))
+        table.append([f"`{type}`", kind, f"{row['file_bpw']:.2f}", significant(row["mean_kld"]), *ratios])
+    headings = ["linear layers", "embedding and output", "bits per weight of the file", "KLD"]
+    return (
+        titled(result, ([*headings, "bits / with `q8_0`", "KLD / with `q8_0`"], table))
+        + "\n"
+        + source(result["measured"])
+    )
+
+
+def titled(result: dict, table: Table) -> str:
+    """A table below its model's name."""
+    return f"**{result['model']}**, {result['chunks']} chunks, {result['tokens']} tokens\n\n" + markdown(table)
 
 
 def bench(result: dict) -> Table:
@@ -114,6 +176,7 @@ def plain(result: dict) -> Table:
         "minutes": ("minutes of processor time", "{:.2g}"),
         "peak": ("memory, MB", "{:.0f}"),
         "MB": ("MB", "{:.4g}"),
+        "file_bpw": ("bits per weight of the file", "{:.2f}"),
         "ppl": ("perplexity", "{:.3f}"),
         "ppl_ratio": ("perplexity / F16", "{:.4f}"),
         "mean_kld": ("KLD", ""),
@@ -162,10 +225,13 @@ def filled(text: str, found: dict[str, str]) -> str:
     return MARKED.sub(lambda match: f"{match[1]}\n{found[match[2]]}\n{match[3]}", text)
 
 
-def draw(kept: dict[str, dict], path: Path) -> None:
-    """KLD over stored bits."""
-    result = kept[PICTURED]
-    plot(result["rows"], f"{result['model']} on {result['chunks']} chunks of {result['text']}", path)
+def draw(kept: dict[str, dict], folder: Path) -> None:
+    """KLD over stored bits: of linear layers, and of whole files for each model that is kept."""
+    pictures = {PICTURE.name: (plot, kept[PICTURED])}
+    pictures |= {f"{name}.svg": (files.plot, result) for name, result in kept.items() if is_files(name)}
+    for picture, (drawn, result) in pictures.items():
+        title = f"{result['model']} on {result['chunks']} chunks of {result['text']}"
+        drawn(result["rows"], title, folder / picture)
 
 
 def main() -> None:
@@ -176,7 +242,7 @@ def main() -> None:
         if (after := filled(before, found)) != before:
             path.write_text(after)
             print(f"written: {path}")
-    draw(kept, PICTURE)
+    draw(kept, RESULTS)
 
 
 if __name__ == "__main__":

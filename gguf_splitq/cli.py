@@ -31,9 +31,9 @@ gguf-splitq runtime build
 1. A better q4_k for any llama.cpp, Ollama or LM Studio
 gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type q4_k --calib self
 
-2. Our best small file, run and chat
-gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4w --calib self
-"$(gguf-splitq runtime path)/llama-server" -m SmolLM2-135M-Instruct-sq4w.gguf
+2. The best file of a size, run and chat
+gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --size 100M --calib self
+"$(gguf-splitq runtime path)/llama-server" -m SmolLM2-135M-Instruct-100M.gguf
 
 3. Without data, in seconds
 gguf-splitq convert HuggingFaceTB/SmolLM2-135M-Instruct --type sq4w --outfile quick.gguf
@@ -378,9 +378,11 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--plan", dest="plan_file", metavar="JSON", help="types that --save-plan kept (no default)")
     many = "type of tensors by name, such as ffn_down=sq4 (default: none); may be repeated, the first match wins"
     g.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help=many)
-    embedding = "type of the embedding (default: q8_0); a smaller one pays off in small models"
+    embedding = (
+        "type of the embedding (default: q8_0, with K and IQ types q6_k); a smaller one pays off in small models"
+    )
     g.add_argument("--token-embedding-type", metavar="TYPE", help=embedding)
-    g.add_argument("--output-tensor-type", metavar="TYPE", help="type of the output matrix (default: q8_0)")
+    g.add_argument("--output-tensor-type", metavar="TYPE", help="type of the output matrix (default: the same)")
     metric = "what gives columns of cq2.x to sq3.x more bits (default: %(default)s); outlier is CLAQ's, for comparing"
     g.add_argument("--claq-metric", choices=("hessian", "outlier"), default="hessian", help=metric)
 

@@ -68,6 +68,21 @@ def test_golden_plan(name):
     assert text == path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("type", "columns", "ends"),
+    [
+        ("q4_k", 512, "q6_k"), ("iq4_xs", 512, "q6_k"), ("q4_k", 576, "q8_0"), ("q6_k", 512, "q6_k"),
+        ("sq4w", 512, "q8_0"), ("sq4x", 512, "q8_0"), ("q4_0", 512, "q8_0"), ("f16", 512, "f16"),
+    ],
+)  # fmt: skip
+def test_ends_have_the_type_that_goes_with_the_layers(type, columns, ends):
+    names = ("token_embd.weight", "blk.0.attn_q.weight", "output.weight")
+    entries = plan.make(tensors(dict.fromkeys(names, (64, columns))), type)
+    assert entries[0].target_name == entries[2].target_name == ends and not (entries[0].fallback or entries[2].fallback)
+    entries = plan.make([e.tensor for e in entries], type, token_embedding_type="q8_0", output_tensor_type="q8_0")
+    assert entries[0].target_name == entries[2].target_name == "q8_0"
+
+
 def test_planning_changes_nothing_and_is_repeatable():
     before = list(LLAMA)
     assert plan.make(LLAMA, "sq4") == plan.make(LLAMA, "sq4")

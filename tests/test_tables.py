@@ -66,12 +66,43 @@ def test_three_digits_count(value, text):
     assert tables.significant(value) == text
 
 
-def test_the_picture_is_of_the_kept_figures(tmp_path):
+def test_the_pictures_are_of_the_kept_figures(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
-    picture = tables.PICTURE.read_text()
-    if f"Matplotlib v{matplotlib.__version__}," not in picture:
+    pictures = [tables.PICTURE, *(tables.RESULTS / f"{name}.svg" for name in KEPT if tables.is_files(name))]
+    if any(f"Matplotlib v{matplotlib.__version__}," not in picture.read_text() for picture in pictures):
         pytest.skip("drawn by another version of matplotlib")
-    tables.draw(KEPT, tmp_path / "quality.svg")
-    assert (tmp_path / "quality.svg").read_text() == picture, "docs/results/quality.svg is old: run make tables"
-    rows = KEPT[tables.PICTURED]["rows"]
-    assert all(f">{row['type']}</text>" in picture for row in rows if row["data"] in ("bpw", "feedback"))
+    tables.draw(KEPT, tmp_path)
+    for picture in pictures:
+        assert (tmp_path / picture.name).read_text() == picture.read_text(), f"{picture} is old: run make tables"
+        rows = KEPT[tables.PICTURED if picture == tables.PICTURE else picture.stem]["rows"]
+        shown = [row["type"] for row in rows if row["data"] in ("bpw", "feedback", "ours")]
+        assert shown and all(f">{type}</text>" in picture.read_text() for type in shown)
+
+
+def whole(type, data, bits, kld, **more):
+    return {"type": type, "data": data, "file_bpw": bits, "mean_kld": kld, **more}
+
+
+def test_whole_files_of_all_models_are_one_block():
+    measured = {"commit": "0" * 9, "machine": "one", "date": "2026-01-01", "command": "a b"}
+    rows = [
+        whole("Q4_K_M", "imatrix", 5.1, 0.01, tg=50), whole("Q4_K_M", "ours", 5.09, 0.0061, tg=49.6),
+        whole("IQ4_XS", "imatrix", 4.6, 0.02), whole("IQ4_XS", "ours", 4.59, 0.0098),
+        whole("Q2_K", "imatrix", 3.0, 0.1), whole("Q2_K", "ours", 2.99, 0.07), whole("IQ2_M", "imatrix", 2.9, 0.2),
+    ]  # fmt: skip
+    result = {"measured": measured, "model": "m", "text": "t", "chunks": 2, "tokens": 512, "rows": rows}
+    found = tables.tables({"files.m": result, "files.n": result | {"model": "n"}})
+    assert list(found) == ["files", "ends"] and found["files"].count("| Q2_K | 3.00 | 0.100 | 0.0700 | 0.70 |  |") == 2
+    assert "| Q4_K_M | 5.10 | 0.0100 | 0.00610 | 0.61 | 0.98 | 50 | 50 |" in found["files"]
+    assert "missed at the size of Q2_K (0.70)." in found["files"] and "files.n.svg" in found["files"]
+    assert "IQ2_M" not in found["files"]
+    assert "kept at 2 of 2 sizes" in tables.tables({"files.m": result | {"rows": rows[:4]}})["files"]
+    assert tables.tables({}) == {"files": "", "ends": ""}  # nothing is kept yet
+
+
+def test_ends_are_shown_beside_q8_0():
+    measured = {"commit": "0" * 9, "machine": "one", "date": "2026-01-01", "command": "a b"}
+    rows = [whole("sq4w", "q8_0", 5.0, 0.01), whole("sq4w", "sq4w+q6_k", 4.5, 0.0105)]
+    result = {"measured": measured, "model": "m", "text": "t", "chunks": 2, "tokens": 512, "rows": rows}
+    found = tables.tables({"ends.m": result})["ends"]
+    assert "| `sq4w` | `sq4w` and `q6_k` | 4.50 | 0.0105 | 0.90 | 1.05 |" in found and "`a b`" in found

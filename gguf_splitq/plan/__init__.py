@@ -13,6 +13,7 @@ from .. import types
 from ..errors import UnsupportedError, UsageError
 from ..files.gguf_file import Tensor, n_bytes, type_name
 from ..types import TensorType, columns
+from ..types.stock import StockType
 
 FLOATS = ("f32", "f16", "bf16")
 
@@ -159,8 +160,9 @@ def make(
 ) -> list[Entry]:
     """Decide every tensor's type. tensor_type: `REGEX=TYPE` rules, searched in the name, the first match wins.
 
-    Embeddings and output get q8_0 unless told otherwise or unless `type` is larger anyway; an explicit embedding or
-    output type beats the rules, and a tied embedding takes the output's, as in llama-quantize.
+    Embeddings and output get q8_0, with K and IQ types q6_k where a row divides, unless told otherwise or unless `type`
+    is larger anyway; an explicit embedding or output type beats the rules, and a tied embedding takes the output's, as
+    in llama-quantize.
     importance: names of the tensors that the importance matrix covers, None without a matrix. chosen: tensor -> type,
     before `type`. claq_metric: what makes a column of cq2.x, sq2.x and so on worth more bits, "hessian" or "outlier".
     What is quantized already is copied as stored, unless a rule or an option names a type for that very tensor.
@@ -168,11 +170,16 @@ def make(
     linear layers are all quantized already.
     """
     base = types.get(type) if isinstance(type, str) else type
-    large = base if base.bpw > types.get("q8_0").bpw else types.get("q8_0")
     rules = [_Rule(text) for text in tensor_type]
     embedding = types.get(token_embedding_type) if token_embedding_type else None
     output = types.get(output_tensor_type) if output_tensor_type else None
     tied = not any(t.name == "output.weight" for t in tensors)
+
+    def large(tensor: Tensor) -> TensorType:
+        # q6_k is encoded by llama.cpp's library alone, which K and IQ types need anyway.
+        of_library = isinstance(base, StockType) and base.block_size == 256
+        least = types.get("q6_k" if of_library and tensor.n_cols % 256 == 0 else "q8_0")
+        return base if base.bpw > least.bpw else least
 
     def choose(tensor: Tensor) -> tuple[TensorType, str]:
         rule = next((r for r in rules if r.pattern.search(tensor.name)), None)
@@ -186,8 +193,8 @@ def make(
         if chosen and tensor.name in chosen:
             return types.get(chosen[tensor.name]), "bit budget"
         if tensor.name in _EMBEDDINGS:
-            return (output, "--output-tensor-type, tied") if tied and output else (large, "embeddings")
-        return (large, "output") if tensor.name == "output.weight" else (base, "--type")
+            return (output, "--output-tensor-type, tied") if tied and output else (large(tensor), "embeddings")
+        return (large(tensor), "output") if tensor.name == "output.weight" else (base, "--type")
 
     def decide(tensor: Tensor) -> Entry:
         source = type_name(tensor.type_id)
