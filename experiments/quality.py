@@ -47,7 +47,10 @@ NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XS"}  # llama-quantize refuses them without
 USES_NO_DATA = {"sq4x", *COLUMNS}  # or next to none without its covariances
 FED = [*WINDOWS, "sq4", "sq3", "sq2", "sdr4", *COLUMNS, "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
 TUNED = [*WINDOWS, "sq4", "sq3", "sq2"]  # with --tune
-TRAINED = [*TUNED, "Q4_K", "IQ4_XS", "Q3_K", "Q2_K"]
+TRAINED = {  # with --tune codes: in so many steps
+    **dict.fromkeys([*WINDOWS, "sq2", "Q2_K"], 2560),
+    **dict.fromkeys(["sq4", "sq3", "Q4_K", "IQ4_XS", "Q3_K"], 640),
+}
 TRAINING = {"tuned": "scales", "trained": "codes"}
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [2.5, 3.0, 3.5, 4.0]
@@ -94,6 +97,7 @@ def make(source: Run, f16: Path, matrix: Path | None, outfile: Path, args) -> No
     options = {"threads": args.threads} | KEPT
     if source.solved:
         options |= {"tune": TRAINING.get(source.data)}
+        options |= {"tune_steps": TRAINED[source.type]} if source.data == "trained" else {}
         if source.data == "bpw":
             calibrate(None, outfile, args, bpw=float(source.type.split()[0]), **options)
         elif source.data == "self":

@@ -3,7 +3,7 @@
 
 Files with feedback, as of `quality`, from 8 k to 262 k tokens taken evenly from the calibration text. Of so many tokens
 the first type's minutes are those of the backward pass too, which the others share. Finished rows are kept in
-build/quality/MODEL/tokens.json.
+build/quality/MODEL/tokens.
 
   python -m experiments.tokens --model ../shared/models/ref-a
   python -m experiments.tokens --model smollm2
@@ -27,10 +27,10 @@ def main() -> None:
     name, args.model = args.model.removesuffix("/").rpartition("/")[2].removesuffix(".gguf"), chosen(args)
     args.folder, args.unpatched = BUILD / "quality" / name, None
     f16 = convert(args.model, "f16", args.folder / "f16.gguf", threads=args.threads)
-    kept, wanted, found = Rows(args.folder / "tokens.json"), [Run(t, "feedback") for t in args.type or TYPES], []
+    kept, wanted, found = Rows(args.folder / "tokens"), [Run(t, "feedback") for t in args.type or TYPES], []
     for count in args.tokens or TOKENS:
         given = argparse.Namespace(**vars(args) | {"tokens": count})
-        rows = measure(wanted, f16, args.text, args.calib, args.chunks, kept, given)
+        rows = measure(wanted, f16, kept, given)
         found += [{"tokens": count} | row for row in rows]
     found.sort(key=lambda row: ([run.type for run in wanted].index(row["type"]), row["tokens"]))
     show(f"{name} on {args.chunks} chunks of {args.text.name}", found, {"tokens": ",", **FORMATS})
