@@ -2,8 +2,8 @@
 """`make tables`: the tables of figures in README.md and docs/, and a picture, from what docs/results/*.json keep.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, with a line on where its figures come from.
-The JSON files are written by the experiments with --keep. What no experiment measures, such as instructions that were
-counted in machine code, is kept there as tables with the commit that has the figures.
+The JSON files are written by the experiments with --keep. What no experiment measures any more is kept there
+as tables with the commit that has the figures.
 """
 
 import json
