@@ -2,9 +2,10 @@
 """`make bench`: speed of conversion and of running beside llama.cpp's own types, on random models.
 
 Running: the files take turns in llama-bench, and the median of the rounds counts; embeddings and output are Q8_0
-everywhere, so only the linear layers differ. Beside them stands the rate at which the same number of threads reads
-memory and does nothing else (stream_read.c), measured in every round. Conversion: whole processes, in turns, from files
-in the page cache. Every part's results are kept in build/bench.json, so that `--only PART` goes on where a run stopped.
+everywhere, so only the linear layers differ. Beside them stand the rates at which the same number of threads reads
+memory (stream_read.c) and multiplies (multiply.c) and does nothing else, measured in every round: the roofline.
+Conversion: whole processes, in turns, from files in the page cache, beside `cp` of what they read, both until the disk
+has it. Every part's results are kept in build/bench.json, so that `--only PART` goes on where a run stopped.
 """
 
 import functools
@@ -58,8 +59,11 @@ PROMPT_SMALL = [
 ]
 READ_FRACTION = 0.8  # of the memory's plain read rate, reached by sq4's decode
 CONVERSION = 0.3  # of the time that llama-quantize Q4_K_S takes
+COPY = 2.0  # times what `cp` of the input takes
+COPIED = ("sq4", "q8_0", "f16")  # of a checkpoint: types for which that is claimed
 ONE_BILLION = 60.0  # seconds for a checkpoint of 1 B parameters; SplitQuantV2 reports 126 on an Apple M4
 WINDOWS = ("sq4w", "sq3w", "sq2w")
+TILES = {"tdpbf16ps": ("sq4", "sq3", "sq2", "sdr4", *WINDOWS), "tdpbssd": ("Q4_0", "Q4_K_S")}  # for prompts, with AMX
 LINEAR = 1.15  # seconds per weight, of 3 B to those of 0.6 B
 PARTS = ["conversion", "0.6B", "3B", "cache"]
 RESULTS = BUILD / "bench.json"
@@ -93,21 +97,40 @@ def make_files(size: str, threads: int, wanted: list[str]) -> dict[str, Path]:
 
 def read_rates(threads: int) -> dict[str, float]:
     """GB/s at which `threads` threads read memory: in the system's ordinary pages, and in large ones."""
-    program = BUILD / "stream_read"
-    source = Path(__file__).with_name("stream_read.c")
+    return {"plain": float(native("stream_read", threads, 0)), "large pages": float(native("stream_read", threads, 1))}
+
+
+def multiply_rates(threads: int) -> dict[str, float]:
+    """Instruction -> billions of multiply-adds a second of `threads` threads; best for all types first, then tiles."""
+    lines = native("multiply", threads).splitlines()
+    return {name: float(rate) for name, rate in (line.split("\t") for line in lines)}
+
+
+def native(name: str, *args) -> str:
+    """What a C program of this folder prints, compiled for this processor."""
+    program, source = BUILD / name, Path(__file__).with_name(f"{name}.c")
     compiler = next(filter(shutil.which, ("cc", "gcc", "clang")))
     subprocess.run([compiler, "-O3", "-march=native", "-w", source, "-o", program, "-pthread"], check=True)
-
-    def rate(large: int) -> float:
-        return float(subprocess.run([program, str(threads), str(large)], check=True, capture_output=True).stdout)
-
-    return {"plain": rate(0), "large pages": rate(1)}
+    return subprocess.run([program, *map(str, args)], check=True, capture_output=True, text=True).stdout
 
 
 def decoded_bytes(file: Path) -> int:
     """Bytes that one token's decoding reads: everything but the embeddings, of which it takes a row."""
     with gguf_file.read(file) as source:
         return sum(t.n_bytes for t in source.tensors if t.name != "token_embd.weight")
+
+
+def multiplied(file: Path) -> int:
+    """Multiply-adds of a prompt's token: the weights of the layers, for the output matrix meets only the last token."""
+    with gguf_file.read(file) as source:
+        layers = [t for t in source.tensors if t.name.startswith("blk.") and t.name.endswith(".weight")]
+        return sum(t.n_weights for t in layers if len(t.shape) > 1)
+
+
+def instruction(type: str, peaks: dict[str, float]) -> str | None:
+    """The one of `peaks` that a prompt of this type is multiplied with; None where none is known."""
+    wanted = next((name for name, types in TILES.items() if type in types), None)
+    return wanted if wanted in peaks else next(iter(peaks), None)
 
 
 def claimed(size: str) -> tuple[list[tuple], list[tuple]]:
@@ -138,10 +161,12 @@ def running(size: str, args) -> dict:
     files = make_files(size, args.threads, wanted)
     samples: dict[str, list[dict]] = {type: [] for type in wanted}
     reads: dict[int, list[dict]] = {n: [] for n in counts(args.threads)}
+    peaks: dict[int, list[dict]] = {n: [] for n in reads}
     for done in range(args.rounds):
         print(f"{size}: round {done + 1} of {args.rounds}", flush=True)
         for n in reads:
             reads[n].append(read_rates(n))
+            peaks[n].append(multiply_rates(n))
         for type, file in files.items():
             tokens = args.generate if size == "0.6B" else args.generate // 2
             tokens = tokens // 2 if type.startswith("IQ") else tokens  # several times as slow
@@ -151,13 +176,15 @@ def running(size: str, args) -> dict:
     rates = {type: medians(found) for type, found in samples.items()}
     rows, claims = [], []
     for n in reads:
-        found, judged = compare(size, n, rates, medians(reads[n]), files, decode, prompt)
+        found, judged = compare(size, n, rates, medians(reads[n]), medians(peaks[n]), files, decode, prompt)
         rows += found
         claims += judged
     return {"rows": rows, "claims": claims}
 
 
-def compare(size: str, n: int, rates: dict, reads: dict, files: dict, decode: list, prompt: list) -> tuple[list, list]:
+def compare(
+    size: str, n: int, rates: dict, reads: dict, peaks: dict, files: dict, decode: list, prompt: list
+) -> tuple[list, list]:
     """The table's rows, which are shown, and the claims of one size and `n` threads."""
     where = f"{size}, {n} thread{'s' * (n > 1)}"
     rows = []
@@ -168,9 +195,14 @@ def compare(size: str, n: int, rates: dict, reads: dict, files: dict, decode: li
         row |= {f"/ read, {kind}": gigabytes / read for kind, read in reads.items()}
         row |= {"decode / Q4_K_S": rate[n, "tg"] / rates["Q4_K_S"][n, "tg"]}
         row |= {"prompt / Q4_K_S": rate[n, "pp"] / rates["Q4_K_S"][n, "pp"] if (n, "pp") in rate else None}
-        rows.append(row)
-    formats = {key: "" if key == "type" else ".2f" for key in rows[0] if key not in ("size", "threads")}
-    show(f"{where}; plain read {reads['plain']:.1f} GB/s, in large pages {reads['large pages']:.1f}", rows, formats)
+        products, by = multiplied(files[type]) * rate.get((n, "pp"), 0) / 1e9, instruction(type, peaks)
+        row |= {"prompt GMAC/s": products or None, "/ peak": products / peaks[by] if products and by else None}
+        rows.append(row | {"instruction": by if products else None})
+    texts = ("type", "instruction")
+    formats = {key: "" if key in texts else ".2f" for key in rows[0] if key not in ("size", "threads")}
+    limits = [f"plain read {reads['plain']:.1f} GB/s, in large pages {reads['large pages']:.1f}"]
+    limits += [f"{name} {rate:.0f} GMAC/s" for name, rate in peaks.items()]
+    show("; ".join([where, *limits]), rows, formats)
     claims = [
         {
             "claim": f"{where}: {name} of {ours} / {theirs}",
@@ -213,8 +245,9 @@ def cache(args) -> dict:
     }
 
 
-def timed(command: list, outfile: Path) -> tuple[float, float]:
-    """Wall-clock seconds and peak resident bytes of a conversion, from a written-back disk, without an old output."""
+def timed(command: list, outfile: Path) -> tuple[float, float, float]:
+    """Seconds, seconds of processor time and peak resident bytes of a conversion, from a written-back disk, without an
+    old output."""
     outfile.unlink(missing_ok=True)
     os.sync()
     start = time.perf_counter()
@@ -223,11 +256,11 @@ def timed(command: list, outfile: Path) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed with exit code {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def conversion(args) -> dict:
-    """Data-free sq4 beside llama-quantize Q4_K_S, from 0.6 B to 3 B parameters, and from a checkpoint of 1 B."""
+    """Data-free sq4 beside llama-quantize Q4_K_S and cp, from 0.6 B to 3 B parameters, and from a checkpoint of 1 B."""
     outfile = BUILD / "bench/timed.gguf"
     small, large = (make_files(size, args.threads, ["f16"])["f16"] for size in ("0.6B", "3B"))
     checkpoint = models.random_llama("bench/1B/checkpoint", **models.SIZES["1B"])
@@ -237,19 +270,29 @@ def conversion(args) -> dict:
         "sq4, 0.6B": (small, [*ours, "sq4", small]),
         "sq4, 3B": (large, [*ours, "sq4", large]),
     }
-    for type in ("sq4", *WINDOWS):
-        jobs[f"{type}, 1B"] = (checkpoint / "model.safetensors", [*ours, type, checkpoint])
+    weights = checkpoint / "model.safetensors"
+    for type in (*COPIED, *WINDOWS):
+        jobs[f"{type}, 1B"] = (weights, [*ours, type, checkpoint])
+    for size, file in (("0.6B", small), ("1B", weights), ("3B", large)):
+        jobs[f"cp, {size}"] = (file, ["sh", "-c", 'cp "$0" "$1" && sync "$1"', file, outfile])
+    sizes: dict[str, int] = {}
     samples: dict[str, list[tuple]] = {name: [] for name in jobs}
     for done in range(args.rounds):
         print(f"conversion: round {done + 1} of {args.rounds}", flush=True)
         for name, (file, command) in jobs.items():
             subprocess.run(["cat", file], check=True, stdout=subprocess.DEVNULL)
             samples[name].append(timed(command, outfile))
+            sizes[name] = file.stat().st_size + outfile.stat().st_size
     outfile.unlink()
-    seconds = {name: statistics.median(s for s, _ in found) for name, found in samples.items()}
-    peaks = {name: max(peak for _, peak in found) for name, found in samples.items()}
-    rows = [{"conversion": name, "seconds": s, "peak MB": peaks[name] / 1e6} for name, s in seconds.items()]
-    show(f"conversion, {args.threads} threads", rows, {"conversion": "", "seconds": ".2f", "peak MB": ".0f"})
+    seconds, busy = ({name: statistics.median(f[i] for f in found) for name, found in samples.items()} for i in (0, 1))
+    peaks = {name: max(peak for *_, peak in found) for name, found in samples.items()}
+    rows = []
+    for name, s in seconds.items():
+        copy = seconds[f"cp, {name.split(', ')[1]}"]
+        rows.append({"conversion": name, "seconds": s, "processor seconds": busy[name], "/ cp": s / copy})
+        rows[-1] |= {"read + written MB/s": sizes[name] / s / 1e6, "peak MB": peaks[name] / 1e6}
+    formats = {key: "" if key == "conversion" else ".0f" if "MB" in key else ".2f" for key in rows[0]}
+    show(f"conversion, {args.threads} threads", rows, formats)
     per_byte = {name: seconds[name] / jobs[name][0].stat().st_size for name in seconds}
     claims = [
         {
@@ -263,6 +306,11 @@ def conversion(args) -> dict:
             "at_most": LINEAR,
         },
     ]
+    for row in rows:
+        type, size = row["conversion"].split(", ")
+        if type in COPIED:
+            claim = {"claim": f"conversion: seconds of {row['conversion']} / cp", "measured": row["/ cp"]}
+            claims.append(claim | {"at_most": COPY})
     for type in ("sq4", *WINDOWS):
         measured = seconds[f"{type}, 1B"]
         claims.append({"claim": f"conversion: seconds of {type}, 1B", "measured": measured, "at_most": ONE_BILLION})

@@ -2,8 +2,8 @@
 """`make tables`: the tables of figures in README.md and docs/, and a picture, from what docs/results/*.json keep.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, with a line on where its figures come from.
-The JSON files are written by the experiments with --keep. What no experiment measures, such as instructions that were
-counted in machine code, is kept there as tables with the commit that has the figures.
+The JSON files are written by the experiments with --keep. What no experiment measures any more is kept there
+as tables with the commit that has the figures.
 """
 
 import json
@@ -49,6 +49,8 @@ def parts(name: str, result: dict) -> Iterator[tuple[str, Table, dict]]:
         return
     make = {"quality": quality, "bench": bench, "paper-claq": claq}.get(name.partition(".")[0], plain)
     yield name, make(result), result["measured"]
+    if make is bench and any("/ read, plain" in row for row in result["0.6B"]["rows"]):
+        yield f"{name}.roofline", roofline(result), result["measured"]
 
 
 def quality(result: dict) -> Table:
@@ -150,6 +152,24 @@ def bench(result: dict) -> Table:
                 ratios = (f"{rates[t] / base:.2f}" if rates.get(t) else "" for t in types)
                 table.append([f"{heading}, {many} / Q4_K_S", *ratios])
     return ["tokens per second", *(f"`{t}`" if t.islower() else t for t in types)], table
+
+
+def roofline(result: dict) -> Table:
+    """What each type reaches of what memory gives, in large pages, and of what its kernel's instruction multiplies."""
+    rows = result["0.6B"]["rows"]
+    columns = {"decode GB/s": ("decode, GB/s", ".1f"), "/ read, large pages": ("of a plain read", ".0%")}
+    columns |= {"prompt GMAC/s": ("prompt, GMAC/s", ".0f"), "/ peak": ("of the instruction", ".0%")}
+    columns = {key: found for key, found in columns.items() if any(row.get(key) for row in rows)}
+    by_type: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["threads"]):
+        by_type.setdefault(row["type"], []).append(row)
+    threads = [row["threads"] for row in next(iter(by_type.values()))]
+    headings = ["type", *(f"{heading}, {n}" for n in threads for heading, _ in columns.values())]
+    table = []
+    for type, found in by_type.items():
+        cells = [format(row[key], form) if row.get(key) else "" for row in found for key, (_, form) in columns.items()]
+        table.append([f"`{type}`" if type.islower() else type, *cells])
+    return headings, table
 
 
 def claq(result: dict) -> Table:

@@ -290,9 +290,9 @@ def test_a_disk_that_fills(tmp_path):
 def test_a_disk_too_small_for_intermediate_and_output(refuses, monkeypatch):
     from gguf_splitq.files import gguf_file
 
-    free = (crafted.DEMO / "model.safetensors").stat().st_size + 1_000_000  # the output takes 3 MB
+    free = 3_000_000  # for the output, which takes less, but not for it and what upstream's converter rearranges
     monkeypatch.setattr(gguf_file.os, "statvfs", lambda _: os.statvfs_result((1, 1, free, free, free, 0, 0, 0, 0, 255)))
-    refuses(crafted.DEMO, 6, "MiB are needed and 9.", "make room")
+    refuses(crafted.DEMO, 6, "MiB are needed and 2.9 MiB are free", "make room")
 
 
 def test_a_disk_that_fills_while_a_folder_is_read(tmp_path):

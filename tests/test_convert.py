@@ -14,7 +14,7 @@ from gguf_splitq import types
 from gguf_splitq.convert import convert
 from gguf_splitq.dequantize import dequantize
 from gguf_splitq.errors import InputError, UsageError
-from gguf_splitq.files import gguf_file
+from gguf_splitq.files import checkpoint, gguf_file
 from gguf_splitq.inspection import inspect, linear_bpw
 from gguf_splitq.options import parse_size
 from gguf_splitq.runtime import fetching
@@ -290,6 +290,15 @@ def test_reading_a_folder_gives_what_upstreams_converter_gives(tmp_path, folder,
     assert list(tensors) == list(their_tensors)
     for name, (kind, data) in their_tensors.items():
         assert tensors[name][0] == kind and tensors[name][1].tobytes() == data.tobytes(), name
+
+
+def test_what_needs_no_change_is_read_from_the_checkpoint_itself(tmp_path, hf_moe):
+    with checkpoint.opened(hf_moe, tmp_path) as source, source.data() as file:
+        parts = {tensor.name: len(tensor.parts) for tensor in file.tensors if len(tensor.shape) > 1}
+        assert parts.pop("blk.0.attn_q.weight") == 0  # its rows are rearranged
+        assert parts["blk.0.ffn_up_exps.weight"] in (1, 4) and parts["output.weight"] == 1
+        assert file.path.stat().st_size == file.size  # with holes
+        assert source.child.total < sum(tensor.n_bytes for tensor in file.tensors) / 4
 
 
 def test_a_folder_with_experts_is_planned_and_converted(tmp_path, hf_moe, capsys):

@@ -332,3 +332,22 @@ def test_a_full_disk_is_told_beforehand(tmp_path):
         with gguf_file.atomic(tmp_path / "m.gguf", 1 << 62):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_is_read_from_its_parts(tmp_path):
+    files = [tmp_path / "a", tmp_path / "b"]
+    for number, path in enumerate(files):
+        path.write_bytes(bytes(range(100 * number, 100 * number + 100)))
+    parts = tuple(gguf_file.Part(path, at, 24) for path, at in ((files[0], 10), (files[1], 0), (files[0], 70)))
+    rows = [[*range(10, 34)], [*range(100, 124)], [*range(70, 94)]]
+    path = file_of(tmp_path / "m.gguf", infos=[info("t", [12, 3], F16)], data=0)  # with a hole for the tensor
+    with gguf_file.read(path, data=False) as file:
+        tensor = gguf_file.replace(file.tensors[0], parts=parts)
+        with gguf_file.replace(file, tensors=[tensor], growing=lambda: True) as placed:
+            assert placed.read_rows(tensor, 0, 3).tolist() == rows
+            assert placed.read_rows(tensor, 1, 2).tolist() == rows[1:]
+            assert placed._read(tensor, 20, 10).tolist() == sum(rows, [])[20:30]
+            assert b"".join(placed.pieces(tensor)) == bytes(sum(rows, []))
+            os.truncate(files[1], 10)  # and nobody writes the rest
+            with pytest.raises(InputError, match="b: the file ends inside tensor 't'"):
+                placed.read_rows(tensor, 1, 1)

@@ -59,6 +59,21 @@ def test_a_changed_figure_and_an_unknown_table_are_seen():
         tables.filled(page, {})
 
 
+def test_a_roofline_is_a_share_of_the_limits_where_they_were_measured():
+    rows = [{"type": type, "threads": n, "decode t/s": 1.0, "decode GB/s": 20.0 * n, "/ read, plain": 0.5,
+             "/ read, large pages": 0.4 * n} for n in (2, 1) for type in ("sq4", "Q4_0")]  # fmt: skip
+    kept = {"bench.x": {"measured": {"commit": "", "machine": "", "date": ""}, "0.6B": {"rows": rows}}}
+    headings, table = tables.roofline(kept["bench.x"])
+    assert headings[1:] == [f"{what}, {n}" for n in (1, 2) for what in ("decode, GB/s", "of a plain read")]
+    assert table == [[name, "20.0", "40%", "40.0", "80%"] for name in ("`sq4`", "Q4_0")]
+    rows[0] |= {"prompt GMAC/s": 123.4, "/ peak": 0.75}
+    assert tables.roofline(kept["bench.x"])[1][0][-2:] == ["123", "75%"]
+    assert "bench.x.roofline" in tables.tables(kept)
+    for row in rows:
+        del row["/ read, plain"]
+    assert "bench.x.roofline" not in tables.tables(kept)
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0123456, "0.0123"), (1.61, "1.61"), (0.00012, "0.000120"), (-1e-9, "0")]
 )

@@ -3,7 +3,8 @@
 
 A folder is checked first (configuration, index, every safetensors header against its file), then llama.cpp's own
 converter runs on it in a child process (hf_to_gguf.py) and writes an intermediate GGUF in the checkpoint's own
-precision in a temporary folder beside the output, which can be read while it grows.
+precision in a temporary folder beside the output, which can be read while it grows. Tensors that need no change are
+not in it: they are read where the checkpoint has them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -348,14 +349,16 @@ class _Child:
     def __init__(
         self, folder: Path, outfile: Path, outtype: str, name: str, total: int, header_only: bool, mmproj: bool = False
     ):
-        self.folder, self.outfile, self.total = folder, outfile, total
+        self.folder, self.outfile = folder, outfile
+        self.total = total  # bytes it writes at most; as they are when the header is known
+        self.parts: dict[str, tuple[gguf_file.Part, ...]] = {}  # of tensors that it does not write
         self.lock = threading.Lock()
         self.failed: SplitqError | None = None
         self.notes: list[str] = []  # known with the header
         self.aside = 0, 0  # tensors of a vision or audio part, and whether an mmproj file can hold them
         command = [sys.executable, *map(str, (ADAPTER, fetching.fetch(), folder, outfile, outtype, name))]
         command += ["--header-only"] * header_only + ["--mmproj"] * mmproj
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.log = open(outfile.with_name("log"), "w+b")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, env=env, text=True)
 
@@ -379,9 +382,14 @@ class _Child:
         lines = []
         for line in self.output:
             if line.strip() == "header":
-                return gguf_file.read(self.outfile, data=False)
+                head = self._read(data=False)
+                self.total = sum(t.n_bytes for t in head.tensors if not t.parts)
+                return head
             if line.startswith("note "):
                 self.notes.append(json.loads(line.removeprefix("note ")))
+            elif line.startswith("at "):
+                name, parts = json.loads(line.removeprefix("at "))
+                self.parts[name] = tuple(gguf_file.Part(Path(file), *where) for file, *where in parts)
             elif line.startswith("aside "):
                 _, count, able = line.split()
                 self.aside = int(count), int(able)
@@ -391,12 +399,18 @@ class _Child:
     def finish(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Gguf:
         """Wait for the data, then check the whole file."""
         while self.process.poll() is None:
-            progress(min(self.outfile.stat().st_size if self.outfile.exists() else 0, self.total), self.total)
+            progress(min(512 * self.outfile.stat().st_blocks if self.outfile.exists() else 0, self.total), self.total)
             time.sleep(0.1)
         if self.process.returncode:
             raise self.failure(self.output.readlines())
         progress(self.total, self.total)
-        return gguf_file.read(self.outfile)
+        return self._read(data=True)
+
+    def _read(self, data: bool) -> Gguf:
+        """The file, each tensor with its place."""
+        with gguf_file.read(self.outfile, data) as file:
+            tensors = [replace(t, parts=self.parts.get(t.name, ())) for t in file.tensors]
+            return replace(file, tensors=tensors)
 
     def running(self) -> bool:
         """False when the process has ended well; raises what it failed with."""

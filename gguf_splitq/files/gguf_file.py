@@ -45,8 +45,20 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Part:
+    """Bytes of a file of another kind."""
+
+    file: Path
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies. shape is NumPy's order (columns last), offset counts from the start of the file."""
+    """Where a tensor lies. shape is NumPy's order (columns last), offset counts from the start of the file.
+
+    parts: where its bytes are instead, one part after another, if the file has a hole in its place.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -54,6 +66,7 @@ class Tensor:
     offset: int
     n_bytes: int
     file: Path
+    parts: tuple[Part, ...] = ()
 
     @property
     def n_cols(self) -> int:
@@ -90,8 +103,9 @@ class Gguf:
 
     def __post_init__(self) -> None:
         self._open = {}
+        parts = [part.file for tensor in self.tensors for part in tensor.parts]
         try:
-            for path in self.files:
+            for path in dict.fromkeys([*self.files, *parts]):
                 self._open[path] = open(path, "rb", buffering=0)
         except OSError as error:
             self.close()
@@ -126,20 +140,27 @@ class Gguf:
     def _read(self, tensor: Tensor, at: int, size: int) -> np.ndarray:
         """uint8 [size]: the bytes of a tensor from its byte `at` on."""
         data = np.empty(size, np.uint8)
-        view, offset = data.data.cast("B"), tensor.offset + at
+        view = data.data.cast("B")
+        for part in tensor.parts or (Part(tensor.file, tensor.offset, tensor.n_bytes),):
+            count = max(0, min(part.n_bytes - at, len(view)))
+            self._fill(view[:count], part.file, part.offset + at, tensor)
+            view, at = view[count:], max(0, at - part.n_bytes)
+        return data
+
+    def _fill(self, view: memoryview, path: Path, offset: int, tensor: Tensor) -> None:
+        """Bytes of a file, from `offset` on, into `view`."""
         try:
             while len(view):
-                growing = self.growing()  # asked first: what is written in between is read below
-                n = os.preadv(self._open[tensor.file].fileno(), [view], offset)
+                growing = path == tensor.file and self.growing()  # asked first: what is written meanwhile is read below
+                n = os.preadv(self._open[path].fileno(), [view], offset)
                 if n == 0 and growing:
                     time.sleep(0.02)
                 elif n == 0:
-                    raise InputError(f"{tensor.file}: the file ends inside tensor {tensor.name!r}: copy it again")
+                    raise InputError(f"{path}: the file ends inside tensor {tensor.name!r}: copy it again")
                 view, offset = view[n:], offset + n
         except OSError as error:
             cause = f"tensor {tensor.name!r} cannot be read ({error.strerror})"
-            raise InputError(f"{tensor.file}: {cause}: check the disk") from error
-        return data
+            raise InputError(f"{path}: {cause}: check the disk") from error
 
     def close(self) -> None:
         """Give the open files back."""

@@ -4,10 +4,13 @@
 usage: hf_to_gguf.py TREE FOLDER OUTFILE OUTTYPE NAME [--header-only | --mmproj]
 
 Prints the line `header` once everything before the tensor data is on disk, then writes the data; before it lines
-`note TEXT`, with TEXT in JSON, and `aside N 0|1`, the number of tensors of a vision or audio part that are left out and
-whether --mmproj can write them. On failure the last line is a JSON object with `kind` (unsupported, environment, disk
-or input) and `message`. Five things of upstream's are changed from outside:
+`note TEXT`, with TEXT in JSON, `aside N 0|1`, the number of tensors of a vision or audio part that are left out and
+whether --mmproj can write them, and `at JSON`, [name, [[file, offset, bytes], ...]] of each tensor that is in the
+checkpoint as it would be written: it is not written, OUTFILE has a hole in its place. With --mmproj all is written. On
+failure the last line is a JSON object with `kind` (unsupported, environment, disk or input) and `message`. Six things
+of upstream's are changed from outside:
 
+- Tensors that are stored as they should be are not copied.
 - Tensors are read into memory that is given back, not mapped: pages of a mapped checkpoint stay resident.
 - A tensor is evaluated, rounded and written in pieces. Upstream widens bf16 to f32 and keeps every intermediate step,
   ten bytes per weight; here a stack of experts is taken one expert at a time and the widening happens on a few rows.
@@ -35,6 +38,7 @@ PACKED = (".qweight", ".qzeros", "_packed", ".weight_scale", ".weight_scale_inv"
 def main(known: dict, tree: str, folder: str, outfile: str, outtype: str, name: str, *flags: str) -> None:
     """known: gets what `explain` can use."""
     sys.path[0:1] = [tree, str(Path(tree) / "gguf-py")]
+    never_run_foreign_code()
     import torch
 
     torch.set_num_threads(1)
@@ -44,18 +48,26 @@ def main(known: dict, tree: str, folder: str, outfile: str, outtype: str, name: 
     read_instead_of_mapping(gguf)
     take_what_the_index_names(gguf, Path(folder))
     write_in_pieces(gguf, conversion.LazyTorchTensor, torch)
-    never_run_foreign_code()
 
     def write_tensors(writer: Any, progress: bool = False) -> None:
         writer.write_ti_data_to_file()
         out = writer.fout[0]
         writer.write_padding(out, out.tell())
         out.flush()
+        tensors = [] if "--header-only" in flags else list(writer.tensors[0].items())
+        places = {} if "--mmproj" in flags else {name: place(info.tensor) for name, info in tensors}
+        for found in places.items():
+            if found[1]:
+                print("at", json.dumps(found))
         print("header", flush=True)
-        for info in [] if "--header-only" in flags else writer.tensors[0].values():
-            info.tensor.tofile(out)
+        for name, info in tensors:
+            if places.get(name):
+                out.seek(info.nbytes, os.SEEK_CUR)
+            else:
+                info.tensor.tofile(out)
             writer.write_padding(out, info.nbytes)
             info.tensor = None
+        out.truncate()  # a hole may be the last
 
     gguf.GGUFWriter.write_tensors_to_file = write_tensors
     known["names"] = tensor_names(gguf, Path(folder))
@@ -198,6 +210,14 @@ def write_in_pieces(gguf: Any, lazy: Any, torch: Any) -> None:
             self.source, self.qtype = source, qtype
             self.shape, self.dtype, self.nbytes = like.shape, like.dtype, like.nbytes
 
+        def stored_parts(self) -> list[Any]:
+            """The tensors of the checkpoint whose bytes, one after another, are this tensor's; none if it is made."""
+            leaves = origins(self.source)
+            read = all(leaf._data is None and len(leaf._args) == 1 for leaf in leaves)
+            parts = [leaf._args[0] for leaf in leaves if read and stored.get(leaf.dtype) == self.qtype.name]
+            local = len(parts) == len(leaves) and all(isinstance(p, gguf.utility.LocalTensor) for p in parts)
+            return parts if local else []
+
         def tofile(self, out: Any) -> None:
             start = out.tell()
             for part in evaluated(origins(self.source)):
@@ -244,17 +264,26 @@ def write_in_pieces(gguf: Any, lazy: Any, torch: Any) -> None:
     gguf.quants.quantize = quantize_later
 
 
+def place(tensor: Any) -> list[tuple[str, int, int]]:
+    """(file, offset, bytes) of the parts of the checkpoint that a tensor of the writer's is; none if it is made."""
+    parts = tensor.stored_parts() if hasattr(tensor, "stored_parts") else []
+    ranges = [(str(p.data_range.filename), p.data_range.offset, p.data_range.size) for p in parts]
+    return ranges if sum(size for _, _, size in ranges) == tensor.nbytes else []
+
+
 def never_run_foreign_code() -> None:
-    """Python code that comes with a checkpoint is not run, whoever asks for it."""
-    import transformers
+    """Python code that comes with a checkpoint is not run, whoever asks for it.
 
-    for auto in (transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoProcessor):
-        plain = auto.from_pretrained
+    To be called before transformers' auto classes are imported, which takes seconds: they ask this function.
+    """
+    from transformers import dynamic_module_utils
 
-        def from_pretrained(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
-            return plain(*args, **{**kwargs, "trust_remote_code": False})
+    plain = dynamic_module_utils.resolve_trust_remote_code
 
-        auto.from_pretrained = from_pretrained
+    def resolve(trust_remote_code: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(False, *args, **kwargs)
+
+    dynamic_module_utils.resolve_trust_remote_code = resolve
 
 
 def explain(error: BaseException, names: Any = frozenset(), config: Any = None, model: Any = None) -> dict:
