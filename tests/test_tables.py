@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from experiments import tables
+from experiments import files, tables
 
 KEPT = tables.results()
 TEXTS = {path: path.read_text() for path in tables.DOCS}
@@ -28,7 +28,7 @@ def test_no_measured_figure_stands_in_a_table_typed_by_hand(path):
     assert not [cell for cell in cells if re.fullmatch(r"\s*\d*\.\d{2,}( %)?\s*", cell)]
 
 
-def test_readmes_first_sentence_is_measured():
+def test_readmes_first_sentences_are_measured():
     at = {(row["type"], row["data"]): row["mean_kld"] for row in KEPT["quality.ref-a"]["rows"]}
     less = 1 - at["sq4w", "feedback"] / at["IQ4_XS", "imatrix"]
     rows = KEPT["bench.epyc"]["0.6B"]["rows"]
@@ -37,6 +37,9 @@ def test_readmes_first_sentence_is_measured():
     first = " ".join(TEXTS[tables.DOCS[0]].split())
     assert f"`sq4w` has {less:.0%} less KL divergence than llama.cpp's IQ4_XS".replace("%", " %") in first
     assert f"`sq4` decodes {faster[0]:.1f} to {faster[1]:.1f} times as fast as Q4_K_S" in first
+    at = {(row["type"], row["data"]): row["mean_kld"] for row in KEPT["files.ref-a"]["rows"]}
+    shares = sorted(at[size, "ours"] / at[size, "imatrix"] for size in files.SIZES)
+    assert f"{shares[0]:.2f} to {shares[-1]:.2f} of the divergence of llama-quantize's" in first and len(shares) == 7
 
 
 def test_all_that_is_kept_says_where_it_is_from():
