@@ -22,7 +22,7 @@ from gguf_splitq.files.gguf_file import Value, header, padded, read
 SECONDS = float(os.environ.get("SPLITQ_FUZZ_SECONDS", 2))
 VERSION, TENSORS, TYPES = (f"gguf_splitq.container.{name}" for name in ("version", "tensors", "types"))
 I8, U16, I32, ARRAY = 24, 2, 5, 9
-OURS = range(100, 116)
+OURS = range(100, 118)
 TYPES_OF_OURS = [t.name for t in types.all_types() if t.gguf_id in OURS]
 AS_IS = {"OLLAMA_LLAMA_CPP_COMPAT": "0"}  # as Ollama asks for a copy
 

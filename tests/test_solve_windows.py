@@ -14,7 +14,7 @@ from gguf_splitq.errors import EnvironmentFailed
 
 torch.set_num_threads(1)  # the problems are too small to share
 
-NAMES = ["sq4w", "sq3w", "sq2w"]
+NAMES = ["sq6w", "sq5w", "sq4w", "sq3w", "sq2w"]
 
 
 def block(name: str, n_rows: int, n_scales: int, seed: int = 0) -> tuple:

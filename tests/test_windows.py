@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The encoder of sq4w, sq3w and sq2w: near the best codes there are, for all kinds of blocks.
+"""The encoder of window codes, sq6w to sq2w: near the best codes there are, for all kinds of blocks.
 
 That NumPy and C give the same bytes is shown in test_types.py and test_kernels.py.
 """
@@ -47,7 +47,7 @@ def least_errors(kind: windows.Window, x: np.ndarray, importance: np.ndarray) ->
             for chain in kind.chain:
                 cost = np.broadcast_to(np.where(np.eye(n_states), 0, np.inf), (len(x), n_states, n_states))
                 for column in chain[::-1]:  # [n, begun in, now in]
-                    ways = np.repeat(cost, 64 // n_states, axis=2) + metric[:, None, column]
+                    ways = np.repeat(cost, 1 << kind.code_bits, axis=2) + metric[:, None, column]
                     cost = ways.reshape(len(x), n_states, -1, n_states).min(2)
                 total += np.einsum("bii->bi", cost).min(1)
             least = np.minimum(least, total)
@@ -69,10 +69,18 @@ def test_nor_much_where_columns_differ_in_importance(kind, decades, limit):
 
 
 @pytest.mark.parametrize(("content", "gain"), [("gaussian", 1), ("student t4", 1.8), ("one outlier", 2.5)])
-@FAMILY
-def test_errors_are_well_below_those_of_the_sq_type_of_as_many_bits(kind, content, gain):
+@pytest.mark.parametrize("name", ["sq4w", "sq3w", "sq2w"])
+def test_errors_are_well_below_those_of_the_sq_type_of_as_many_bits(name, content, gain):
     x = blocks(content, 512)
-    assert decibels(errors(types.get(kind.name[:3]), x).sum() / errors(kind, x).sum()) > gain
+    assert decibels(errors(types.get(name[:-1]), x).sum() / errors(types.get(name), x).sum()) > gain
+
+
+@pytest.mark.parametrize("content", ["gaussian", "student t4", "one outlier"])
+@pytest.mark.parametrize("bits", [5, 6])
+def test_a_bit_more_has_a_quarter_of_the_error(bits, content):
+    x = blocks(content, 512)
+    less, more = (errors(types.get(f"sq{b}w"), x).sum() for b in (bits - 1, bits))
+    assert decibels(less / more) > 5.3
 
 
 @FAMILY
@@ -127,6 +135,12 @@ def test_importance_counts_by_its_ratios_and_not_at_all_where_it_is_zero(kind):
 def test_rows_are_independent(kind):
     x = blocks("student t4").reshape(8, -1)
     np.testing.assert_array_equal(np.concatenate([kind.encode_numpy(row[None]) for row in x]), kind.encode_numpy(x))
+
+
+def test_the_highest_of_seven_bits_turns_the_other_level_of_a_pair():
+    for name in ("sq5w", "sq6w"):
+        levels = windows.tables()[name].levels.astype(int)
+        assert len(levels) == 128 and (levels[np.arange(128) ^ 65] == -1 - levels).all()
 
 
 def test_half_of_sq3ws_table_is_enough():
