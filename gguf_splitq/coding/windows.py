@@ -356,7 +356,8 @@ class _Block:
         trellis, n_states = self.trellis, self.trellis.n_states
         push, costs, base = self.push[here, here], self.costs[here], self.base[here, ..., None]
         states = torch.arange(n_states, device=aims.device)
-        into = states[:, None] + torch.arange(0, len(trellis.levels), n_states, device=aims.device)  # [to, k]: the edges into each state
+        # [to, k]: the edges into each state
+        into = states[:, None] + torch.arange(0, len(trellis.levels), n_states, device=aims.device)
         before = into >> trellis.bits
         values = trellis.levels[into] * scales[..., None, None]
         aims = aims[..., None].repeat(1, 1, 1, n_states)  # of the path that leads to each state

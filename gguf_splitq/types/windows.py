@@ -159,8 +159,8 @@ class Window(TensorType):
     def _metrics(
         self, shared: np.ndarray, share: np.ndarray, scale: np.ndarray, backwards: bool = False
     ) -> Iterator[np.ndarray]:
-        """int32 [n, n_chains, n_edges] for each weight of the chains: what each edge adds to the error, less what level 0
-        would, in units of the scale squared and of the importance that has a share of 1.
+        """int32 [n, n_chains, n_edges] for each weight of the chains: what each edge adds to the error, less what
+        level 0 would, in units of the scale squared and of the importance that has a share of 1.
         """
         slope = np.rint(shared * (np.float32(-1) / SCALES[scale])[:, None]).astype(np.int32)
         slope, share = (part.astype(np.int32).reshape(-1, *self.chain.shape, 1) for part in (slope, share))
@@ -168,7 +168,7 @@ class Window(TensorType):
             yield slope[:, :, i] * (2 * self.edges) + share[:, :, i] * self.edges**2
 
     def _ways(self, cost: np.ndarray, metric: np.ndarray) -> np.ndarray:
-        """Costs of states [..., n_states], metric [..., n_edges] -> costs of all ways to a state [..., ways, n_states]."""
+        """Costs of states [..., n_states], metric [..., n_edges] -> costs of all ways to them [..., ways, n_states]."""
         ways = np.repeat(cost, 1 << self.code_bits, axis=-1) + metric
         return ways.reshape(*cost.shape[:-1], -1, self.n_states)
 
