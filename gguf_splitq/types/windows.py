@@ -216,7 +216,7 @@ class Window(TensorType):
         """uint8 codes [n, 32], by column, and scale bytes [n] -> uint8 [n, block_bytes]."""
         if self.code_bits >= 4:
             halves = codes.reshape(-1, 2, 2, 8) & 15
-            parts = [(halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 16)]
+            parts: list[np.ndarray] = [(halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 16)]
         else:
             parts = [pack_2bit(codes)]
         if self.code_bits == 6:
