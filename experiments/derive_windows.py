@@ -3,6 +3,7 @@
 
     python -m experiments.derive_windows sample BLOCKS.npz ../shared/models/ref-a minilm    names of public.py, paths
     python -m experiments.derive_windows train BLOCKS.npz --bits 2 --device cuda
+    python -m experiments.derive_windows train BLOCKS.npz --bits 5 6 --symmetric --seconds 200 --at-once 8 --few 512
     python -m experiments.derive_windows errors BLOCKS.npz      of the tables in the header
 
 Training is Lloyd's iteration: every block gets the scale, the sign and the closed path of least error, then every level
@@ -11,7 +12,8 @@ each for a third of the time: many starts on few blocks, the best of them distur
 trained on all blocks. Starts are T[i] = quantile((K i + c) mod n) of a Gaussian, K odd; linear permutations of the
 quantiles; and quantiles dealt to the states. Blocks are Gaussian ones and as many of each model, half of them to train
 on and half to choose by. The models must not have been quantized before: of SmolLM2, which public.py decodes from Q4_1,
-a table of 4 bits learns the grid (0.4 dB better there, 0.05 worse elsewhere).
+a table of 4 bits learns the grid (0.4 dB better there, 0.05 worse elsewhere). Those of 5 and 6 bits are of ref-a and
+the demo.
 """
 
 from __future__ import annotations

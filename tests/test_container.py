@@ -220,7 +220,7 @@ HOSTILE = {
     "no types": (dict(types=None), "names 2 tensors and 0 types"),
     "no names": (dict(tensors=None), "names 0 tensors and 2 types"),
     "a stock type": (dict(ids=(100, 2)), "'b' .* is said to be of type 2, which is none of 100 to 117"),
-    "an id beyond ours": (dict(ids=(116, 101)), "'blk.0.sq4.weight' .* is said to be of type 116"),
+    "an id beyond ours": (dict(ids=(118, 101)), "'blk.0.sq4.weight' .* is said to be of type 118"),
     "another type": (dict(ids=(100, 105)), "'b' .* has rows of 26 bytes, no blocks of cq4's 16"),
     "a tensor of floats": (dict(names=("norm", "b")), "'norm' .* is stored as type 0 where 24"),
     "listed twice": (dict(names=("b", "b"), ids=(101, 101)), "'b' .* is listed twice"),
