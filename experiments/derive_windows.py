@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Where the tables of sq4w, sq3w and sq2w come from; prints entries of patches/files/ggml/src/ggml-windows-tables.h.
+"""Where the tables of sq6w to sq2w come from; prints entries of patches/files/ggml/src/ggml-windows-tables.h.
 
     python -m experiments.derive_windows sample BLOCKS.npz ../shared/models/ref-a minilm    names of public.py, paths
     python -m experiments.derive_windows train BLOCKS.npz --bits 2 --device cuda
+    python -m experiments.derive_windows train BLOCKS.npz --bits 5 6 --symmetric --seconds 200 --at-once 8 --few 512
     python -m experiments.derive_windows errors BLOCKS.npz      of the tables in the header
 
 Training is Lloyd's iteration: every block gets the scale, the sign and the closed path of least error, then every level
@@ -11,7 +12,8 @@ each for a third of the time: many starts on few blocks, the best of them distur
 trained on all blocks. Starts are T[i] = quantile((K i + c) mod n) of a Gaussian, K odd; linear permutations of the
 quantiles; and quantiles dealt to the states. Blocks are Gaussian ones and as many of each model, half of them to train
 on and half to choose by. The models must not have been quantized before: of SmolLM2, which public.py decodes from Q4_1,
-a table of 4 bits learns the grid (0.4 dB better there, 0.05 worse elsewhere).
+a table of 4 bits learns the grid (0.4 dB better there, 0.05 worse elsewhere). Those of 5 and 6 bits are of ref-a and
+the demo.
 """
 
 from __future__ import annotations
@@ -56,14 +58,26 @@ class Code:
     @property
     def chain(self) -> int:
         """Weights of a chain."""
-        return 16 if self.bits == 4 else 32
+        return 16 if self.bits >= 4 else 32
 
     def stored(self) -> np.ndarray:
         """int [n]: for each index of the type's bytes (ggml-windows.h), the index here."""
         i = np.arange(self.n)
-        if self.bits != 3 or self.window != 6:
-            return i
-        return i & 3 | (i >> 4 & 1) << 2 | (i >> 2 & 3) << 3 | (i >> 5) << 5
+        if (self.bits, self.window) == (3, 6):
+            return i & 3 | (i >> 4 & 1) << 2 | (i >> 2 & 3) << 3 | (i >> 5) << 5
+        if self.window == 7 and self.bits > 4:
+            own, after = i & (1 << self.bits) - 1, i >> self.bits
+            if self.bits == 5:
+                after = after >> 1 | (after & 1) << 1
+            # under other names, by which T[i ^ 65] = -1 - T[i]
+            own, after = own ^ (own & 1) * ((1 << self.bits) - 2), after ^ (after & 1) * (self.states - 2)
+            return own | after << self.bits
+        return i
+
+    @property
+    def mask(self) -> int:
+        """With --symmetric T[i ^ mask] is -1 - T[i]."""
+        return self.n - 1 if self.bits > 4 else self.n // 2
 
 
 @dataclass
@@ -211,13 +225,15 @@ def normal(tables: Tables) -> Tables:
     return Tables(tables.levels * factor, tables.rms * factor)
 
 
-def mirrored(levels: torch.Tensor, symmetric: bool) -> torch.Tensor:
-    """With symmetric, T[i ^ n/2] = -1 - T[i] in units of levels whose largest is 127; else levels as they are."""
-    if not symmetric:
-        return levels
-    half = levels[: len(levels) // 2] + 0.5
-    half = half * (126.5 / half.abs().amax(0))
-    return torch.cat([half, -half]) - 0.5
+def mirrored(code: Code, levels: torch.Tensor) -> torch.Tensor:
+    """T[i ^ mask] = -1 - T[i], of the first half of `levels` [n, R], in units of levels whose largest is 127."""
+    half = levels[: code.n // 2] + 0.5
+    return both_halves(code, half * (126.5 / half.abs().amax(0))) - 0.5
+
+
+def both_halves(code: Code, half: torch.Tensor) -> torch.Tensor:
+    """[n / 2, R] -> [n, R] with T[i ^ mask] = -T[i]."""
+    return torch.cat([half, -half[torch.arange(code.n // 2, code.n, device=half.device) ^ code.mask]])
 
 
 def lloyd(
@@ -229,19 +245,18 @@ def lloyd(
         path, s = path.flatten(1), scale[..., None].expand(-1, -1, BLOCK).flatten(1)
         weights = x.flatten().expand_as(s)
         if symmetric:  # a level is +-t - 1/2: both halves vote on t
-            sign = 1 - 2 * (path >= code.n // 2).float()
-            path, weights = path % (code.n // 2), sign * (weights + 0.5 * s)
+            other = path >= code.n // 2
+            path = torch.where(other, path ^ code.mask, path)
+            weights = torch.where(other, -1.0, 1.0) * (weights + 0.5 * s)
         zeros = torch.zeros(len(s), code.n // 2 if symmetric else code.n, device=x.device)
         among, above = zeros.scatter_add(1, path, s * s), zeros.scatter_add(1, path, s * weights)
         old = tables.levels.T[:, : zeros.shape[1]] + (0.5 if symmetric else 0)
         new = torch.where(among > 0, above / among, old)
         used = ((among * new * new).sum(1) / among.sum(1)).sqrt()
-        levels = torch.cat([new, -new], 1) - 0.5 if symmetric else new
-        tables = Tables(mirrored(levels.T, symmetric), used)
         if symmetric:
-            tables.rms = used * (126.5 / new.abs().amax(1))
+            tables = Tables(mirrored(code, new.T - 0.5), used * (126.5 / new.abs().amax(1)))
         else:
-            tables = normal(tables)
+            tables = normal(Tables(new.T, used))
     return tables, error.sum(1)
 
 
@@ -252,7 +267,10 @@ def starts(code: Code, count: int, rng: np.random.Generator) -> np.ndarray:
     i, out = np.arange(n), []
     while len(out) < count:
         kind = len(out) % 8
-        if kind < 5:
+        if code.bits > 4:  # i ^ mask has the negative quantile
+            factor = 2 * rng.integers(n // 2) + 1
+            order = (factor * i + (factor - 1) // 2) % n
+        elif kind < 5:
             order = ((2 * rng.integers(n // 2) + 1) * i + rng.integers(n)) % n
         elif kind < 7:  # a linear map over GF(2)
             order = np.zeros(n, int)
@@ -335,36 +353,36 @@ def train(code: Code, blocks: dict, chosen_by: dict, options: argparse.Namespace
         pool = best(*(joined(pool, new) if pool else new), at_once)
     say("starts", pool[1], small)
 
-    pool = best(*lloyd(code, best(*pool, at_once // 2)[0], medium, 6, False), at_once // 4)
+    forced = symmetric and code.bits > 4  # all the time: there are too many names for `relabelled`
+    pool = best(*lloyd(code, best(*pool, at_once // 2)[0], medium, 6, forced), at_once // 4)
     while time.time() - begin < seconds * 2 / 3:
         parents = torch.arange(at_once // 2, device=device) % len(pool[1])
-        new = lloyd(code, fresh(disturbed(pool[0].levels[:, parents], rng)), medium, 6, False)
+        new = lloyd(code, fresh(disturbed(pool[0].levels[:, parents], rng)), medium, 6, forced)
         tried += at_once // 2
         pool = best(*joined(pool, new), at_once // 4)
     say("disturbed", pool[1], medium)
 
     tables = best(*pool, at_once // 8)[0]
-    if symmetric:
-        tables = fresh(mirrored(relabelled(code, tables.levels), True))
+    if symmetric and not forced:
+        tables = fresh(mirrored(code, relabelled(code, tables.levels)))
     tables, error = lloyd(code, tables, large, 8, symmetric)
     while len(error) > 1 and time.time() - begin < seconds:
         tables, error = lloyd(code, best(tables, error, max(2, len(error) // 2))[0], large, 8, symmetric, 4)
     say("all blocks", error, large)
-    tables = rounded(tables, symmetric)
+    tables = rounded(code, tables, symmetric)
     found = decibels(code, tables, chosen_by)
     winner = found.mean(1).argmin()
     print(f"  {' '.join(chosen_by)}: {' '.join(f'{v:.3f}' for v in found[winner])}", flush=True)
     return tables[winner : winner + 1]
 
 
-def rounded(tables: Tables, symmetric: bool) -> Tables:
+def rounded(code: Code, tables: Tables, symmetric: bool) -> Tables:
     """Each table as integers, once as it is and with its outermost levels clipped for a finer grid of the others."""
     out = []
     for factor in (1.0, 1.05, 1.1, 1.2, 1.3):
         whole = (tables.levels * factor).round().clamp(-127, 127)
         if symmetric:
-            half = whole[: len(whole) // 2].clamp(-127, 126)
-            whole = torch.cat([half, -1 - half])
+            whole = both_halves(code, whole[: len(whole) // 2].clamp(-127, 126) + 0.5) - 0.5
         out.append(Tables(whole, tables.rms * factor))
     return Tables(torch.cat([t.levels for t in out], 1), torch.cat([t.rms for t in out]))
 
@@ -375,16 +393,21 @@ def entry(code: Code, tables: Tables, x: torch.Tensor) -> str:
     level = tables.levels[:, 0][path[0]]
     square = scale[0].square()
     rms = float(((level.square().mean(1) * square).sum() / square.sum()).sqrt())
-    levels = tables.levels[:, 0].cpu().numpy().astype(int)[code.stored()]
+    levels = tables.levels[:, 0].cpu().numpy().astype(int)[code.stored()][:64]
     lines = [", ".join(f"{v:4d}" for v in row) for row in levels.reshape(-1, 16)]
-    return f"SPLITQ_WINDOWS(sq{code.bits}w, {rms:.1f}f,\n    " + ",\n    ".join(lines) + ")"
+    return f"SPLITQ_WINDOWS(sq{code.bits}w, {code.bits}, {rms:.1f}f,\n    " + ",\n    ".join(lines) + ")"
+
+
+def window_of(bits: int) -> int:
+    """Bits of the type's windows."""
+    return 7 if bits > 4 else 6
 
 
 def in_header(bits: int, device: str) -> Tables:
     """The table of the header."""
     table = windows.tables()[f"sq{bits}w"]
-    levels = np.empty(64, np.float32)
-    levels[Code(bits).stored()] = table.levels
+    levels = np.empty(len(table.levels), np.float32)
+    levels[Code(bits, window_of(bits)).stored()] = table.levels
     return Tables(torch.tensor(levels, device=device)[:, None], torch.tensor([table.rms], device=device))
 
 
@@ -393,9 +416,9 @@ def main() -> None:
     p.add_argument("step", choices=("sample", "train", "errors"))
     p.add_argument("blocks", type=Path)
     p.add_argument("models", nargs="*")
-    p.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    p.add_argument("--window", type=int, default=6)
-    p.add_argument("--symmetric", action="store_true", help="T[i ^ 32] = -1 - T[i]")
+    p.add_argument("--bits", type=int, nargs="+", default=[6, 5, 4, 3, 2])
+    p.add_argument("--window", type=int, help="bits; default: those of the type")
+    p.add_argument("--symmetric", action="store_true", help="one half of the table tells the other: sq3w, sq5w, sq6w")
     p.add_argument("--seconds", type=float, default=60, help="of training, for each table")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--at-once", type=int, default=64, help="tables trained at once")
@@ -409,12 +432,12 @@ def main() -> None:
         return
     blocks, held_out = load(o.blocks, 16 * o.few, o.device)
     for bits in o.bits:
-        code = Code(bits, o.window)
+        code = Code(bits, o.window or window_of(bits))
         if o.step == "errors":
             found = decibels(code, in_header(bits, o.device), held_out)[0]
             print(f"sq{bits}w  " + "  ".join(f"{k} {v:.3f}" for k, v in zip(held_out, found, strict=True)))
         else:
-            print(f"{bits} bits, window of {o.window}{', symmetric' if o.symmetric else ''}", flush=True)
+            print(f"{bits} bits, window of {code.window}{', symmetric' if o.symmetric else ''}", flush=True)
             print(entry(code, train(code, blocks, held_out, o), mixed(held_out, 16 * o.few)), flush=True)
 
 

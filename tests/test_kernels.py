@@ -180,7 +180,7 @@ def test_encoders_use_what_the_processor_has(unforced, tensor_type, processor):
     assert got == tensor_type.encode_numpy(rows, None).tobytes()
 
 
-PRODUCTS = [t for t in types.CUSTOM if t.name in ("sq4", "sq3", "sq2", "sdr4", "sq4w", "sq3w", "sq2w")]
+PRODUCTS = [t for t in types.CUSTOM if t.name in ("sq4", "sq3", "sq2", "sdr4", "sq6w", "sq5w", "sq4w", "sq3w", "sq2w")]
 
 
 def activations(shape: tuple, rng) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +226,7 @@ def check_products(got: np.ndarray, exact: np.ndarray, full: np.ndarray, usual: 
 
 
 @pytest.mark.parametrize("states", [False, True])
-@pytest.mark.parametrize("name", ["sq4w", "sq3w", "sq2w"])
+@pytest.mark.parametrize("name", ["sq6w", "sq5w", "sq4w", "sq3w", "sq2w"])
 def test_sweeps_of_error_feedback_give_the_same_codes(driver, runtime_library, name, states):
     given = exact_block(name, 29, 6)
     held = held_states(given, 29) if states else None

@@ -12,7 +12,7 @@ import pytest
 
 from gguf_splitq import types
 
-TYPES = ["sq4", "sq3", "sq2", "sq4w", "sq3w", "sq2w"]
+TYPES = ["sq4", "sq3", "sq2", "sq6w", "sq5w", "sq4w", "sq3w", "sq2w"]
 CMAKE = shutil.which("cmake") or str(Path(sys.executable).parent / "cmake")
 
 

@@ -93,8 +93,8 @@ def costs(found: list[plan.Entry]) -> dict:
 def test_the_mix_keeps_to_the_budget_and_to_the_rows(tmp_path):
     found = entries("sq2", "ffn_up=q8_0")
     kinds = mix.candidates(found)
-    assert [t.name for t in kinds["blk.0.attn_q.weight"]] == ["sq2w", "sq3w", "sq4w", "q5_k", "q6_k", "q8_0"]
-    assert [t.name for t in kinds["blk.0.ffn_down.weight"]] == ["sq2w", "sq3w", "sq4w", "q8_0"]  # rows of 288
+    assert [t.name for t in kinds["blk.0.attn_q.weight"]] == ["sq2w", "sq3w", "sq4w", "sq5w", "sq6w", "q8_0"]
+    assert kinds["blk.0.ffn_down.weight"] == kinds["blk.0.attn_q.weight"]  # rows of 288
     assert not any("ffn_up" in name or "embd" in name or "output.weight" == name for name in kinds)
     mixed = mix.choose(found, costs(found), mix.Budget(4.5))
     made = plan.make([e.tensor for e in found], "sq2", ["ffn_up=q8_0"], chosen=mixed.types)

@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # the problems are too small to share
 
 NAMES = ["sq4", "sq3", "sq2", "sdr4", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"]
 NAMES += ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
-WINDOWS = ["sq4w", "sq3w", "sq2w"]
+WINDOWS = ["sq6w", "sq5w", "sq4w", "sq3w", "sq2w"]
 
 
 def problem(n_rows: int, n_cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from gguf_splitq.errors import EnvironmentFailed
 
 torch.set_num_threads(1)  # the problems are too small to share
 
-NAMES = ["sq4w", "sq3w", "sq2w"]
+NAMES = ["sq6w", "sq5w", "sq4w", "sq3w", "sq2w"]
 
 
 def block(name: str, n_rows: int, n_scales: int, seed: int = 0) -> tuple:
@@ -76,7 +76,7 @@ def test_a_sweep_closes_its_chains_and_takes_the_best_scale(name, states):
     if states:
         assert torch.equal(chains[:, 0] >> trellis.bits, held.int())
     found = errors(edges, scales.gather(0, choice[None])[0], given)
-    assert all(((edges >= 0) & (edges < 64)).flatten())
+    assert all(((edges >= 0) & (edges < len(trellis.levels))).flatten())
     for number in range(len(scales)):
         alone = *given[:2], scales[number : number + 1], *given[3:]
         other = errors(windows.in_torch(*alone, held)[0], scales[number], given)
@@ -143,10 +143,13 @@ def test_no_step_after_feedback_raises_the_error(name, seed):
     assert found[-1] < found[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_better_than_the_scalar_code_of_as_many_bytes(runtime_library, name):
-    window, scalar = (solve(each, *problem(48, 256)).errors["polish"] for each in (name, name[:3]))
-    assert window < 0.9 * scalar
+@pytest.mark.parametrize(("name", "scalar", "ratio"), [
+    ("sq6w", "q6_k", 1.25), ("sq5w", "q5_k", 1),  # these have 0.31 and 0.25 bits more, worth a factor of 1.54 and 1.41
+    ("sq4w", "sq4", 0.9), ("sq3w", "sq3", 0.9), ("sq2w", "sq2", 0.9),
+])  # fmt: skip
+def test_better_than_a_scalar_code_of_as_many_bytes(runtime_library, name, scalar, ratio):
+    window, other = (solve(each, *problem(48, 256)).errors["polish"] for each in (name, scalar))
+    assert window < ratio * other
 
 
 def test_pieces_of_rows_and_of_scales_are_joined(monkeypatch):

@@ -15,7 +15,7 @@ from gguf_splitq.coding import formats, windows
 from gguf_splitq.files import gguf_file
 from gguf_splitq.rewrite import to_float32
 
-TRAINED = ["sq3", "sdr4", "sq4w", "sq3w", "sq2w", "q4_0", "q4_k", "iq4_xs", "q3_k", "q2_k"]
+TRAINED = ["sq3", "sdr4", "sq5w", "sq4w", "sq3w", "sq2w", "q4_0", "q4_k", "iq4_xs", "q3_k", "q2_k"]
 
 
 def run(folder, text, outfile, type="sq2", **options):
@@ -97,7 +97,7 @@ def test_numbers_begin_between_levels_and_weights_and_keep_the_codes(runtime_lib
     assert kept < 0.6 * (weights - levels * scale - offset).square().sum()
 
 
-@pytest.mark.parametrize("name", ["sq4w", "sq3w", "sq2w"])
+@pytest.mark.parametrize("name", ["sq6w", "sq5w", "sq4w", "sq3w", "sq2w"])
 def test_the_nearest_path_is_found_from_any_other(runtime_library, name):
     fmt = formats.for_type(types.get(name))
     chance = torch.Generator().manual_seed(0)

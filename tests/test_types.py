@@ -15,7 +15,8 @@ COLUMNS = 1024
 
 # Relative squared error in dB on Gaussian weights that each format must stay under.
 ERROR_CEILING = {
-    "sq4": -22.2, "sq3": -16.1, "sq2": -10.0, "sq4x": -29.0, "sdr4": -21.3, "sq4w": -23.4, "sq3w": -17.5, "sq2w": -11.5,
+    "sq4": -22.2, "sq3": -16.1, "sq2": -10.0, "sq4x": -29.0, "sdr4": -21.3, "sq6w": -34.9, "sq5w": -29.3,
+    "sq4w": -23.4, "sq3w": -17.5, "sq2w": -11.5,
 }  # fmt: skip
 
 
@@ -147,16 +148,17 @@ def test_the_documented_levels_are_the_ones_in_use(name):
     assert tuple(map(int, re.findall(r"-?\d+", row[1]))) == splitquant.codebooks()[name].levels
 
 
-@pytest.mark.parametrize("name", ["sq4w", "sq3w", "sq2w"])
+@pytest.mark.parametrize("name", ["sq6w", "sq5w", "sq4w", "sq3w", "sq2w"])
 def test_the_documented_tables_are_the_ones_in_use(name):
     text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
     row = re.search(rf"^\| `{name}` \|((?: -?\d+){{64}}) \|$", text, re.M)
-    assert list(map(int, row[1].split())) == windows.tables()[name].levels.tolist()
+    assert list(map(int, row[1].split())) == windows.tables()[name].levels[:64].tolist()
 
 
 def test_stored_bits():
     assert {t.name: t.bpw for t in types.CUSTOM} == {
-        "sq4": 4.25, "sq3": 3.25, "sq2": 2.25, "sq4x": 6.375, "sdr4": 4.25, "sq4w": 4.25, "sq3w": 3.25, "sq2w": 2.25,
+        "sq4": 4.25, "sq3": 3.25, "sq2": 2.25, "sq4x": 6.375, "sdr4": 4.25, "sq6w": 6.25, "sq5w": 5.25, "sq4w": 4.25,
+        "sq3w": 3.25, "sq2w": 2.25,
     }  # fmt: skip
 
 
@@ -170,8 +172,8 @@ def test_gguf_learns_the_types():
 
 
 def test_unknown_type_is_refused_with_the_names():
-    names = "sq4, sq3, sq2, sq4x, sdr4, sq4w, sq3w, sq2w, sq4wc, sq3wc, sq2wc, sq3c, sq2c, cq4, cq3, cq2, f32"
-    with pytest.raises(errors.UsageError, match=f"'sq5' is not known.*{names}"):
+    names = "sq4, sq3, sq2, sq4x, sdr4, sq6w, sq5w, sq4w, sq3w, sq2w, sq4wc, sq3wc, sq2wc, sq3c, sq2c, cq4, cq3, cq2"
+    with pytest.raises(errors.UsageError, match=f"'sq5' is not known.*{names}, f32"):
         types.get("sq5")
 
 

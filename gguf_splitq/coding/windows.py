@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Error feedback for sq4w, sq3w and sq2w: what solver.py does, for codes that are found as a path along a chain.
+"""Error feedback for window codes, sq6w to sq2w: what solver.py does, for codes that are found as a path along a chain.
 
 Which level a code stands for depends on the codes behind it in its chain, so codes of a chain are chosen together, by
 Viterbi's algorithm. A chain is walked from its end to its beginning: then the bits of earlier steps are the state, and
@@ -49,9 +49,9 @@ _NEVER = 1e30  # what a path costs that begins in a forbidden state
 class Trellis:
     """What is common to all blocks of a type.
 
-    bits: of a code. walk: int64 [n_chains, length], the columns of a block in the order of coding. windows: uint8 [64],
-    the index in the type's table of each edge. levels: float32 [64], what each edge stands for at scale 1. From state s
-    code c leads along edge s << bits | c to state edge % n_states.
+    bits: of a code. walk: int64 [n_chains, length], the columns of a block in the order of coding. windows: uint8
+    [n_edges], the index in the type's table of each edge. levels: float32 [n_edges], what each edge stands for at scale
+    1. From state s code c leads along edge s << bits | c to state edge % n_states.
     """
 
     bits: int
@@ -62,19 +62,14 @@ class Trellis:
     @property
     def n_states(self) -> int:
         """How many states there are before and after each code."""
-        return 64 >> self.bits
+        return len(self.levels) >> self.bits
 
     @classmethod
     @functools.cache
     def of(cls, kind: Window, device: str | torch.device = "cpu") -> Trellis:
-        edges, first = np.arange(64), kind.chain[0]
-        codes = np.zeros((64, BLOCK), np.uint8)
-        for i in range(3):  # the code of an edge and those of the columns behind it, which its state is made of
-            codes[:, first[i]] = edges >> i * kind.code_bits & (1 << kind.code_bits) - 1
-        found = kind.windows(codes)[:, first[0]]
-        levels = windows.tables()[kind.name].levels[found].astype(np.float32)
         walk = np.ascontiguousarray(kind.chain[:, ::-1])
-        return cls(kind.code_bits, *(torch.from_numpy(part).to(device) for part in (walk, found, levels)))
+        parts = walk, kind.edge_windows, kind.edges.astype(np.float32)
+        return cls(kind.code_bits, *(torch.from_numpy(part).to(device) for part in parts))
 
 
 class Sweep(Protocol):
@@ -361,7 +356,8 @@ class _Block:
         trellis, n_states = self.trellis, self.trellis.n_states
         push, costs, base = self.push[here, here], self.costs[here], self.base[here, ..., None]
         states = torch.arange(n_states, device=aims.device)
-        into = states[:, None] + torch.arange(0, 64, n_states, device=aims.device)  # [to, k]: the edges into each state
+        # [to, k]: the edges into each state
+        into = states[:, None] + torch.arange(0, len(trellis.levels), n_states, device=aims.device)
         before = into >> trellis.bits
         values = trellis.levels[into] * scales[..., None, None]
         aims = aims[..., None].repeat(1, 1, 1, n_states)  # of the path that leads to each state

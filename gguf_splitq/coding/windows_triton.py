@@ -17,7 +17,7 @@ import triton.language as tl
 if TYPE_CHECKING:
     from .windows import Trellis
 
-LANES = {2: 2, 3: 4, 4: 8}  # of a program, by code bits: what one warp has registers for
+LANES = {2: 2, 3: 4, 4: 8, 5: 8, 6: 8}  # of a program, by code bits: what one warp has registers for
 
 
 @triton.jit
@@ -30,7 +30,8 @@ def _code(  # type: ignore[no-untyped-def]
 
     Lane l is row l mod n_rows at scale l of scales; states: of rows. edges are written except of free chains.
     """
-    STATES: tl.constexpr = 64 >> BITS
+    EDGES: tl.constexpr = 128 if BITS > 4 else 64
+    STATES: tl.constexpr = EDGES >> BITS
     CODES: tl.constexpr = 1 << BITS
     TURNS: tl.constexpr = 3 if CLOSE else 1
     WORD: tl.constexpr = LENGTH if LENGTH * BITS <= 64 else LENGTH // 2  # codes that one word of a path holds
@@ -40,8 +41,8 @@ def _code(  # type: ignore[no-untyped-def]
     scale = tl.load(scales + lane, real, 0.0)
     state = tl.arange(0, STATES)
     column = tl.arange(0, LENGTH)
-    edge = tl.arange(0, 64)
-    before = tl.broadcast_to((edge >> BITS)[None, :], (WIDTH, 64))
+    edge = tl.arange(0, EDGES)
+    before = tl.broadcast_to((edge >> BITS)[None, :], (WIDTH, EDGES))
     values = tl.load(levels + edge)[None, :] * scale[:, None]
     total = tl.zeros((WIDTH,), tl.float32)
     pushed = tl.zeros((WIDTH, LENGTH), tl.float32)  # by earlier chains on the aims of this one

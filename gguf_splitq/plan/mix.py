@@ -22,8 +22,7 @@ from ..types import TensorType
 from . import Entry
 
 MOST_BYTES = 1 << 26  # of a plan; what is longer is a model given by mistake, not to be read whole
-CANDIDATES = ("sq2w", "sq3w", "sq4w", "q5_k", "q6_k", "q8_0")
-NARROW = {"q5_k": "q5_0", "q6_k": "q5_1"}  # of whole files, what stands in where rows do not divide
+CANDIDATES = ("sq2w", "sq3w", "sq4w", "sq5w", "sq6w", "q8_0")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Mix:
 
 def base(bpw: float) -> str:
     """The type of tensors that could not be measured: the largest of ours within the budget."""
-    return next((name for name in ("sq4w", "sq3w") if types.get(name).bpw <= bpw), "sq2w")
+    return next((name for name in ("sq6w", "sq5w", "sq4w", "sq3w") if types.get(name).bpw <= bpw), "sq2w")
 
 
 def label(bpw: float, whole: bool = False) -> str:
@@ -84,9 +83,8 @@ def candidates(entries: Iterable[Entry], whole: bool = False) -> dict[str, list[
     for e in entries:
         at_end = whole and e.name in plan.ENDS and e.reason in ("embeddings", "output")
         if (e.reason == "--type" or at_end) and not e.fallback:
-            fit = {name: e.tensor.n_cols % types.get(name).block_size == 0 for name in CANDIDATES}
-            names = [name if fit[name] else NARROW.get(name, "") if whole else "" for name in CANDIDATES]
-            found[e.name] = [types.get(name) for name in names if name]
+            kinds = [types.get(name) for name in CANDIDATES]
+            found[e.name] = [kind for kind in kinds if e.tensor.n_cols % kind.block_size == 0]
     return found
 
 

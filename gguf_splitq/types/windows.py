@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""sq4w, sq3w, sq2w: window codes. A weight's level is looked up by its own code and the bits of its neighbours.
+"""sq6w, sq5w, sq4w, sq3w, sq2w: window codes. A weight's level is looked up by its own code and bits of its neighbours.
 
 Block of 32 weights: 64-bit words of codes, then the scale byte `d` of splitquant.py:
 
+    sq6w  25 bytes  | q: low 4 bits of two chains of 16 codes | qh: two high bits | d |   6.25 bpw
+    sq5w  21 bytes  | q: low 4 bits of two chains of 16 codes | qh: high bits     | d |   5.25 bpw
     sq4w  17 bytes  | q: two chains of 16 4-bit codes              | d |   4.25 bpw
     sq3w  13 bytes  | q: low 2 bits of 32 codes | qh: high bits    | d |   3.25 bpw
     sq2w   9 bytes  | q: a chain of 32 2-bit codes                 | d |   2.25 bpw
 
-    weight = scale(d) * table[window], the window being 6 bits; ror turns a 64-bit word right:
+    weight = scale(d) * table[window], the window being 6 bits, of sq5w and sq6w 7; ror turns a 64-bit word right:
 
+    sq6w  column 16 h + 8 i + k:  byte k of ror(q[h], 4 i), low 4 bits; above them byte k of ror(qh, 4 h + 2 i), low
+                                  2 bits; above them bit 4 of the first byte
+    sq5w  column 16 h + 8 i + k:  byte k of ror(q[h], 4 i), low 4 bits; above them bit 4 k + 2 h + i of qh; above that
+                                  bits 5 and 4 of the byte
     sq4w  column 16 h + 8 i + k:  byte k of ror(q[h], 4 i), low 6 bits
     sq2w  column 8 i + k:         byte k of ror(q, 2 i), low 6 bits
     sq3w  column 8 i + k:         byte k of ror(q, 2 i), low 4 bits; bits p, p + 1 of qh above them, p = 4 k + i
 
-So of a window the lowest bits are the weight's own, the others belong to the codes that follow in the chain, which
-closes on itself. The tables are read from patches/files/ggml/src/ggml-windows-tables.h, which the C side includes.
+So of a window some bits are the weight's own, the others belong to the codes that follow in the chain, which closes on
+itself. With 7 bits the highest is a sign: entry 64 + i is -1 - entry i ^ 1. The tables are read from
+patches/files/ggml/src/ggml-windows-tables.h, which the C side includes.
 
 Source: a bit-shift trellis as in QTIP, arXiv 2406.11235; one so small that its table is one register, chains that close
 within a block, the tables and the bytes are this project's.
@@ -35,12 +42,13 @@ from .splitquant import MAX_ABS, SCALES, pack_2bit, scale_below, tree_sum, unpac
 
 # Constants of the encoder, explained in ggml-windows.c, which has the same.
 _STEPS = range(-3, 3)
-_KEPT = {4: 4, 3: 3, 2: 6}
+_KEPT = {6: 3, 5: 5, 4: 4, 3: 3, 2: 6}
 _SPREAD = np.float32(1.25)
 _REACH = np.float32(255)
 _SLOPE = np.float32(32500)
 _LEAST = np.float32(32)
 _NEVER = 1 << 30
+_BY_BIT = np.arange(32).reshape(4, 8).T.ravel()  # the column that each bit of qh belongs to
 
 LARGEST = float(64 * SCALES[127])
 """No block whose weights are this large or smaller asks for a much larger scale than there is."""
@@ -48,7 +56,7 @@ LARGEST = float(64 * SCALES[127])
 
 @dataclass(frozen=True)
 class Table:
-    """One entry of ggml-windows-tables.h. rms: of the levels in use; levels: int8 [64]."""
+    """One entry of ggml-windows-tables.h. rms: of the levels in use; levels: int8 [64], of sq5w and sq6w [128]."""
 
     rms: float
     levels: np.ndarray
@@ -58,33 +66,47 @@ class Table:
 def tables() -> dict[str, Table]:
     """The tables by type name, read from the header that C includes."""
     text = (folder("patches") / "files/ggml/src/ggml-windows-tables.h").read_text()
-    found = re.findall(r"^SPLITQ_WINDOWS\((\w+), ([\d.]+)f,([^)]*)\)", text, re.M)
-    return {name: Table(float(rms), np.array(levels.split(","), np.int8)) for name, rms, levels in found}
+    found = re.findall(r"^SPLITQ_WINDOWS\((\w+), (\d), ([\d.]+)f,([^)]*)\)", text, re.M)
+    halves = {name: (int(bits), float(rms), np.array(levels.split(","), np.int8)) for name, bits, rms, levels in found}
+    return {
+        name: Table(rms, half if bits <= 4 else np.concatenate([half, -1 - half[np.arange(64) ^ 1]]))
+        for name, (bits, rms, half) in halves.items()
+    }
 
 
 @dataclass(frozen=True)
 class Window(TensorType):
-    """A type of the family; `code_bits` is 4, 3 or 2."""
+    """A type of the family; `code_bits` is 6 to 2."""
 
     code_bits: int = 4
 
     @property
+    def n_edges(self) -> int:
+        """Windows there are."""
+        return 128 if self.code_bits > 4 else 64
+
+    @property
     def n_states(self) -> int:
         """States of the trellis: what the upper bits of a window can be."""
-        return 64 >> self.code_bits
+        return self.n_edges >> self.code_bits
+
+    @cached_property
+    def edge_windows(self) -> np.ndarray:
+        """uint8 [n_edges], indices into the table. Edge e = s << code_bits | c: code c, the codes that follow in the
+        chain being s; it leads to state e % n_states."""
+        codes, first = np.zeros((self.n_edges, 32), np.uint8), self.chain[0, :3]
+        codes[:, first] = np.arange(self.n_edges)[:, None] >> np.arange(3) * self.code_bits & (1 << self.code_bits) - 1
+        return self.windows(codes)[:, first[0]]
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """int32 [64], levels. Edge e = s << code_bits | c: code c, the codes that follow in the chain being s; it
-        leads to state e % n_states."""
-        codes, first = np.zeros((64, 32), np.uint8), self.chain[0, :3]
-        codes[:, first] = np.arange(64)[:, None] >> np.arange(3) * self.code_bits & (1 << self.code_bits) - 1
-        return tables()[self.name].levels[self.windows(codes)[:, first[0]]].astype(np.int32)
+        """int32 [n_edges], levels."""
+        return tables()[self.name].levels[self.edge_windows].astype(np.int32)
 
     @property
     def chain(self) -> np.ndarray:
         """int [n_chains, length]: the columns in the order of their chain; a window reaches on to the next ones."""
-        step = 2 if self.code_bits == 4 else 4
+        step = 2 if self.code_bits >= 4 else 4
         return np.arange(32).reshape(-1, step, 8).transpose(0, 2, 1).reshape(-1, 8 * step)
 
     def windows(self, codes: np.ndarray) -> np.ndarray:
@@ -92,7 +114,11 @@ class Window(TensorType):
         out = np.empty_like(codes)
         for columns in self.chain:
             own, after, last = (codes[:, np.roll(columns, -i)] for i in range(3))
-            if self.code_bits == 4:
+            if self.code_bits == 6:
+                out[:, columns] = own | (after & 1) << 6
+            elif self.code_bits == 5:
+                out[:, columns] = own | (after & 2) << 4 | (after & 1) << 6
+            elif self.code_bits == 4:
                 out[:, columns] = own | (after & 3) << 4
             elif self.code_bits == 3:
                 out[:, columns] = own & 3 | (after & 3) << 2 | own >> 2 << 4 | after >> 2 << 5
@@ -133,8 +159,8 @@ class Window(TensorType):
     def _metrics(
         self, shared: np.ndarray, share: np.ndarray, scale: np.ndarray, backwards: bool = False
     ) -> Iterator[np.ndarray]:
-        """int32 [n, n_chains, 64] for each weight of the chains: what each edge adds to the error, less what level 0
-        would, in units of the scale squared and of the importance that has a share of 1.
+        """int32 [n, n_chains, n_edges] for each weight of the chains: what each edge adds to the error, less what
+        level 0 would, in units of the scale squared and of the importance that has a share of 1.
         """
         slope = np.rint(shared * (np.float32(-1) / SCALES[scale])[:, None]).astype(np.int32)
         slope, share = (part.astype(np.int32).reshape(-1, *self.chain.shape, 1) for part in (slope, share))
@@ -142,7 +168,7 @@ class Window(TensorType):
             yield slope[:, :, i] * (2 * self.edges) + share[:, :, i] * self.edges**2
 
     def _ways(self, cost: np.ndarray, metric: np.ndarray) -> np.ndarray:
-        """Costs of states [..., n_states], metric [..., 64] -> costs of all ways to a state [..., ways, n_states]."""
+        """Costs of states [..., n_states], metric [..., n_edges] -> costs of all ways to them [..., ways, n_states]."""
         ways = np.repeat(cost, 1 << self.code_bits, axis=-1) + metric
         return ways.reshape(*cost.shape[:-1], -1, self.n_states)
 
@@ -188,28 +214,35 @@ class Window(TensorType):
 
     def pack(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """uint8 codes [n, 32], by column, and scale bytes [n] -> uint8 [n, block_bytes]."""
-        if self.code_bits == 4:
-            halves = codes.reshape(-1, 2, 2, 8)
-            parts = [(halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 16)]
+        if self.code_bits >= 4:
+            halves = codes.reshape(-1, 2, 2, 8) & 15
+            parts: list[np.ndarray] = [(halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 16)]
         else:
             parts = [pack_2bit(codes)]
-        if self.code_bits == 3:
-            parts.append(np.packbits(codes[:, self.chain[0]] >> 2, axis=1, bitorder="little"))
+        if self.code_bits == 6:
+            parts.append(pack_2bit(codes >> 4))
+        elif self.code_bits in (5, 3):
+            parts.append(np.packbits(codes[:, _BY_BIT] >> self.code_bits - 1, axis=1, bitorder="little"))
         return np.concatenate([*parts, scale[:, None]], axis=1)
 
     def unpack(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [n, block_bytes] -> uint8 codes [n, 32], by column, and scale bytes [n]."""
-        if self.code_bits == 4:
+        if self.code_bits >= 4:
             q = data[:, :16].reshape(-1, 2, 1, 8)
-            return np.concatenate([q & 15, q >> 4], 2).reshape(-1, 32), data[:, -1]
-        codes = unpack_2bit(data[:, :8])
-        if self.code_bits == 3:
-            codes[:, self.chain[0]] |= np.unpackbits(data[:, 8:12], axis=1, bitorder="little") << 2
+            codes, high = np.concatenate([q & 15, q >> 4], 2).reshape(-1, 32), data[:, 16:-1]
+        else:
+            codes, high = unpack_2bit(data[:, :8]), data[:, 8:-1]
+        if self.code_bits == 6:
+            codes |= unpack_2bit(high) << 4
+        elif self.code_bits in (5, 3):
+            codes[:, _BY_BIT] |= np.unpackbits(high, axis=1, bitorder="little") << self.code_bits - 1
         return codes, data[:, -1]
 
 
 _METHOD = "window codes"
 TYPES = [
+    Window("sq6w", 117, 117, 32, 25, _METHOD, "6 bits, for embeddings and output", LARGEST, code_bits=6),
+    Window("sq5w", 116, 116, 32, 21, _METHOD, "5 bits", LARGEST, code_bits=5),
     Window("sq4w", 110, 110, 32, 17, _METHOD, "4 bits", LARGEST, code_bits=4),
     Window("sq3w", 111, 111, 32, 13, _METHOD, "3 bits", LARGEST, code_bits=3),
     Window("sq2w", 112, 112, 32, 9, _METHOD, "2 bits", LARGEST, code_bits=2),

@@ -52,7 +52,8 @@ static size_t block_bytes(enum ggml_type type) {
            type == GGML_TYPE_SPLITQ_SQ4 ? sizeof(splitq_block_sq4) : type == GGML_TYPE_SPLITQ_SQ3 ? sizeof(splitq_block_sq3) :
            type == GGML_TYPE_SPLITQ_SQ2 ? sizeof(splitq_block_sq2) : type == GGML_TYPE_SPLITQ_SDR4 ? sizeof(splitq_block_sdr4) :
            type == GGML_TYPE_SPLITQ_SQ4W ? sizeof(splitq_block_sq4w) : type == GGML_TYPE_SPLITQ_SQ3W ? sizeof(splitq_block_sq3w) :
-           type == GGML_TYPE_SPLITQ_SQ2W ? sizeof(splitq_block_sq2w) :
+           type == GGML_TYPE_SPLITQ_SQ2W ? sizeof(splitq_block_sq2w) : type == GGML_TYPE_SPLITQ_SQ5W ? sizeof(splitq_block_sq5w) :
+           type == GGML_TYPE_SPLITQ_SQ6W ? sizeof(splitq_block_sq6w) :
            sizeof(splitq_block_sq4x);
 }
 
@@ -238,10 +239,10 @@ int main(int argc, char ** argv) {
 
     if (strcmp(argv[1], "sweep") == 0) {
         const int bits = atoi(argv[2]), rows = atoi(argv[3]), scales = atoi(argv[4]);
-        const float * levels = read_all(64*4);
+        const float * levels = read_all((bits > 4 ? 128 : 64)*4);
         const float * aims = read_all(32*4*rows), * base = read_all(32*4*rows), * each = read_all(4*rows*scales);
         const float * push = read_all(32*32*4), * costs = read_all(32*4);
-        const uint8_t * states = atoi(argv[6]) ? read_all(rows*(bits == 4 ? 2 : 1)) : NULL;
+        const uint8_t * states = atoi(argv[6]) ? read_all(rows*(bits >= 4 ? 2 : 1)) : NULL;
         uint8_t * edges = malloc(32*rows);
         int64_t * choice = malloc(sizeof(int64_t)*rows);
         const splitq_sweep s = { bits, scales, atoi(argv[5]), rows, levels, aims, base, each, push, costs, states, edges, choice };
@@ -270,7 +271,8 @@ int main(int argc, char ** argv) {
         (type == GGML_TYPE_SPLITQ_SQ4 ? splitq_vec_dot_sq4_q8_0 : type == GGML_TYPE_SPLITQ_SQ3 ? splitq_vec_dot_sq3_q8_0 :
          type == GGML_TYPE_SPLITQ_SQ2 ? splitq_vec_dot_sq2_q8_0 : type == GGML_TYPE_SPLITQ_SDR4 ? splitq_vec_dot_sdr4_q8_0 :
          type == GGML_TYPE_SPLITQ_SQ4W ? splitq_vec_dot_sq4w_q8_0 : type == GGML_TYPE_SPLITQ_SQ3W ? splitq_vec_dot_sq3w_q8_0 :
-         type == GGML_TYPE_SPLITQ_SQ2W ? splitq_vec_dot_sq2w_q8_0 : splitq_vec_dot_sq4x_q8_0)(
+         type == GGML_TYPE_SPLITQ_SQ2W ? splitq_vec_dot_sq2w_q8_0 : type == GGML_TYPE_SPLITQ_SQ5W ? splitq_vec_dot_sq5w_q8_0 :
+         type == GGML_TYPE_SPLITQ_SQ6W ? splitq_vec_dot_sq6w_q8_0 : splitq_vec_dot_sq4x_q8_0)(
             n, &s, 0, x + row*row_size, 0, y + row*q8_size, 0, 1);
         fwrite(&s, sizeof(s), 1, stdout);
     }

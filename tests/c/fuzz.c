@@ -150,6 +150,8 @@ static void blocks(void) {
         { GGML_TYPE_SPLITQ_SQ2,  N/SPLITQ_QK*sizeof(splitq_block_sq2),  splitq_dequantize_row_sq2  },
         { GGML_TYPE_SPLITQ_SQ4X, sizeof(splitq_block_sq4x),             splitq_dequantize_row_sq4x },
         { GGML_TYPE_SPLITQ_SDR4, N/SPLITQ_QK*sizeof(splitq_block_sdr4), splitq_dequantize_row_sdr4 },
+        { GGML_TYPE_SPLITQ_SQ6W, N/SPLITQ_QK*sizeof(splitq_block_sq6w), splitq_dequantize_row_sq6w },
+        { GGML_TYPE_SPLITQ_SQ5W, N/SPLITQ_QK*sizeof(splitq_block_sq5w), splitq_dequantize_row_sq5w },
         { GGML_TYPE_SPLITQ_SQ4W, N/SPLITQ_QK*sizeof(splitq_block_sq4w), splitq_dequantize_row_sq4w },
         { GGML_TYPE_SPLITQ_SQ3W, N/SPLITQ_QK*sizeof(splitq_block_sq3w), splitq_dequantize_row_sq3w },
         { GGML_TYPE_SPLITQ_SQ2W, N/SPLITQ_QK*sizeof(splitq_block_sq2w), splitq_dequantize_row_sq2w },

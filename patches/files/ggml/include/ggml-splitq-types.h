@@ -11,6 +11,8 @@
     X(SQ2,  sq2,  102,  32, "2.25 bpw")                                  \
     X(SQ4X, sq4x, 103, 256, "6.375 bpw")                                 \
     X(SDR4, sdr4, 104,  32, "4.25 bpw")                                  \
+    X(SQ6W, sq6w, 117,  32, "6.25 bpw")                                  \
+    X(SQ5W, sq5w, 116,  32, "5.25 bpw")                                  \
     X(SQ4W, sq4w, 110,  32, "4.25 bpw")                                  \
     X(SQ3W, sq3w, 111,  32, "3.25 bpw")                                  \
     X(SQ2W, sq2w, 112,  32, "2.25 bpw")

@@ -321,6 +321,8 @@ size_t splitq_quantize_chunk(enum ggml_type type, const float * src, void * dst,
         case GGML_TYPE_SPLITQ_SQ2:  encode_sq2(src, dst, nrows, n_per_row, imatrix);       break;
         case GGML_TYPE_SPLITQ_SQ4X: splitq_quantize_row_sq4x(src, dst, nrows*n_per_row);   break;
         case GGML_TYPE_SPLITQ_SDR4: sdr_quantize_chunk(src, dst, nrows, n_per_row, imatrix); break;
+        case GGML_TYPE_SPLITQ_SQ6W:
+        case GGML_TYPE_SPLITQ_SQ5W:
         case GGML_TYPE_SPLITQ_SQ4W:
         case GGML_TYPE_SPLITQ_SQ3W:
         case GGML_TYPE_SPLITQ_SQ2W: splitq_windows_quantize(type, src, dst, nrows, n_per_row, imatrix); break;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The encoder of sq4w, sq3w and sq2w for LANES blocks at once, one in each lane of a vector. Included by ggml-windows.c, with
+// The encoder of the window types for LANES blocks at once, one in each lane of a vector. Included by ggml-windows.c, with
 // LANES 16 for AVX-512 VNNI, 8 for AVX2 and 4 for the others.
 
 #define NAMED_(name, lanes) windows_##name##_##lanes
@@ -114,12 +114,12 @@ static SPLITQ_INLINE void NAMED(place)(const vec * w, const ivec * share, vec d,
 
 // One weight on, from the end of the chain to its beginning: the least cost of each state.
 static SPLITQ_INLINE void NAMED(forward)(ivec * cost, ivec x, ivec share, const splitq_trellis * trellis, const int bits) {
-    const int states = 64 >> bits, ways = 1 << bits;
+    const int states = SPLITQ_INDICES(bits) >> bits, ways = 1 << bits;
     ivec next[16];
     SPLITQ_UNROLL
     for (int s = 0; s < states; ++s) {
         ivec least[4];
-        SPLITQ_UNROLL
+        SPLITQ_UNROLL_WAYS
         for (int k = 0; k < ways; ++k) {
             const int  e = s + k*states;
             const ivec c = ADD(cost[e >> bits], x, share, e);
@@ -133,12 +133,12 @@ static SPLITQ_INLINE void NAMED(forward)(ivec * cost, ivec x, ivec share, const 
 
 // The same the other way: the least cost from each state to the beginning of the chain.
 static SPLITQ_INLINE void NAMED(backward)(ivec * cost, ivec x, ivec share, const splitq_trellis * trellis, const int bits) {
-    const int states = 64 >> bits, ways = 1 << bits;
+    const int states = SPLITQ_INDICES(bits) >> bits, ways = 1 << bits;
     ivec next[16];
     SPLITQ_UNROLL
     for (int s = 0; s < states; ++s) {
         ivec least[4];
-        SPLITQ_UNROLL
+        SPLITQ_UNROLL_WAYS
         for (int k = 0; k < ways; ++k) {
             const int  e = s << bits | k;
             const ivec c = ADD(cost[e % states], x, share, e);
@@ -153,13 +153,13 @@ static SPLITQ_INLINE void NAMED(backward)(ivec * cost, ivec x, ivec share, const
 // forward, which tells also the first of the best ways to each state.
 static SPLITQ_INLINE void NAMED(forward_ways)(ivec * cost, ivec * way, ivec x, ivec share,
                                              const splitq_trellis * trellis, const int bits) {
-    const int states = 64 >> bits, ways = 1 << bits;
+    const int states = SPLITQ_INDICES(bits) >> bits, ways = 1 << bits;
     ivec next[16];
     SPLITQ_UNROLL
     for (int s = 0; s < states; ++s) {
         next[s] = ADD(cost[s >> bits], x, share, s);
         way[s]  = EACH(0);
-        SPLITQ_UNROLL
+        SPLITQ_UNROLL_WAYS
         for (int k = 1; k < ways; ++k) {
             const int  e = s + k*states;
             const ivec c = ADD(cost[e >> bits], x, share, e);
@@ -174,7 +174,7 @@ static SPLITQ_INLINE void NAMED(forward_ways)(ivec * cost, ivec * way, ivec x, i
 // LANES blocks, one after another at x, to blocks at y; importance NULL, or that of a row, in which each block begins at `start`.
 static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, const float * importance, ivec start,
                                               const splitq_trellis * trellis, const int bits) {
-    const int states = 64 >> bits, chains = bits == 4 ? 2 : 1, length = SPLITQ_QK/chains;
+    const int states = SPLITQ_INDICES(bits) >> bits, chains = bits >= 4 ? 2 : 1, length = SPLITQ_QK/chains;
     ivec lanes;
     for (int lane = 0; lane < LANES; ++lane) {
         lanes[lane] = lane;
@@ -295,14 +295,18 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
             NAMED(forward_ways)(cost, way[i], at[i], share[i], trellis, bits);
         }
     }
-    ivec word[4] = { EACH(0), EACH(0), EACH(0), EACH(0) };
+    ivec word[6] = { EACH(0), EACH(0), EACH(0), EACH(0), EACH(0), EACH(0) };
     for (int h = 0; h < chains; ++h) {
         ivec state = ends[h];
         for (int p = 0; p < length; ++p) {
-            const int  i = h*length + p, at = bits == 4 ? 4*i : 2*i;
+            const int  i = h*length + p, at = bits >= 4 ? 4*i : 2*i, c = column(bits, i), k = c%8;
             const ivec e = GATHER(way[i], state*LANES + lanes)*states + state;
-            word[at/32] |= (e & (bits == 4 ? 15 : 3)) << at%32;
-            if (bits == 3) {
+            word[at/32] |= (e & (bits >= 4 ? 15 : 3)) << at%32;
+            if (bits == 6) {
+                word[4 + k/4] |= (e >> 4 & 3) << (k%4*8 + c/8*2);
+            } else if (bits == 5) {
+                word[4] |= (e >> 4 & 1) << (4*k + c/8);
+            } else if (bits == 3) {
                 word[2] |= (e >> 2 & 1) << i;
             }
             const vec level = __builtin_convertvector(GATHER(trellis->twice, e), vec)*ALL(0.5f), r = w[i] - d*level;
@@ -312,10 +316,10 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
         }
     }
     const ivec worth = NAMED(tree)(part) < NAMED(tree)(sum);
-    const int words = bits == 4 ? 4 : bits;
-    int32_t   out[5][LANES];
+    const int words = bits;
+    int32_t   out[7][LANES];
     best &= worth;
-    memcpy(out[4], &best, sizeof(best));
+    memcpy(out[6], &best, sizeof(best));
     for (int i = 0; i < words; ++i) {
         word[i] &= worth;
         memcpy(out[i], &word[i], sizeof(word[i]));
@@ -324,17 +328,17 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
         for (int i = 0; i < words; ++i) {
             memcpy(y + 4*i, &out[i][lane], 4);
         }
-        y[4*words] = out[4][lane];
+        y[4*words] = out[6][lane];
     }
 }
 
 static void NAMED(encode)(const float * x, uint8_t * y, int64_t n, int64_t row_blocks, const float * imatrix,
                           const splitq_trellis * trellis, const int bits) {
-    const int size = 4*(bits == 4 ? 4 : bits) + 1;
+    const int size = 4*bits + 1;
     for (int64_t done = 0; done < n; done += LANES, x += LANES*SPLITQ_QK, y += LANES*size) {
         const int count = n - done < LANES ? n - done : LANES;
         float     in[LANES*SPLITQ_QK] = { 0 };
-        uint8_t   out[LANES*17];
+        uint8_t   out[LANES*25];
         int32_t   starts[LANES];
         for (int lane = 0; lane < LANES; ++lane) {
             starts[lane] = (done + lane)%row_blocks*SPLITQ_QK;
@@ -346,14 +350,13 @@ static void NAMED(encode)(const float * x, uint8_t * y, int64_t n, int64_t row_b
         }
         const float * from = count < LANES ? in : x;
         uint8_t * to = count < LANES ? out : y;
-        #define BLOCKS(bits) imatrix ? NAMED(encode_blocks)(from, to, imatrix, start, trellis, bits) : \
-                                       NAMED(encode_blocks)(from, to, NULL, start, trellis, bits)
         switch (bits) { // constants, so that each gets code of its own
-            case 4:  BLOCKS(4); break;
-            case 3:  BLOCKS(3); break;
-            default: BLOCKS(2); break;
+            case 6:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 6); break;
+            case 5:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 5); break;
+            case 4:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 4); break;
+            case 3:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 3); break;
+            default: NAMED(encode_blocks)(from, to, imatrix, start, trellis, 2); break;
         }
-        #undef BLOCKS
         if (count < LANES) {
             memcpy(y, out, count*size);
         }

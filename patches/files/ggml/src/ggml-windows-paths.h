@@ -77,8 +77,8 @@ typedef struct { vec v[COUNT]; } NAMED(states);
 static SPLITQ_INLINE void NAMED(paths)(
         int bits, const int32_t (*from)[16], NAMED(states) * aims, const NAMED(states) * base, const NAMED(states) * values,
         const float * push, const float * costs, NAMED(states) * cost, int32_t (*back)[16]) {
-    const int length = bits == 4 ? 16 : 32;
-    ivec before[16][COUNT];
+    const int length = bits >= 4 ? 16 : 32;
+    ivec before[WAYS][COUNT];
     for (int k = 0; k < 1 << bits; ++k) {
         for (int n = 0; n < COUNT; ++n) {
             before[k][n] = INDEX(from[k] + n*LANES);
@@ -95,7 +95,7 @@ static SPLITQ_INLINE void NAMED(paths)(
                 vec  aim = PERMUTE(aims[i].v, before[k][n]), paid = PERMUTE(cost->v, before[k][n]);
                 SPLITQ_UNROLL
                 for (int e = 0; e < 4; ++e) {
-                    if (bits < 4 && e > 0) { // of 16 edges into a state, 4 come from the same one
+                    if (bits < 4 && e > 0) { // of 16 edges or more into a state, 4 come from the same one
                         aim  = PERMUTE(aims[i].v, before[k + e][n]);
                         paid = PERMUTE(cost->v, before[k + e][n]);
                     }
@@ -138,8 +138,8 @@ static SPLITQ_INLINE void NAMED(paths)(
 // The best path of one chain for each row in the lanes, which begins and ends in `state`, or anywhere where that is NULL.
 static void NAMED(path)(
         int bits, const int32_t (*from)[16], const NAMED(states) * aims, const NAMED(states) * base, const NAMED(states) * values,
-        const float * push, const float * costs, const int * state, uint8_t (*edges)[4], float * error) {
-    const int length = bits == 4 ? 16 : 32, states = 64 >> bits, rows = 16/states;
+        const float * push, const float * costs, const int * state, uint8_t (*edges)[ROWS], float * error) {
+    const int length = bits >= 4 ? 16 : 32, states = SPLITQ_INDICES(bits) >> bits, rows = 16/states;
     NAMED(states) work[32], cost;
     float of[16];
     int32_t back[32][16];
@@ -149,6 +149,8 @@ static void NAMED(path)(
     memcpy(&cost, of, sizeof(cost));
     memcpy(work, aims, length*sizeof(*work));
     switch (bits) { // constants, so that each gets code of its own
+        case 6:  NAMED(paths)(6, from, work, base, values, push, costs, &cost, back); break;
+        case 5:  NAMED(paths)(5, from, work, base, values, push, costs, &cost, back); break;
         case 4:  NAMED(paths)(4, from, work, base, values, push, costs, &cost, back); break;
         case 3:  NAMED(paths)(3, from, work, base, values, push, costs, &cost, back); break;
         default: NAMED(paths)(2, from, work, base, values, push, costs, &cost, back); break;
@@ -171,9 +173,9 @@ static void NAMED(path)(
 // A block of the rows in the lanes at one scale each. states: of each chain and row, or NULL, where they are found if `close`.
 static void NAMED(block)(
         int bits, const int32_t (*from)[16], const float * levels, const NAMED(states) * given, const NAMED(states) * base, const float * scale,
-        const float * push, const float * costs, const int (*states)[4], bool close, uint8_t (*edges)[4], float * error) {
-    const int length = bits == 4 ? 16 : 32, n_states = 64 >> bits, rows = 16/n_states;
-    NAMED(states) aims[32], values[16];
+        const float * push, const float * costs, const int (*states)[ROWS], bool close, uint8_t (*edges)[ROWS], float * error) {
+    const int length = bits >= 4 ? 16 : 32, n_states = SPLITQ_INDICES(bits) >> bits, rows = 16/n_states;
+    NAMED(states) aims[32], values[WAYS];
     memcpy(aims, given, sizeof(aims));
     for (int k = 0; k < 1 << bits; ++k) {
         float of[16];
@@ -187,17 +189,17 @@ static void NAMED(block)(
     }
     for (int first = 0; first < SPLITQ_QK; first += length) {
         const float * inside = push ? push + first*SPLITQ_QK + first : NULL;
-        uint8_t (*found)[4] = edges + first;
-        float cost[4];
+        uint8_t (*found)[ROWS] = edges + first;
+        float cost[ROWS];
         NAMED(path)(bits, from, aims + first, base + first, values, inside, costs + first, states ? states[first/length] : NULL, found, cost);
         if (close && !states) {
-            int ends[2][4];
+            int ends[2][ROWS];
             for (int r = 0; r < rows; ++r) {
                 ends[0][r] = found[length - 1][r]%n_states;
                 ends[1][r] = found[0][r] >> bits;
             }
-            uint8_t other[32][4];
-            float its[4];
+            uint8_t other[32][ROWS];
+            float its[ROWS];
             NAMED(path)(bits, from, aims + first, base + first, values, inside, costs + first, ends[0], found, cost);
             NAMED(path)(bits, from, aims + first, base + first, values, inside, costs + first, ends[1], other, its);
             for (int r = 0; r < rows; ++r) {
@@ -228,8 +230,8 @@ static void NAMED(block)(
 
 // All scales of as many rows as fit the lanes, from row `first` on.
 static void NAMED(group)(const int32_t (*from)[16], const splitq_sweep * s, int64_t first) {
-    const int bits = s->bits, n_states = 64 >> bits, rows = 16/n_states, chains = bits == 4 ? 2 : 1;
-    int64_t row[4];
+    const int bits = s->bits, n_states = SPLITQ_INDICES(bits) >> bits, rows = 16/n_states, chains = bits >= 4 ? 2 : 1;
+    int64_t row[ROWS];
     for (int r = 0; r < rows; ++r) {
         row[r] = first + r < s->n_rows ? first + r : s->n_rows - 1; // lanes left over do the last row again
     }
@@ -243,19 +245,19 @@ static void NAMED(group)(const int32_t (*from)[16], const splitq_sweep * s, int6
         memcpy(&aims[i], of[0], sizeof(of[0]));
         memcpy(&base[i], of[1], sizeof(of[1]));
     }
-    int held[2][4];
+    int held[2][ROWS];
     for (int r = 0; s->states && r < rows; ++r) {
         for (int c = 0; c < chains; ++c) {
             held[c][r] = s->states[c*s->n_rows + row[r]];
         }
     }
-    uint8_t edges[32][4];
-    float error[4], least[4][SPLITQ_SCALES]; // the smallest errors so far
-    int   number[4][SPLITQ_SCALES];          // and the scales that gave them
+    uint8_t edges[32][ROWS];
+    float error[ROWS], least[ROWS][SPLITQ_SCALES]; // the smallest errors so far
+    int   number[ROWS][SPLITQ_SCALES];             // and the scales that gave them
     const int kept = s->states ? 1 : s->closed < s->n_scales ? s->closed : s->n_scales;
-    uint8_t best[32][4];
+    uint8_t best[32][ROWS];
     for (int c = 0; c < s->n_scales; ++c) {
-        float scale[4];
+        float scale[ROWS];
         for (int r = 0; r < rows; ++r) {
             scale[r] = s->scales[c*s->n_rows + row[r]];
         }
@@ -277,10 +279,10 @@ static void NAMED(group)(const int32_t (*from)[16], const splitq_sweep * s, int6
             }
         }
     }
-    int chosen[4] = { 0 };
-    float closed[4] = { 0 };
+    int chosen[ROWS] = { 0 };
+    float closed[ROWS] = { 0 };
     for (int c = 0; !s->states && c < kept; ++c) {
-        float scale[4];
+        float scale[ROWS];
         for (int r = 0; r < rows; ++r) {
             scale[r] = s->scales[number[r][c]*s->n_rows + row[r]];
         }
@@ -304,8 +306,8 @@ static void NAMED(group)(const int32_t (*from)[16], const splitq_sweep * s, int6
 }
 
 static void NAMED(sweep)(const splitq_sweep * s) {
-    const int n_states = 64 >> s->bits;
-    int32_t from[16][16]; // by edge into a state and lane: the lane that it comes from
+    const int n_states = SPLITQ_INDICES(s->bits) >> s->bits;
+    int32_t from[WAYS][16]; // by edge into a state and lane: the lane that it comes from
     for (int k = 0; k < 1 << s->bits; ++k) {
         for (int lane = 0; lane < 16; ++lane) {
             from[k][lane] = lane/n_states*n_states + ((k*n_states + lane%n_states) >> s->bits);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Error feedback for sq4w, sq3w and sq2w: a block of 32 columns for many rows. gguf_splitq/coding/windows.py says what is done
+// Error feedback for the window types: a block of 32 columns for many rows. gguf_splitq/coding/windows.py says what is done
 // and why, and has the reference; only the order of additions differs.
 
 #include "ggml-windows-solve.h"
-#include "ggml-splitq.h"
+#include "ggml-windows.h"
 #include "ggml-splitq-encode.h"
 
 #include <assert.h>
@@ -19,6 +19,8 @@
 
 #define SPLITQ_NEVER  1e30f // what a path costs that begins in a forbidden state
 #define SPLITQ_SCALES 32    // at most
+#define ROWS          8     // at most: 16 lanes, and 2 states or more
+#define WAYS          64    // into a state, at most
 
 #if defined(SPLITQ_X86)
 #pragma GCC push_options

@@ -12,11 +12,11 @@ extern "C" {
 
 // As of `Sweep` in gguf_splitq/coding/windows.py; arrays of more than one dimension have the last one's values side by side.
 typedef struct {
-    int32_t bits;            // of a code: 4, 3 or 2
+    int32_t bits;            // of a code: 6 to 2
     int32_t n_scales;        // at most 32
     int32_t closed;          // scales of a row whose free chains are closed, at least 1
     int64_t n_rows;
-    const float * levels;    // [64], by edge
+    const float * levels;    // [64] or, of 6 and 5 bits, [128], by edge
     const float * aims;      // [32][n_rows]
     const float * base;      // [32][n_rows]
     const float * scales;    // [n_scales][n_rows]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Reference encoder and decoder of sq4w, sq3w and sq2w.
+// Reference encoder and decoder of the window types.
 
 #include "ggml-windows.h"
 #include "ggml-splitq-encode.h"
@@ -30,7 +30,7 @@
 
 #define STEPS_DOWN  3          // scales tried: as many below the base
 #define TRIED       12         // and signs
-#define KEPT(bits)  ((bits) == 4 ? 4 : (bits) == 3 ? 3 : 6)
+#define KEPT(bits)  ((bits) == 6 ? 3 : (bits) == 5 ? 5 : (bits) == 4 ? 4 : (bits) == 3 ? 3 : 6)
 #define SPREAD      1.25f      // of the fourth moment's root to the root mean square; 1.316 for a Gaussian, less half a step
 #define REACH       255.0f     // larger weights at the smallest scale count as this
 #define SLOPE       32500.0f   // largest g*x
@@ -41,26 +41,34 @@
 typedef struct {
     int     kept;
     float   spread;
-    int32_t twice[64], square[64], both[64]; // of each edge: 2*level, level^2, and the two as 16 bits each
+    int32_t twice[128], square[128], both[128]; // of each edge: 2*level, level^2, and the two as 16 bits each
 } splitq_trellis;
 
 // The column of weight i, chain after chain.
 static SPLITQ_INLINE int column(const int bits, int i) {
-    const int step = bits == 4 ? 2 : 4;
+    const int step = bits >= 4 ? 2 : 4;
     return i/(8*step)*(8*step) + i%step*8 + i%(8*step)/step;
 }
 
-// Edges are in the order of the table but for sq3w, whose windows have the low bits of two codes below their high bits.
+// Edges are in the order of the table but for sq3w, whose windows have the low bits of two codes below their high bits, and
+// sq5w, whose windows have the two bits of the next code exchanged.
 static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
     splitq_trellis trellis = { .kept = KEPT(bits), .spread = SPREAD*rms };
-    for (int e = 0; e < 64; ++e) {
-        const int level = levels[bits == 3 ? (e & 3) | (e >> 3 & 3) << 2 | (e >> 2 & 1) << 4 | e >> 5 << 5 : e];
+    for (int e = 0; e < SPLITQ_INDICES(bits); ++e) {
+        const int level = splitq_level_at(levels, bits == 3 ? (e & 3) | (e >> 3 & 3) << 2 | (e >> 2 & 1) << 4 | e >> 5 << 5 :
+                                                  bits == 5 ? (e & 31) | e >> 6 << 5 | (e >> 5 & 1) << 6 : e);
         trellis.twice [e] = 2*level;
         trellis.square[e] = level*level;
         trellis.both  [e] = (trellis.twice[e] & 0xffff) | trellis.square[e] << 16;
     }
     return trellis;
 }
+
+#if defined(__GNUC__)
+#define SPLITQ_UNROLL_WAYS _Pragma("GCC unroll 64")
+#else
+#define SPLITQ_UNROLL_WAYS
+#endif
 
 #define LANES 4
 #include "ggml-windows-lanes.h"
@@ -87,14 +95,11 @@ static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
 #define SPLITQ_LANES SPLITQ_BEST_LANES
 #endif
 
-#define CODE_BITS_sq4w 4
-#define CODE_BITS_sq3w 3
-#define CODE_BITS_sq2w 2
-#define SPLITQ_WINDOWS(name, rms, ...)                                                      \
+#define SPLITQ_WINDOWS(name, bits, rms, ...)                                                \
     static void encode_##name(const float * x, void * y, int64_t nrows, int64_t k, const float * imatrix) { \
         assert(k % SPLITQ_QK == 0);                                                         \
-        const splitq_trellis trellis = make_trellis(splitq_windows_##name, rms, CODE_BITS_##name); \
-        WINDOWS_ENCODE(SPLITQ_LANES, x, y, nrows*(k/SPLITQ_QK), k/SPLITQ_QK, imatrix, &trellis, CODE_BITS_##name); \
+        const splitq_trellis trellis = make_trellis(splitq_windows_##name, rms, bits); \
+        WINDOWS_ENCODE(SPLITQ_LANES, x, y, nrows*(k/SPLITQ_QK), k/SPLITQ_QK, imatrix, &trellis, bits); \
     }                                                                                       \
     void splitq_quantize_row_##name(const float * x, void * y, int64_t k) {                 \
         encode_##name(x, y, 1, k, NULL);                                                    \
@@ -107,7 +112,7 @@ static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
             uint64_t windows[4];                                                            \
             splitq_windows_of_##name(b, windows);                                           \
             for (int c = 0; c < SPLITQ_QK; ++c) {                                           \
-                y[c] = d*splitq_windows_##name[windows[c/8] >> c%8*8 & 255];                \
+                y[c] = d*splitq_level_at(splitq_windows_##name, windows[c/8] >> c%8*8 & 255); \
             }                                                                               \
         }                                                                                   \
     }
@@ -116,6 +121,8 @@ static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
 
 void splitq_windows_quantize(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
     switch (type) {
+        case GGML_TYPE_SPLITQ_SQ6W: encode_sq6w(src, dst, nrows, n_per_row, imatrix); break;
+        case GGML_TYPE_SPLITQ_SQ5W: encode_sq5w(src, dst, nrows, n_per_row, imatrix); break;
         case GGML_TYPE_SPLITQ_SQ4W: encode_sq4w(src, dst, nrows, n_per_row, imatrix); break;
         case GGML_TYPE_SPLITQ_SQ3W: encode_sq3w(src, dst, nrows, n_per_row, imatrix); break;
         case GGML_TYPE_SPLITQ_SQ2W: encode_sq2w(src, dst, nrows, n_per_row, imatrix); break;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Window codes, sq4w, sq3w and sq2w: the level of a weight is looked up by 6 bits, of which 4, 3 or 2 are its own and the rest
-// its neighbours' in a chain that closes on itself. As many bytes as sq4, sq3 and sq2, and the same scale byte.
+// Window codes, sq6w to sq2w: the level of a weight is looked up by 6 or 7 bits, of which as many as the name says are its own
+// and the rest its neighbours' in a chain that closes on itself. sq4w, sq3w and sq2w have as many bytes as sq4, sq3 and sq2.
+// All have their scale byte.
 // docs/format.md of gguf-splitq draws the same bytes; gguf_splitq/types/windows.py is the NumPy twin.
 #pragma once
 
@@ -12,14 +13,31 @@
 extern "C" {
 #endif
 
-// The index of the level of column c. q is read as 64-bit words and ror turns one right; byte k of a word is its bits 8k..8k+7.
+// The index of the level of column c, 6 bits or, of sq6w and sq5w, 7. q and sq6w's qh are read as 64-bit words and ror turns one
+// right; byte k of a word is its bits 8k..8k+7.
+//   sq6w, c = 16 h + 8 i + k (i 0..1):  byte k of ror(q[h], 4 i), low 4 bits; two bits of byte k of ror(qh, 4 h + 2 i) above
+//                                       them; bit 4 of the first byte above these
+//   sq5w, c = 16 h + 8 i + k (i 0..1):  byte k of ror(q[h], 4 i), low 4 bits; bit 4 k + 2 h + i of qh above them; bits 5 and 4
+//                                       of the byte above that
 //   sq4w, c = 16 h + 8 i + k (i 0..1):  byte k of ror(q[h], 4 i), low 6 bits
 //   sq2w, c = 8 i + k (i 0..3):         byte k of ror(q, 2 i), low 6 bits
 //   sq3w, c = 8 i + k (i 0..3):         byte k of ror(q, 2 i), low 4 bits, and bits p, p + 1 (mod 32) of qh, p = 4 k + i, above them
 
 typedef struct {
-    uint8_t q[16];   // two chains of 16 codes
+    uint8_t q[16];   // low four bits of two chains of 16 codes
+    uint8_t qh[8];   // high two bits
     uint8_t d;       // scale, see ggml-splitq.h
+} splitq_block_sq6w;
+
+typedef struct {
+    uint8_t q[16];   // low four bits of two chains of 16 codes
+    uint8_t qh[4];   // high bits
+    uint8_t d;
+} splitq_block_sq5w;
+
+typedef struct {
+    uint8_t q[16];   // two chains of 16 codes
+    uint8_t d;
 } splitq_block_sq4w;
 
 typedef struct {
@@ -34,13 +52,17 @@ typedef struct {
 } splitq_block_sq2w;
 
 #ifndef __cplusplus
+_Static_assert(sizeof(splitq_block_sq6w) == 25, "sq6w block size");
+_Static_assert(sizeof(splitq_block_sq5w) == 21, "sq5w block size");
 _Static_assert(sizeof(splitq_block_sq4w) == 17, "sq4w block size");
 _Static_assert(sizeof(splitq_block_sq3w) == 13, "sq3w block size");
 _Static_assert(sizeof(splitq_block_sq2w) ==  9, "sq2w block size");
 #endif
 
-// splitq_windows_sq4w[64], splitq_windows_sq3w[64], splitq_windows_sq2w[64]
-#define SPLITQ_WINDOWS(name, rms, ...) static const int8_t splitq_windows_##name[64] = { __VA_ARGS__ };
+#define SPLITQ_INDICES(bits) ((bits) > 4 ? 128 : 64) // that there are, by the bits of a code
+
+// splitq_windows_sq4w[64] and so on
+#define SPLITQ_WINDOWS(name, bits, rms, ...) static const int8_t splitq_windows_##name[64] = { __VA_ARGS__ };
 #include "ggml-windows-tables.h"
 #undef SPLITQ_WINDOWS
 
@@ -51,17 +73,42 @@ static inline uint64_t splitq_ror(const uint8_t * q, int bits) {
     return bits ? word >> bits | word << (64 - bits) : word;
 }
 
+// The level of an index: with 7 bits the highest turns the other level of a pair.
+static inline int splitq_level_at(const int8_t * levels, int index) {
+    return index & 64 ? -1 - levels[(index & 63) ^ 1] : levels[index];
+}
+
 // The indices of a block's 32 levels: byte k of windows[i] is that of column 8*i + k.
+static inline void splitq_windows_of_sq6w(const splitq_block_sq6w * b, uint64_t windows[4]) {
+    for (int i = 0; i < 4; ++i) {
+        const uint64_t q = splitq_ror(b->q + i/2*8, i%2*4), high = splitq_ror(b->qh, 2*i);
+        windows[i] = (q & 0x0f0f0f0f0f0f0f0f) | (high & 0x0303030303030303) << 4 | (q & 0x1010101010101010) << 2;
+    }
+}
+
+// Byte k: bits 4*k .. 4*k + 3 of a block's 32 and, above them, the next four.
+static inline uint64_t splitq_spread(const uint8_t * b) {
+    uint64_t qh = b[0] | b[1] << 8 | b[2] << 16 | (uint64_t) b[3] << 24;
+    qh = (qh | qh << 16) & 0x0000ffff0000ffff;
+    qh = (qh | qh <<  8) & 0x00ff00ff00ff00ff;
+    qh = (qh | qh <<  4) & 0x0f0f0f0f0f0f0f0f;
+    return qh | qh >> 4 | qh << 60;
+}
+
+static inline void splitq_windows_of_sq5w(const splitq_block_sq5w * b, uint64_t windows[4]) {
+    const uint64_t qh = splitq_spread(b->qh);
+    for (int i = 0; i < 4; ++i) {
+        const uint64_t q = splitq_ror(b->q + i/2*8, i%2*4);
+        windows[i] = (q & 0x2f2f2f2f2f2f2f2f) | (qh << (4 - i) & 0x1010101010101010) | (q & 0x1010101010101010) << 2;
+    }
+}
+
 static inline void splitq_windows_of_sq4w(const splitq_block_sq4w * b, uint64_t windows[4]) {
     for (int i = 0; i < 4; ++i) { windows[i] = splitq_ror(b->q + i/2*8, i%2*4) & 0x3f3f3f3f3f3f3f3f; }
 }
 
 static inline void splitq_windows_of_sq3w(const splitq_block_sq3w * b, uint64_t windows[4]) {
-    uint64_t qh = b->qh[0] | b->qh[1] << 8 | b->qh[2] << 16 | (uint64_t) b->qh[3] << 24;
-    qh = (qh | qh << 16) & 0x0000ffff0000ffff;
-    qh = (qh | qh <<  8) & 0x00ff00ff00ff00ff;
-    qh = (qh | qh <<  4) & 0x0f0f0f0f0f0f0f0f; // four bits to a byte,
-    qh |= qh >> 4 | qh << 60;                  // and above them the next four
+    const uint64_t qh = splitq_spread(b->qh);
     for (int i = 0; i < 4; ++i) {
         windows[i] = (splitq_ror(b->q, 2*i) & 0x0f0f0f0f0f0f0f0f) | (qh << (4 - i) & 0x3030303030303030);
     }
@@ -77,10 +124,14 @@ static inline int splitq_window_lane(int r, int lanes) {
     return lanes == 1 ? 0 : r/2%2*(lanes/2) + r/4*2 + r%2;
 }
 
+GGML_API void splitq_quantize_row_sq6w(const float * x, void * y, int64_t k);
+GGML_API void splitq_quantize_row_sq5w(const float * x, void * y, int64_t k);
 GGML_API void splitq_quantize_row_sq4w(const float * x, void * y, int64_t k);
 GGML_API void splitq_quantize_row_sq3w(const float * x, void * y, int64_t k);
 GGML_API void splitq_quantize_row_sq2w(const float * x, void * y, int64_t k);
 
+GGML_API void splitq_dequantize_row_sq6w(const void * x, float * y, int64_t k);
+GGML_API void splitq_dequantize_row_sq5w(const void * x, float * y, int64_t k);
 GGML_API void splitq_dequantize_row_sq4w(const void * x, float * y, int64_t k);
 GGML_API void splitq_dequantize_row_sq3w(const void * x, float * y, int64_t k);
 GGML_API void splitq_dequantize_row_sq2w(const void * x, float * y, int64_t k);

@@ -41,6 +41,7 @@ static inline float to_float(ggml_half h) {
 //   levels_<type>    a block's levels
 //   look_up          codes -> levels, of 16
 //   look_up_window   indices -> levels, of 64
+//   look_up_turned   the same for indices of 7 bits, see splitq_level_at
 //   dot_signed, dot_unsigned   ints (signed levels, or codes 0..15) times q8_0 ints -> lanes
 //   load_ints, store_ints      32 bytes
 //   sum_ints         the sum of all 32
@@ -111,6 +112,12 @@ static inline ints look_up_window(ints index, const int8_t * levels) {
         found = _mm256_xor_si256(found, turn);
     }
     return found;
+}
+
+static inline ints look_up_turned(ints index, const int8_t * levels) {
+    const __m256i most = _mm256_set1_epi8(63), turn = _mm256_cmpgt_epi8(index, most);
+    const __m256i low = _mm256_xor_si256(_mm256_and_si256(index, most), _mm256_abs_epi8(turn));
+    return _mm256_xor_si256(look_up_window(low, levels), turn);
 }
 
 static inline lanes dot_unsigned(ints codes, ints y) {
@@ -225,6 +232,17 @@ static inline ints look_up_window(ints index, const int8_t * levels) {
     }};
 }
 
+static inline int8x16_t turned_half(int8x16_t index, const int8x16x4_t table) {
+    const int8x16_t most = vdupq_n_s8(63), turn = vreinterpretq_s8_u8(vcgtq_s8(index, most));
+    const int8x16_t low = veorq_s8(vandq_s8(index, most), vabsq_s8(turn));
+    return veorq_s8(vqtbl4q_s8(table, vreinterpretq_u8_s8(low)), turn);
+}
+
+static inline ints look_up_turned(ints index, const int8_t * levels) {
+    const int8x16x4_t table = {{ vld1q_s8(levels), vld1q_s8(levels + 16), vld1q_s8(levels + 32), vld1q_s8(levels + 48) }};
+    return (ints) {{ turned_half(index.half[0], table), turned_half(index.half[1], table) }};
+}
+
 static inline int32x4_t dot_half(int8x16_t a, int8x16_t b) {
 #if defined(__ARM_FEATURE_DOTPROD)
     return vdotq_s32(vdupq_n_s32(0), a, b);
@@ -322,6 +340,11 @@ static inline ints look_up_window(ints index, const int8_t * levels) {
     return look_up(index, levels);
 }
 
+static inline ints look_up_turned(ints index, const int8_t * levels) {
+    for (int i = 0; i < 32; ++i) { index.v[i] = (int8_t) splitq_level_at(levels, index.v[i]); }
+    return index;
+}
+
 static inline lanes dot_signed(ints levels, ints y) {
     lanes r = {{ 0 }};
     for (int i = 0; i < 32; ++i) { r.v[i/4] += levels.v[i]*y.v[i]; }
@@ -381,11 +404,11 @@ static inline ints codes_sq2(const splitq_block_sq2 * x) { return load_2bit(x->q
 #include "ggml-splitq-levels.h"
 #undef SPLITQ_LEVELS
 
-#define SPLITQ_WINDOWS(name, rms, ...)                                            \
+#define SPLITQ_WINDOWS(name, bits, rms, ...)                                      \
     static inline ints levels_##name(const splitq_block_##name * x) {             \
         uint64_t windows[4];                                                      \
         splitq_windows_of_##name(x, windows);                                     \
-        return look_up_window(load_ints(windows), splitq_windows_##name);         \
+        return (bits > 4 ? look_up_turned : look_up_window)(load_ints(windows), splitq_windows_##name); \
     }
 #include "ggml-windows-tables.h"
 #undef SPLITQ_WINDOWS

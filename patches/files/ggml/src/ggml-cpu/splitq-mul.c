@@ -227,6 +227,8 @@ SPLITQ_KERNELS(sq4,  1, scale_f, codes)
 SPLITQ_KERNELS(sq3,  2, scale_f, codes)
 SPLITQ_KERNELS(sq2,  2, scale_f, codes)
 SPLITQ_KERNELS(sdr4, 1, scale_sdr4, codes)
+SPLITQ_KERNELS(sq6w, 1, scale_f, windows)
+SPLITQ_KERNELS(sq5w, 1, scale_f, windows)
 SPLITQ_KERNELS(sq4w, 1, scale_f, windows)
 SPLITQ_KERNELS(sq3w, 2, scale_f, windows)
 SPLITQ_KERNELS(sq2w, 2, scale_f, windows)
@@ -244,6 +246,8 @@ static const struct kernels * kernels_of(enum ggml_type type) {
     static const struct kernels sq3  = { 4, 2, mul_rows_sq3,  mul_panel_some_sq3, decode_sq3 };
     static const struct kernels sq2  = { 4, 2, mul_rows_sq2,  mul_panel_some_sq2, decode_sq2 };
     static const struct kernels sdr4 = { 4, 1, mul_rows_sdr4, mul_panel_some_sdr4, decode_sdr4 };
+    static const struct kernels sq6w = { 8, 1, mul_rows_sq6w, mul_panel_some_sq6w, decode_sq6w };
+    static const struct kernels sq5w = { 8, 1, mul_rows_sq5w, mul_panel_some_sq5w, decode_sq5w };
     static const struct kernels sq4w = { 8, 1, mul_rows_sq4w, mul_panel_some_sq4w, decode_sq4w };
     static const struct kernels sq3w = { 8, 2, mul_rows_sq3w, mul_panel_some_sq3w, decode_sq3w };
     static const struct kernels sq2w = { 8, 2, mul_rows_sq2w, mul_panel_some_sq2w, decode_sq2w };
@@ -253,6 +257,8 @@ static const struct kernels * kernels_of(enum ggml_type type) {
         case GGML_TYPE_SPLITQ_SQ3:  return &sq3;
         case GGML_TYPE_SPLITQ_SQ2:  return &sq2;
         case GGML_TYPE_SPLITQ_SDR4: return &sdr4;
+        case GGML_TYPE_SPLITQ_SQ6W:  return &sq6w;
+        case GGML_TYPE_SPLITQ_SQ5W:  return &sq5w;
         case GGML_TYPE_SPLITQ_SQ4WC: // scales of columns are in the activations
         case GGML_TYPE_SPLITQ_SQ4W:  return &sq4w;
         case GGML_TYPE_SPLITQ_SQ3WC:

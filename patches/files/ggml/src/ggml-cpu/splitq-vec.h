@@ -19,8 +19,10 @@
 // For window codes, whose words of 64 bits have 8 columns at each bit position, the rest follows below from
 //   set_8          8 activations, repeated
 //   evens, odds    every other 32-bit value of a, then of b, in each 128 bits
-//   high_first, high_second    the high bits of sq3w's rows 0, 1, 4, 5, 8 .. and 2, 3, 6, 7, 10 .., for levels_3w
-//   levels_4w, levels_3w, levels_2w    of 64-bit words q: level[i] has those of columns 8*i .. 8*i + 7
+//   high_first, high_second    the high bits of rows 0, 1, 4, 5, 8 .. and 2, 3, 6, 7, 10 .., for levels_5w and levels_3w
+//   later          such high bits, or those of sq6w, of columns 16 further on
+//   odd_later      the same in every other 64 bits, which are for a row's second word
+//   levels_6w .. levels_2w     of 64-bit words q: level[i] has those of columns 8*i .. 8*i + 7
 #pragma once
 
 #include "ggml-sdr.h"
@@ -133,14 +135,20 @@ static inline vec_f scale_sdr4(vec_d d) {
     at(4*size + first, span), at(5*size + first, span), at(6*size + first, span), at(7*size + first, span) }
 #define QH(byte, span) AT4(byte, span), 0, 0, 0, 0
 #define QH_TWICE(byte, span) AT4(byte, span), AT4(byte, span)
+#define QH4_TIMES4(byte, span) QH_TWICE(byte, span), QH_TWICE(byte, span)
+#define QH8_TWICE(byte, span) AT8(byte, span), AT8(byte, span)
 #define PAIR2(a, b, span) AT(a, span), AT(b, span), AT(a, span), AT(b, span)
 #define SAME4(a, span) AT(a, span), AT(a, span), AT(a, span), AT(a, span)
 #define SAME16(a, span) SAME4(a, span), SAME4(a, span), SAME4(a, span), SAME4(a, span)
 
 static const char at_qs_sq3[64] = EACH8(AT8, 13, 104, 0);
 static const char at_qh_sq3[64] = EACH8(QH,  13, 104, 8);
+static const char at_qh_sq6w[64] = { QH8_TWICE(16, 100), QH8_TWICE(41, 100), QH8_TWICE(66, 100), QH8_TWICE(91, 100) };
+static const char at_qh_sq5w[64] = { QH4_TIMES4(16, 84), QH4_TIMES4(37, 84), QH4_TIMES4(58, 84), QH4_TIMES4(79, 84) };
 static const char at_qh_sq3w[64] = EACH8(QH_TWICE, 13, 104, 8);
 static const char at_qs_sq2[64] = EACH8(AT8,  9,  72, 0);
+static const char at_d_sq6w[64] = { SAME4(24, 100), SAME4(49, 100), SAME4(74, 100), SAME4(99, 100) };
+static const char at_d_sq5w[64] = { SAME4(20, 84), SAME4(41, 84), SAME4(62, 84), SAME4(83, 84) };
 static const char at_d_sq4[64]  = { SAME4(12, 64), SAME4(29, 64), SAME4(46, 64), SAME4(63, 64) }; // of the second load
 static const char at_d_sdr4[64] = { SAME16(12, 64), SAME16(29, 64), SAME16(46, 64), SAME16(63, 64) };                   // the same
 static const char at_d_sq3[64]  = { PAIR2(12, 25, 104), PAIR2(38, 51, 104), PAIR2(64, 77, 104), PAIR2(90, 103, 104) };
@@ -180,18 +188,18 @@ static inline vec_t load_tables(const int8_t * levels, int n) {
     return table;
 }
 
-// The codes of four blocks of 17 bytes.
-static inline vec_b load_4bit_codes(const void * x) {
+// The first 16 bytes of four blocks.
+static inline vec_b load_4bit_codes(const void * x, const size_t size) {
     const char * at = x;
     vec_b q = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) at));
-    q = _mm512_mask_broadcast_i32x4(q, 0x00f0, _mm_loadu_si128((const __m128i *) (at + 17)));
-    q = _mm512_mask_broadcast_i32x4(q, 0x0f00, _mm_loadu_si128((const __m128i *) (at + 34)));
-    return _mm512_mask_broadcast_i32x4(q, 0xf000, _mm_loadu_si128((const __m128i *) (at + 51)));
+    q = _mm512_mask_broadcast_i32x4(q, 0x00f0, _mm_loadu_si128((const __m128i *) (at + size)));
+    q = _mm512_mask_broadcast_i32x4(q, 0x0f00, _mm_loadu_si128((const __m128i *) (at + 2*size)));
+    return _mm512_mask_broadcast_i32x4(q, 0xf000, _mm_loadu_si128((const __m128i *) (at + 3*size)));
 }
 
 static inline vec_d unpack_sq4(const splitq_block_sq4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
     const vec_b high = load_b((const char *) x + 4);
-    const vec_b q    = load_4bit_codes(x);
+    const vec_b q    = load_4bit_codes(x, sizeof(*x));
     level[0] = _mm512_permutexvar_epi8(q, table.places[0]);
     level[1] = _mm512_permutexvar_epi8(shift_right(q, 4), table.places[0]);
     return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(1, v), load_b(at_d_sq4), high));
@@ -203,7 +211,7 @@ static inline vec_b doubled(vec_b levels) {
 
 static inline vec_d unpack_sdr4(const splitq_block_sdr4 * x, int v, vec_t table, vec_b level[2], vec_d d) {
     const vec_b end = load_b((const char *) x + 4);
-    const vec_b low = load_4bit_codes(x), high = shift_right(low, 4);
+    const vec_b low = load_4bit_codes(x, sizeof(*x)), high = shift_right(low, 4);
     const vec_b own_d = _mm512_permutexvar_epi8(load_b(at_d_sdr4), end);
     const __mmask64 first  = _mm512_cmpge_epu8_mask(own_d, _mm512_set1_epi8((char) SDR_SHIFT_1ST));
     const __mmask64 second = _mm512_mask_cmpge_epu8_mask(~first, own_d, _mm512_set1_epi8((char) SDR_SHIFT_2ND));
@@ -301,6 +309,31 @@ static inline vec_b set_8(const int8_t * y) {
 static inline vec_b high_first(vec_b qh)  { return _mm512_unpacklo_epi32(qh, qh); }
 static inline vec_b high_second(vec_b qh) { return _mm512_unpackhi_epi32(qh, qh); }
 
+static inline vec_b later(vec_b high, const int bits)     { return bits == 4 ? _mm512_ror_epi64(high, 4) : _mm512_ror_epi64(high, 2); }
+static inline vec_b odd_later(vec_b high, const int bits) { return _mm512_mask_blend_epi64(0xaa, high, later(high, bits)); }
+
+// The levels of indices of 6 bits; where bit 4 of q is set the others of their pairs, turned: from a table of their own.
+static inline vec_b look_up_128(vec_w table, vec_b index, vec_b q) {
+    const vec_b each_other = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, _mm512_srli_epi16(table, 8), _mm512_slli_epi16(table, 8));
+    const vec_b turned = _mm512_xor_si512(each_other, _mm512_set1_epi8(-1));
+    const vec_b level  = _mm512_permutexvar_epi8(index, table);
+    return _mm512_mask_permutexvar_epi8(level, _mm512_test_epi8_mask(q, _mm512_set1_epi8(16)), index, turned);
+}
+
+static inline void levels_6w(vec_b q, vec_b high, vec_w table, vec_b level[2]) {
+    const vec_b own = _mm512_set1_epi8(15), next = _mm512_ror_epi64(q, 4);
+    level[0] = look_up_128(table, _mm512_ternarylogic_epi64(own, q,    _mm512_slli_epi16(high, 4), 0xca), q);
+    level[1] = look_up_128(table, _mm512_ternarylogic_epi64(own, next, _mm512_slli_epi16(high, 2), 0xca), next);
+}
+
+// high: qh twice in 64 bits, of which bit 4*k + i belongs to bit 4 of byte k.
+static inline void levels_5w(vec_b q, vec_b high, vec_w table, vec_b level[2]) {
+    const vec_b fifth = _mm512_set1_epi8(16), next = _mm512_ror_epi64(q, 4);
+    const vec_b at = _mm512_set1_epi64(0x1814100c080400fc), at_next = _mm512_set1_epi64(0x1915110d090501fd);
+    level[0] = look_up_128(table, _mm512_ternarylogic_epi64(fifth, _mm512_multishift_epi64_epi8(at,      high), q,    0xca), q);
+    level[1] = look_up_128(table, _mm512_ternarylogic_epi64(fifth, _mm512_multishift_epi64_epi8(at_next, high), next, 0xca), next);
+}
+
 static inline void levels_4w(vec_b q, vec_w table, vec_b level[2]) {
     level[0] = _mm512_permutexvar_epi8(q, table);
     level[1] = _mm512_permutexvar_epi8(_mm512_ror_epi64(q, 4), table);
@@ -327,9 +360,21 @@ static inline void levels_2w(vec_b q, vec_w table, vec_b level[4]) {
     level[3] = _mm512_permutexvar_epi8(_mm512_ror_epi64(q, 6), table);
 }
 
+static inline vec_d unpack_sq6w(const splitq_block_sq6w * x, int v, vec_w table, vec_b level[2], vec_d d) {
+    const vec_b low = load_b(x), high = load_b((const char *) x + 36);
+    levels_6w(load_4bit_codes(x, sizeof(*x)), odd_later(pick(low, high, at_qh_sq6w), 4), table, level);
+    return _mm_or_si128(d, _mm512_castsi512_si128(_mm512_maskz_permutex2var_epi8(lanes_of(1, v), low, load_b(at_d_sq6w), high)));
+}
+
+static inline vec_d unpack_sq5w(const splitq_block_sq5w * x, int v, vec_w table, vec_b level[2], vec_d d) {
+    const vec_b low = load_b(x), high = load_b((const char *) x + 20);
+    levels_5w(load_4bit_codes(x, sizeof(*x)), odd_later(pick(low, high, at_qh_sq5w), 2), table, level);
+    return _mm_or_si128(d, _mm512_castsi512_si128(_mm512_maskz_permutex2var_epi8(lanes_of(1, v), low, load_b(at_d_sq5w), high)));
+}
+
 static inline vec_d unpack_sq4w(const splitq_block_sq4w * x, int v, vec_w table, vec_b level[2], vec_d d) {
     const vec_b high = load_b((const char *) x + 4);
-    levels_4w(load_4bit_codes(x), table, level);
+    levels_4w(load_4bit_codes(x, sizeof(*x)), table, level);
     return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(1, v), load_b(at_d_sq4), high));
 }
 
@@ -581,6 +626,28 @@ static inline vec_b half_a_byte_later(vec_b qh)  { return _mm256_or_si256(_mm256
 static inline vec_b high_first(vec_b qh)  { return _mm256_unpacklo_epi8(qh, half_a_byte_later(qh)); }
 static inline vec_b high_second(vec_b qh) { return _mm256_unpackhi_epi8(qh, half_a_byte_later(qh)); }
 
+static inline vec_b later(vec_b high, const int bits)     { return _mm256_srli_epi16(high, bits); } // what is left of each byte is enough
+static inline vec_b odd_later(vec_b high, const int bits) { return _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, bits, 0, bits)); }
+
+// The levels of indices of 6 bits; where bit 4 of q is set the others of their pairs, turned.
+static inline vec_b look_up_128(vec_w table, vec_b index, vec_b q) {
+    const vec_b turn = _mm256_cmpgt_epi8(_mm256_setzero_si256(), _mm256_slli_epi16(q, 3));
+    const vec_b pair = _mm256_and_si256(turn, _mm256_set1_epi8(1));
+    return _mm256_xor_si256(look_up_64(table, _mm256_xor_si256(index, pair)), turn);
+}
+
+static inline void levels_6w(vec_b q, vec_b high, vec_w table, vec_b level[2]) {
+    const vec_b own = _mm256_set1_epi8(15), above = _mm256_set1_epi8(48), next = rotated(q, 4);
+    level[0] = look_up_128(table, _mm256_or_si256(_mm256_and_si256(q,    own), _mm256_and_si256(_mm256_slli_epi16(high, 4), above)), q);
+    level[1] = look_up_128(table, _mm256_or_si256(_mm256_and_si256(next, own), _mm256_and_si256(_mm256_slli_epi16(high, 2), above)), next);
+}
+
+static inline void levels_5w(vec_b q, vec_b high, vec_w table, vec_b level[2]) {
+    const vec_b others = _mm256_set1_epi8(47), fifth = _mm256_set1_epi8(16), next = rotated(q, 4);
+    level[0] = look_up_128(table, _mm256_or_si256(_mm256_and_si256(q,    others), _mm256_and_si256(_mm256_slli_epi16(high, 4), fifth)), q);
+    level[1] = look_up_128(table, _mm256_or_si256(_mm256_and_si256(next, others), _mm256_and_si256(_mm256_slli_epi16(high, 3), fifth)), next);
+}
+
 static inline void levels_4w(vec_b q, vec_w table, vec_b level[2]) {
     level[0] = look_up_64(table, low_6(q));
     level[1] = look_up_64(table, low_6(rotated(q, 4)));
@@ -606,8 +673,25 @@ static inline void levels_2w(vec_b q, vec_w table, vec_b level[4]) {
     level[3] = look_up_64(table, low_6(_mm256_srli_epi16(later, 2)));
 }
 
+#define SPLITQ_TWO_Q(x) _mm256_setr_m128i(_mm_loadu_si128((const __m128i *) x[0].q), _mm_loadu_si128((const __m128i *) x[1].q))
+
+static inline vec_d unpack_sq6w(const splitq_block_sq6w * x, int v, vec_w table, vec_b level[2], vec_d d) {
+    int64_t high[2];
+    for (int i = 0; i < 2; ++i) { memcpy(&high[i], x[i].qh, 8); }
+    levels_6w(SPLITQ_TWO_Q(x), odd_later(_mm256_setr_epi64x(high[0], high[0], high[1], high[1]), 4), table, level);
+    return d | (vec_d) x[0].d << 8*v | (vec_d) x[1].d << (8*v + 32);
+}
+
+static inline vec_d unpack_sq5w(const splitq_block_sq5w * x, int v, vec_w table, vec_b level[2], vec_d d) {
+    int32_t high[2];
+    for (int i = 0; i < 2; ++i) { memcpy(&high[i], x[i].qh, 4); }
+    const vec_b qh = _mm256_setr_epi32(high[0], high[0], 0, 0, high[1], high[1], 0, 0);
+    levels_5w(SPLITQ_TWO_Q(x), odd_later(high_first(qh), 2), table, level);
+    return d | (vec_d) x[0].d << 8*v | (vec_d) x[1].d << (8*v + 32);
+}
+
 static inline vec_d unpack_sq4w(const splitq_block_sq4w * x, int v, vec_w table, vec_b level[2], vec_d d) {
-    levels_4w(_mm256_setr_m128i(_mm_loadu_si128((const __m128i *) x[0].q), _mm_loadu_si128((const __m128i *) x[1].q)), table, level);
+    levels_4w(SPLITQ_TWO_Q(x), table, level);
     return d | (vec_d) x[0].d << 8*v | (vec_d) x[1].d << (8*v + 32);
 }
 
@@ -858,6 +942,35 @@ static inline vec_b half_a_byte_later(vec_b qh) {
 static inline vec_b high_first(vec_b qh)  { return vzip1q_s8(qh, half_a_byte_later(qh)); }
 static inline vec_b high_second(vec_b qh) { return vzip2q_s8(qh, half_a_byte_later(qh)); }
 
+static inline vec_b later(vec_b high, const int bits) {
+    return vreinterpretq_s8_u8(vshlq_u8(vreinterpretq_u8_s8(high), vdupq_n_s8((int8_t) -bits)));
+}
+
+static inline vec_b odd_later(vec_b high, const int bits) {
+    const int8x16_t shift = vcombine_s8(vdup_n_s8(0), vdup_n_s8((int8_t) -bits));
+    return vreinterpretq_s8_u8(vshlq_u8(vreinterpretq_u8_s8(high), shift));
+}
+
+// The levels of indices of 6 bits; where bit 4 of q is set the others of their pairs, turned.
+static inline vec_b look_up_128(vec_w table, uint8x16_t index, uint8x16_t q) {
+    const uint8x16_t turn = vtstq_u8(q, vdupq_n_u8(16)), pair = vandq_u8(turn, vdupq_n_u8(1));
+    return veorq_s8(vqtbl4q_s8(table, veorq_u8(index, pair)), vreinterpretq_s8_u8(turn));
+}
+
+static inline void levels_6w(vec_b words, vec_b high, vec_w table, vec_b level[2]) {
+    const uint8x16_t q = vreinterpretq_u8_s8(words), next = SPLITQ_ROTATED(q, 4), h = vreinterpretq_u8_s8(high);
+    const uint8x16_t own = vdupq_n_u8(15), two = vdupq_n_u8(3);
+    level[0] = look_up_128(table, vorrq_u8(vandq_u8(q,    own), vshlq_n_u8(vandq_u8(h, two), 4)),                 q);
+    level[1] = look_up_128(table, vorrq_u8(vandq_u8(next, own), vshlq_n_u8(vandq_u8(vshrq_n_u8(h, 2), two), 4)), next);
+}
+
+static inline void levels_5w(vec_b words, vec_b high, vec_w table, vec_b level[2]) {
+    const uint8x16_t q = vreinterpretq_u8_s8(words), next = SPLITQ_ROTATED(q, 4), h = vreinterpretq_u8_s8(high);
+    const uint8x16_t others = vdupq_n_u8(47), fifth = vdupq_n_u8(16);
+    level[0] = look_up_128(table, vorrq_u8(vandq_u8(q,    others), vandq_u8(vshlq_n_u8(h, 4), fifth)), q);
+    level[1] = look_up_128(table, vorrq_u8(vandq_u8(next, others), vandq_u8(vshlq_n_u8(h, 3), fifth)), next);
+}
+
 static inline void levels_4w(vec_b words, vec_w table, vec_b level[2]) {
     const uint8x16_t q = vreinterpretq_u8_s8(words);
     level[0] = look_up_64(table, q);
@@ -878,6 +991,19 @@ static inline void levels_2w(vec_b words, vec_w table, vec_b level[4]) {
     level[1] = vqtbl4q_s8(table, vshrq_n_u8(q, 2));
     level[2] = look_up_64(table, later);
     level[3] = vqtbl4q_s8(table, vshrq_n_u8(later, 2));
+}
+
+static inline vec_d unpack_sq6w(const splitq_block_sq6w * x, int v, vec_w table, vec_b level[2], vec_d d) {
+    const int8x8_t qh = vld1_s8((const int8_t *) x->qh);
+    levels_6w(load_b(x->q), odd_later(vcombine_s8(qh, qh), 4), table, level);
+    return d | (vec_d) x->d << 8*v;
+}
+
+static inline vec_d unpack_sq5w(const splitq_block_sq5w * x, int v, vec_w table, vec_b level[2], vec_d d) {
+    uint32_t high;
+    memcpy(&high, x->qh, 4);
+    levels_5w(load_b(x->q), odd_later(high_first(vreinterpretq_s8_u32(vdupq_n_u32(high))), 2), table, level);
+    return d | (vec_d) x->d << 8*v;
 }
 
 static inline vec_d unpack_sq4w(const splitq_block_sq4w * x, int v, vec_w table, vec_b level[2], vec_d d) {
@@ -905,6 +1031,23 @@ static inline vec_d unpack_sq2w(const splitq_block_sq2w * x, int v, vec_w table,
 
 // Interleaved words of 64 bits, see interleave_rows: w[i] has levels 8*i .. 8*i + 7 of rows 0, 1, 4, 5, 8 .., and w[4 + i] of
 // rows 2, 3, 6, 7, 10 ...
+static inline void panel_sq6w(const uint8_t * x, vec_w table, vec_b w[8]) {
+    for (int i = 0; i < 2; ++i) {
+        const vec_b qh = load_b(x + 4*LANES*(4 + i));
+        levels_6w(load_b(x + 4*LANES*i),       qh,           table, w + 4*i);
+        levels_6w(load_b(x + 4*LANES*(2 + i)), later(qh, 4), table, w + 4*i + 2);
+    }
+}
+
+static inline void panel_sq5w(const uint8_t * x, vec_w table, vec_b w[8]) {
+    const vec_b qh = load_b(x + 16*LANES);
+    for (int i = 0; i < 2; ++i) {
+        const vec_b high = i ? high_second(qh) : high_first(qh);
+        levels_5w(load_b(x + 4*LANES*i),       high,           table, w + 4*i);
+        levels_5w(load_b(x + 4*LANES*(2 + i)), later(high, 2), table, w + 4*i + 2);
+    }
+}
+
 static inline void panel_sq4w(const uint8_t * x, vec_w table, vec_b w[8]) {
     for (int i = 0; i < 4; ++i) { levels_4w(load_b(x + 4*LANES*i), table, w + i/2*2 + i%2*4); }
 }

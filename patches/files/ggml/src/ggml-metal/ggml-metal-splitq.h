@@ -14,6 +14,7 @@
 
 #define GGML_METAL_SPLITQ_CASES \
     case GGML_TYPE_SPLITQ_SQ4:  case GGML_TYPE_SPLITQ_SQ3:  case GGML_TYPE_SPLITQ_SQ2: \
+    case GGML_TYPE_SPLITQ_SQ6W: case GGML_TYPE_SPLITQ_SQ5W: \
     case GGML_TYPE_SPLITQ_SQ4W: case GGML_TYPE_SPLITQ_SQ3W: case GGML_TYPE_SPLITQ_SQ2W:
 
 // Whether Metal has no kernel for weights of this type.
@@ -30,7 +31,7 @@ static inline bool ggml_metal_splitq_denies(enum ggml_type type) {
 static inline void ggml_metal_splitq_mul_mv(int * simdgroups, int * rows, size_t * threadgroup_memory) {
     *simdgroups = N_SG_SPLITQ;
     *rows = N_R0_SPLITQ;
-    *threadgroup_memory = 64*sizeof(float);
+    *threadgroup_memory = 128*sizeof(float);
 }
 
 #endif

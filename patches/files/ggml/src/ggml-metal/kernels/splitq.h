@@ -1,34 +1,37 @@
 // SPDX-License-Identifier: MIT
-// sq4, sq3, sq2 and sq4w, sq3w, sq2w for Metal: decoding, and matrix times vector. Stands behind dequantize.h when
+// sq4, sq3, sq2 and sq6w to sq2w for Metal: decoding, and matrix times vector. Stands behind dequantize.h when
 // GGML_METAL_SPLITQ is on, see splitq.cmake; products with many columns and get_rows are upstream's templates around
 // splitq_dequantize. tests/test_metal.py of gguf-splitq runs this file on the CPU; no device has run it.
 
 #include "ggml-metal-splitq.h"
 
-// 32 weights of 4, 3 or 2 bits, of sq4, sq3 or sq2 or, as windows, of sq4w, sq3w or sq2w; bytes are read one by one, for a
-// block has no alignment.
+// 32 weights of 4, 3 or 2 bits, of sq4, sq3 or sq2, or as windows of 6 to 2 bits, of sq6w to sq2w; bytes are read one by one,
+// for a block has no alignment.
 template<short bits, bool windows>
 struct splitq_block {
-    uint8_t qs[4*bits];  // 3 bits: the low two bits of all codes, then their high bits
+    uint8_t qs[4*bits];  // 3, 5, 6 bits: the low two or four bits of all codes, then their high bits
     uint8_t d;
 };
 
-// The levels of a type with so many bits: splitq_levels[4 - bits], splitq_windows[4 - bits]
+// The levels of a type with so many bits: splitq_levels[4 - bits], splitq_windows[6 - bits]
 #define SPLITQ_LEVELS(name, down, up, lower, middle, upper) { lower, middle, upper },
 constexpr constant static float splitq_levels[3][16] = {
 #include "ggml-splitq-levels.h"
 };
 #undef SPLITQ_LEVELS
 
-#define SPLITQ_WINDOWS(name, rms, ...) { __VA_ARGS__ },
-constexpr constant static float splitq_windows[3][64] = {
+#define SPLITQ_WINDOWS(name, bits, rms, ...) { __VA_ARGS__ },
+constexpr constant static float splitq_windows[5][64] = {
 #include "ggml-windows-tables.h"
 };
 #undef SPLITQ_WINDOWS
 
 template<short bits, bool windows>
 static inline float splitq_level(short i) {
-    return windows ? splitq_windows[4 - bits][i] : splitq_levels[4 - bits][i%16];
+    if (windows) {
+        return i < 64 ? splitq_windows[6 - bits][i] : -1 - splitq_windows[6 - bits][(i - 64) ^ 1];
+    }
+    return splitq_levels[windows ? 0 : 4 - bits][i%16];
 }
 
 // 15 bits hold the value of every scale byte, in units of 2^-21; no step needs a float below the normal ones.
@@ -38,15 +41,19 @@ static inline float splitq_scale(uint8_t d) {
     return scale*(d & 128 ? -1.f/(1 << 21) : 1.f/(1 << 21));
 }
 
-// The 6 bits of weight i's window, see ggml-windows.h: some of a byte and, of its chain, some of the next.
+// The 6 or 7 bits of weight i's window, see ggml-windows.h: some of a byte and, of its chain, some of the next.
 template<short bits>
 static inline short splitq_window(device const splitq_block<bits, true> * b, short i) {
-    const short first = bits == 4 ? i/16*8 : 0, shift = bits == 4 ? i/8%2*4 : i/8*2;
+    const short first = bits >= 4 ? i/16*8 : 0, shift = bits >= 4 ? i/8%2*4 : i/8*2;
     const short q = (b->qs[first + i%8] >> shift) | (b->qs[first + (i + 1)%8] << (8 - shift));
-    if (bits != 3) {
+    if (bits == 4 || bits == 2) {
         return q & 63;
     }
     const short p = 4*(i%8) + i/8, next = (p + 1)%32;
+    if (bits > 4) {
+        const short high = bits == 5 ? (b->qs[16 + p/8] >> p%8) & 1 : (b->qs[16 + i%8] >> i/8*2) & 3;
+        return (q & (bits == 5 ? 47 : 15)) | high << 4 | (q & 16) << 2;
+    }
     return (q & 15) | ((b->qs[4*bits - 4 + p/8] >> p%8) & 1) << 4 | ((b->qs[4*bits - 4 + next/8] >> next%8) & 1) << 5;
 }
 
@@ -85,7 +92,7 @@ void splitq_mul_mv_impl(
         ushort sgitg) {
     // looked up here rather than in constant memory, as for IQ4_NL
     threadgroup float * levels = (threadgroup float *) shmem;
-    for (short i = tiisg; i < (windows ? 64 : 16); i += N_SIMDWIDTH) {
+    for (short i = tiisg; i < (windows ? bits > 4 ? 128 : 64 : 16); i += N_SIMDWIDTH) {
         levels[i] = splitq_level<bits, windows>(i);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -146,7 +153,8 @@ kernel void splitq_mul_mv(
 // The kernels, by the names that the host asks for; each list stands at the end of the file of upstream's that has the templates.
 #define SPLITQ_STRING(text) #text
 #define SPLITQ_KERNEL(name) template [[host_name(SPLITQ_STRING(kernel_##name))]] kernel
-#define SPLITQ_EACH(X)      X(sq4, 4, false) X(sq3, 3, false) X(sq2, 2, false) X(sq4w, 4, true) X(sq3w, 3, true) X(sq2w, 2, true)
+#define SPLITQ_EACH(X)      X(sq4, 4, false) X(sq3, 3, false) X(sq2, 2, false) \
+                            X(sq6w, 6, true) X(sq5w, 5, true) X(sq4w, 4, true) X(sq3w, 3, true) X(sq2w, 2, true)
 
 #define SPLITQ_MUL_MM_OF(prefix, name, bits, windows, y, ...)                                                         \
     SPLITQ_KERNEL(prefix##_##name##_##y) prefix##_splitq_t kernel_##prefix<half, half4x4, simdgroup_half8x8, half, half2x4, \
