@@ -41,11 +41,13 @@ from .common import BUILD, chosen, convert, imatrix, judge, model_and_texts, par
 WINDOWS = ["sq4w", "sq3w", "sq2w"]
 WITH_SCALES = ["sq4wc", "sq3wc", "sq2wc"]
 COLUMNS = ["cq4", "cq3", "cq2", "cq3.5", "cq2.5", "sq3c", "sq2c", "sq3.5", "sq2.5", *WITH_SCALES]
-OURS = [*WINDOWS, "sq4", "sq3", "sq2", "sdr4", "sq4x", *COLUMNS]
+LARGE = ["sq6w", "sq5w"]
+OURS = [*LARGE, *WINDOWS, "sq4", "sq3", "sq2", "sdr4", "sq4x", *COLUMNS]
 PEERS = ["Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_XS"]
 NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XS"}  # llama-quantize refuses them without
 USES_NO_DATA = {"sq4x", *COLUMNS}  # or next to none without its covariances
-FED = [*WINDOWS, "sq4", "sq3", "sq2", "sdr4", *COLUMNS, "Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
+FED = [*LARGE, *WINDOWS, "sq4", "sq3", "sq2", "sdr4", *COLUMNS]
+FED += ["Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
 TUNED = [*WINDOWS, "sq4", "sq3", "sq2"]  # with --tune
 TRAINED = {  # with --tune codes: in so many steps
     **dict.fromkeys([*WINDOWS, "sq2", "Q2_K"], 2560),
