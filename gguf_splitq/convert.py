@@ -153,8 +153,6 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
             budget = mix.Budget.of_size(given.room, len(rewrite.header(said, likely, given.container)), entries)
         assert budget
         mix.check(entries, budget, architecture)
-        measured = {t.name for found in mix.candidates(entries, budget.whole).values() for t in found}
-        options.check_library(sorted(measured), weighted=True)
     solvers, spare, peak, at_once = memory_needs(given, source, likely)
     vram = gpu_needs(given, likely)
     loads = given.load and loading.check_plan(source, entries, kv, given.scratch, given.container)

@@ -253,8 +253,8 @@ def test_the_c_library_is_asked_for_before_the_model_is_read(place, monkeypatch,
             cli.main([*command])
 
 
-@pytest.mark.parametrize(("hidden", "measured"), [(64, True), (256, False)])
-def test_with_a_budget_it_is_asked_for_before_measuring(tmp_path, monkeypatch, hidden, measured):
+def test_a_budget_needs_no_library(tmp_path, monkeypatch):
+    """All candidates are encoded in Python too."""
     from gguf_splitq.calibration import sensitivity
     from gguf_splitq.convert import convert
 
@@ -263,13 +263,13 @@ def test_with_a_budget_it_is_asked_for_before_measuring(tmp_path, monkeypatch, h
 
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(sensitivity, "of_checkpoint", measuring)
-    model = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors(hidden, hidden))
+    model = crafted.write_gguf(tmp_path / "m.gguf", crafted.llama_tensors(256, 256))
     (tmp_path / "text.txt").write_text("a text")
-    with pytest.raises(InterruptedError if measured else EnvironmentFailed):
+    with pytest.raises(InterruptedError):
         convert(model, bpw=4.0, calib=tmp_path / "text.txt", outfile=tmp_path / "out.gguf")
 
 
-@pytest.mark.parametrize("aim, one", [("plain", 4 * 256**2), ("half", 8 * 32768)])
+@pytest.mark.parametrize("aim, one", [("plain", 4 * 256**2), ("half", 12 * 32768)])
 def test_room_for_what_is_measured_and_journal_is_asked_for(tmp_path, monkeypatch, aim, one):
     from gguf_splitq.calibration import solve
     from gguf_splitq.convert import convert
@@ -284,7 +284,7 @@ def test_room_for_what_is_measured_and_journal_is_asked_for(tmp_path, monkeypatc
     (tmp_path / "text.txt").write_text("a text")
     given = dict(calib=tmp_path / "text.txt", outfile=tmp_path / "out.gguf", hessians=tmp_path / "h.gguf")
     given |= dict(aim=aim, calib_tokens=32768)
-    with pytest.raises(EnvironmentFailed, match="MiB are needed and 7.0 MiB are free"):
+    with pytest.raises(EnvironmentFailed, match=f"MiB are needed and {free / 2**20:.1f} MiB are free"):
         convert(model, "sq4", **given)
     free += 2_000_000  # the output, and as many solved rows
     free += 2 * 2 * (8 * 256**2 + 4 * 32768)  # what is measured of embedding and output
