@@ -293,7 +293,10 @@ class Convert(Options):
         rules = [rule.rpartition("=")[2] for rule in self.tensor_type if "=" in rule]
         planned = self.plan.types.values() if self.plan else ()
         ends = [name for name in (self.token_embedding_type, self.output_tensor_type) if name]
-        check_library((self.base, *planned, *rules, *ends), bool(self.imatrix or self.calib))
+        weighted = bool(self.imatrix or self.calib)
+        for kind in map(types.get, (self.base, *planned, *rules, *ends)):
+            if kind.needs_library(weighted) and native.library() is None:
+                raise missing_library(kind.name, weighted)
 
 
 @dataclass(frozen=True)
@@ -623,13 +626,3 @@ def check_calibration(
         text.read(Path(calib))
     if tokens < 2048:
         raise UsageError(f"--calib-tokens {tokens} is too few to tell anything: give 2048 or more")
-
-
-def check_library(names: Iterable[str], weighted: bool) -> None:
-    """EnvironmentFailed when only the C library can encode one of these types and it is not built.
-
-    weighted: with an importance matrix or a Hessian.
-    """
-    for kind in map(types.get, names):
-        if kind.needs_library(weighted) and native.library() is None:
-            raise missing_library(kind.name, weighted)
