@@ -54,7 +54,7 @@ embeddings: runtime ## how far the vectors of a quantized embedding model turn, 
 tables: $(VENV)/plot.stamp ## the tables of README.md and docs/ from docs/results/*.json
 	@$(PY) -m experiments.tables
 
-slices: runtime ## what error feedback costs on larger models: one decoder layer of 1 B and 8 B shapes
+slices: runtime ## what error feedback takes of larger models: conversions of one and two layers of 1 B and 8 B shapes
 	@$(PY) -m experiments.slices $(ARGS)
 
 paper-splitquant: runtime ## SplitQuantV2's claim: split INT4 is close to FP16, plain INT4 is not

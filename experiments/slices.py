@@ -1,126 +1,65 @@
 # SPDX-License-Identifier: MIT
-"""`make slices`: what error feedback costs on larger models, from one decoder layer of their shapes.
+"""`make slices`: what a calibrated conversion takes of larger models, from one and two decoder layers of their shapes.
 
-Random weights, random tokens: the time depends on neither. Backward is the layer forward, then forward and backward;
-forward is the half-way pass of both models with its second moments. They grow linearly with the tokens and are scaled
-to 160 k when fewer are run; solving does not depend on them. Head and embedding are run with a small vocabulary and
-are counted with the layer.
+Both are whole conversions of random checkpoints, reading and writing included. What the second layer adds is the time
+of each, and the rest is taken once: embedding and output, those of the demo's vocabulary, among it. A small model goes
+first, for on a GPU the first run compiles. Random weights do not change the time, only what is gained.
 """
 
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .common import parser, run, save, show
+from gguf_splitq.options import Convert
 
-SHAPES = {  # hidden, feed-forward, heads, KV heads, layers
-    "1b": (2048, 8192, 32, 8, 16),
-    "8b": (4096, 14336, 32, 8, 32),
+from . import models
+from .common import BUILD, DEMO, TEXTS, convert, parser, run, save, show
+
+SHAPES = {  # and decoder layers
+    "1b": ({"hidden": 2048, "ffn": 8192, "heads": 32, "kv_heads": 8}, 16),
+    "8b": ({"hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8}, 32),
+    "70b": ({"hidden": 8192, "ffn": 28672, "heads": 64, "kv_heads": 8}, 80),
 }
+FIRST = {"hidden": 512, "ffn": 1024, "heads": 8, "kv_heads": 8}
 TOKENS = 160_000
-VOCABULARY = 4096
 
 
-def checkpoint(folder: Path, shape: str) -> Path:
-    """A Llama of one layer."""
-    import torch
-    import transformers
-
-    hidden, ffn, heads, kv_heads, _ = SHAPES[shape]
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, num_hidden_layers=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cpu"):
-        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def measure(folder: Path, type: str, tokens: int, device: str, dtype: str, threads: int) -> dict[str, float]:
-    """Seconds of each step, and the peak of the GPU's memory."""
-    import torch
-
-    from gguf_splitq import types
-    from gguf_splitq.calibration import aims, moments
-    from gguf_splitq.calibration.model import CONTEXT, Model
-    from gguf_splitq.coding import families
-    from gguf_splitq.types.columns import PLAIN
-
-    torch.set_num_threads(threads)
-    model, kind = Model(folder, device, getattr(torch, dtype)), types.get(type)
-    code, on_gpu = families.coder(kind, PLAIN), device != "cpu" and families.on_gpu(kind)
-    text = torch.randint(VOCABULARY, (max(1, tokens // CONTEXT), CONTEXT))
-    seconds, start = dict.fromkeys(("backward s", "forward s", "solve s"), 0.0), time.perf_counter()
-
-    def lap(step: str) -> None:
-        nonlocal start
-        if device != "cpu":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        seconds[f"{step} s"] += now - start
-        start = now
-
-    def solve(layer: moments.Layer) -> None:
-        at = layer.hessian.device if on_gpu else torch.device("cpu")
-        weight, every = layer.weight.float().to(at), torch.arange(len(layer.weight))
-        found = code(aims.moved(weight, layer, every), layer.hessian.to(at), each=each)
-        layer.stored = found.weight.to(layer.weight)
-
-    weights: dict = {}
-    aims.information(model, text, folder, threads, weights.__setitem__)
-    lap("backward")
-
-    def wanted(_: int, layers: list[moments.Layer]) -> set[str]:
-        return {layer.name for layer in layers}
-
-    alone = {"initializer": lambda: torch.set_num_threads(1)}
-    with ThreadPoolExecutor(1 if on_gpu else threads, **alone) as pool, ThreadPoolExecutor(threads, **alone) as pieces:
-        each = map if on_gpu else pieces.map
-        for stage in aims.run(model, text, text[:0], weights.__getitem__, wanted, folder, threads):
-            lap("forward")
-            with torch.no_grad():
-                list(pool.map(solve, stage.layers))
-            lap("solve")
-    lap("forward")
-    seconds["GPU GiB"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else 0
-    return seconds
+def seconds(shape: dict[str, int], layers: int, type: str, args) -> float:
+    """Of one conversion."""
+    name = f"slices/{shape['hidden']}-{layers}"
+    checkpoint = models.random_llama(name, **shape, layers=layers)
+    options = {"calib": str(args.calib), "calib_tokens": args.tokens, "threads": args.threads, "device": args.device}
+    start = time.monotonic()
+    convert(checkpoint, type, BUILD / f"slices/{type}.gguf", load=False, **options)
+    return time.monotonic() - start
 
 
 def main() -> None:
     import torch
 
     p = parser(__doc__)
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    p.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
-    p.add_argument("--type", default="sq4")
-    p.add_argument("--tokens", type=int, default=TOKENS, help="to run; times are scaled to 160 k")
+    p.add_argument("--device", default=Convert(".").processor, help="as of convert (default: %(default)s)")
+    p.add_argument("--shape", choices=SHAPES, action="append", help="default: 1b and 8b")
+    p.add_argument("--type", action="append", help="default: sq4 and q4_k")
+    p.add_argument("--tokens", type=int, default=TOKENS)
+    p.add_argument("--calib", type=Path, default=(TEXTS if TEXTS.is_dir() else DEMO) / "calib.txt")
     args = p.parse_args()
 
     rows = []
-    for shape in args.shape or SHAPES:
-        with tempfile.TemporaryDirectory() as folder:
-            seconds = measure(
-                checkpoint(Path(folder), shape), args.type, args.tokens, args.device, args.dtype, args.threads
-            )
-        for step in ("backward s", "forward s"):
-            seconds[step] *= TOKENS / args.tokens
-        total = sum(seconds[step] for step in ("backward s", "forward s", "solve s")) * SHAPES[shape][-1]
-        rows.append({"shape": shape, "layers": SHAPES[shape][-1], "all layers min": total / 60} | seconds)
-    note = "" if args.tokens == TOKENS else f" ({args.tokens} were run, the rest is scaled up)"
-    columns = {
-        "shape": "",
-        "backward s": ".1f",
-        "forward s": ".1f",
-        "solve s": ".1f",
-        "layers": "",
-        "all layers min": ".1f",
-    }
-    columns |= {"GPU GiB": ".1f"} if args.device == "cuda" else {}
-    show(f"One decoder layer on {args.device} in {args.dtype}, {args.type}, {TOKENS} tokens{note}", rows, columns)
-    save("slices", {"options": vars(args), "rows": rows}, args.keep)
+    for type in args.type or ["sq4", "q4_k"]:
+        seconds(FIRST, 1, type, args)
+        for name in args.shape or ["1b", "8b"]:
+            shape, layers = SHAPES[name]
+            if on_gpu := args.device != "cpu":
+                torch.cuda.reset_peak_memory_stats(args.device)
+            one, two = (seconds(shape, count, type, args) for count in (1, 2))
+            row = {"shape": name, "type": type, "once s": 2 * one - two, "each layer s": two - one, "layers": layers}
+            row |= {"all min": (one + (layers - 1) * (two - one)) / 60}
+            row |= {"GPU GiB": torch.cuda.max_memory_allocated(args.device) / 2**30 if on_gpu else None}
+            rows.append(row)
+    formats = {"shape": "", "type": "", "once s": ".1f", "each layer s": ".1f", "layers": "", "all min": ".1f"}
+    where = torch.cuda.get_device_name(args.device) if args.device != "cpu" else "cpu"
+    show(f"{args.tokens} tokens on {where}", rows, formats | {"GPU GiB": ".1f"})
+    save("slices", {"tokens": args.tokens, "device": where, "rows": rows}, args.keep)
 
 
 if __name__ == "__main__":

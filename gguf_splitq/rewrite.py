@@ -244,7 +244,7 @@ def each_matrix(file: Gguf, tensor: Tensor, step: int | None = None) -> Iterator
 
 def read_float32(file: Gguf, tensor: Tensor, first: int, count: int) -> np.ndarray:
     """float32 [count, columns]: rows of a tensor."""
-    return to_float32(file.read_rows(tensor, first, count), tensor.type_id)
+    return widen(file.read_rows(tensor, first, count), tensor.type_id)[0]
 
 
 def encode(source: Gguf, job: Job) -> Chunk:

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..coding import solver
 from ..files.gguf_file import Gguf, Tensor
 from . import moments
 from .model import BATCH, Model
 
 END_OF = {"token_embd.weight": "embedding", "output.weight": "output"}  # as `Model.matrix` names them
-WEIGHTS = 1 << 24  # of such a matrix that are read and coded at a time, in whole rows
+WEIGHTS = 1 << 24  # of such a matrix that are read and coded at a time on a CPU, in whole rows
 
 Taken = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x [tokens, in], |g|^2 [tokens], and what it adds to `rows`
 
@@ -79,17 +80,19 @@ class Ends:
             return
         if not isinstance(self.embedding.rows, torch.Tensor):
             self.embedding.rows = torch.zeros(len(self.rows), dtype=torch.float64)
-        sequences = zip(self.tokens[batch], hidden.cpu(), gradient.cpu(), strict=True)
+        device = self.model.device
+        sequences = zip(self.tokens[batch], hidden.to(device), gradient.to(device), strict=True)
         for ids, looked_up, sums, dots in pool.map(lambda sequence: self._looked_up(*sequence), sequences):
-            self.embedding.rows[ids] += looked_up
-            self.embedding.add([(sums, torch.ones(len(sums)))], pool, self.model)
+            self.embedding.rows[ids] += looked_up.cpu()
+            self.embedding.add([(sums, sums.new_ones(len(sums)))], pool, self.model)
             self.dots = [total + dot for total, dot in zip(self.dots, dots, strict=True)]
 
     def _looked_up(self, ids: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor) -> tuple:
         """Of a sequence: its tokens, each once, |G|^2 and G of these, and what is added to `dots`."""
         found, of = ids.unique(return_inverse=True)
-        sums = torch.zeros(len(found), gradient.shape[1]).index_add_(0, of, gradient.float())
-        rows = self.rows[ids.to(self.rows.device)].float().cpu()
+        same = (of == torch.arange(len(found))[:, None]).to(gradient.device, torch.float32)
+        sums = same @ gradient.float()  # in a fixed order; a GPU's index_add_ has none
+        rows = self.rows[ids.to(self.rows.device)].float()
         dots = float((hidden.float() * rows).sum()), float(rows.square().sum())
         return found, sums.square().sum(1, dtype=torch.float64), sums, dots
 
@@ -104,7 +107,7 @@ class Ends:
         if name == "token_embd.weight" and isinstance(self.embedding.rows, torch.Tensor):
             total = self.embedding.total
             assert total is not None
-            found.append((self.embedding.rows * self.scale**2, total * self.scale**2))
+            found.append((self.embedding.rows * self.scale**2, (total * self.scale**2).cpu()))
         if (name == "output.weight" or tied) and isinstance(self.output.rows, torch.Tensor):
             total = self.output.total
             assert total is not None
@@ -142,9 +145,10 @@ class Standing:
                 found[end] = value
 
 
-def step(tensor: Tensor) -> int:
-    """Rows of such a tensor that are in memory at a time."""
-    return max(1, WEIGHTS // tensor.n_cols)
+def step(tensor: Tensor, on_gpu: bool = False) -> int:
+    """Rows of such a tensor that are coded at a time."""
+    weights = solver.ON_GPU * solver.WEIGHTS if on_gpu else WEIGHTS
+    return max(1, weights // tensor.n_cols)
 
 
 def tied(file: Gguf) -> bool:

@@ -94,7 +94,11 @@ def on_gpu(entries: Sequence[Entry], bits: int, sequences: int = BATCH) -> int:
         solving = max((of_hessian * e.tensor.n_cols**2 + of_matrix * piece for e, piece in sizes), default=0)
         batch = 2 * _outputs(layer) * sequences // BATCH
         most = max(most, int(share * (4 * _floats(layer) + batch)) + hessians + solving)
-    return int(share * _floats(outside)) + _logits(outside) + most
+    at_ends = [
+        e for e in outside if e.name in ENDS
+    ]  # two uses, and the matrix as it is stored and as it would be nearest
+    ends = 2 * sum(map(_hessian, at_ends)) + int(2 * share * _floats(at_ends))
+    return int(share * _floats(outside)) + _logits(outside) + ends + most
 
 
 def measuring(entries: Sequence[Entry], sequences: int = BATCH) -> int:

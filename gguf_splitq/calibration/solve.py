@@ -295,7 +295,6 @@ def _half_way(
             cache.keep_ends(seen.arrays())
     chosen = {index: [e for e in entries if e.quantized and e.name.startswith(f"blk.{index}.")] for index in layers}
     solved = _finished(model, journal)
-    work = _Decoder(file, bool(len(held)))
 
     def wanted(index: int, layers: list[moments.Layer]) -> set[str]:
         return work.begin(chosen[index], layers)
@@ -303,6 +302,7 @@ def _half_way(
     standing, last, at_ends = ends.Standing(), None, _at_ends(entries)
     measured = cache.ends() if at_ends else {}
     with alone(solvers) as parts, alone(solvers) as pool:
+        work = _Decoder(file, bool(len(held)), parts.map)
         for entry in at_ends:
             layer = _end(model, file, entry, measured)
             if entry.name == "output.weight" and "weights" in measured:
@@ -327,16 +327,19 @@ def _half_way(
             if stage.index in solved:
                 work.put_back(journal.part(_part(stage.index))[0])
                 continue
-            work.solve(stage, pool, parts.map, ranks)
+            work.solve(stage, pool, ranks)
             if stage.last:
                 journal.keep(_part(stage.index), *work.finished())
 
 
 class _Decoder:
-    """A decoder layer being solved, stage by stage. tried: whether nearest rounding is wanted beside."""
+    """A decoder layer being solved, stage by stage.
 
-    def __init__(self, file: Gguf, tried: bool):
-        self.file, self.tried = file, tried
+    tried: whether nearest rounding is wanted beside. each: does pieces of rows.
+    """
+
+    def __init__(self, file: Gguf, tried: bool, each: solver.Each):
+        self.file, self.tried, self.each = file, tried, each
 
     def begin(self, entries: list[Entry], layers: list[moments.Layer]) -> set[str]:
         """The names of the layers that are not stored as they are."""
@@ -353,12 +356,12 @@ class _Decoder:
                 self.report["left"][entry.name] = NOWHERE
         return {layer.name for places in self.places.values() for layer, _ in places}
 
-    def solve(self, stage: aims.Stage, pool: ThreadPoolExecutor, each: solver.Each, ranks: Alone) -> None:
+    def solve(self, stage: aims.Stage, pool: ThreadPoolExecutor, ranks: Alone) -> None:
         """Solve the tensors of a stage, and put into its layers what is stored."""
         names = {layer.name for layer in stage.layers}
         due = [self.entries[name] for name, places in self.places.items() if places[0][0].name in names]
         coded = [entry for entry in due if _coder(entry)]
-        found = _solve_all(self.file, coded, lambda e: self.places[e.name], stage.layers, ranks, pool, each)
+        found = _solve_all(self.file, coded, lambda e: self.places[e.name], stage.layers, ranks, pool, self.each)
         for entry in due:
             self._put(entry, self._taken(entry, next(found)) if _coder(entry) else {})
 
@@ -391,7 +394,7 @@ class _Decoder:
             here = slice(first, first + len(order))
             wanted = self.tried or entry.name not in rows
             matrix = read_float32(self.file, entry.tensor, first, len(order)) if wanted else None
-            nearest = None if matrix is None else rounded(torch.from_numpy(matrix), entry)
+            nearest = None if matrix is None else rounded(torch.from_numpy(matrix), entry, self.each)
             fed = decoded(entry, rows, number, here) if entry.name in rows else nearest
             for name, value in (("stored", fed), ("nearest", nearest)):
                 if value is not None:
@@ -449,7 +452,10 @@ def _at_ends(entries: Sequence[Entry]) -> list[Entry]:
 def _end(model: Model, file: Gguf, entry: Entry, measured: Mapping[str, torch.Tensor]) -> moments.Layer:
     """The matrix of an end, with the Hessian of the float model."""
     end = ends.END_OF[entry.name]
-    layer = moments.Layer(end, model.matrix(end).detach(), ends.hessian(measured, entry.name, ends.tied(file)))
+    hessian = ends.hessian(measured, entry.name, ends.tied(file))
+    if hessian is not None:
+        hessian = hessian.to(model.device)  # where it is solved
+    layer = moments.Layer(end, model.matrix(end).detach(), hessian)
     layer.unknown = "not measured: of an encoder, by several processes, or by another version"
     return layer
 
@@ -465,7 +471,8 @@ def _solve_end(
     rows: dict[str, Rows] = dict(found[0]) if found else {}
     report, packed, first = _empty(), [], 0
     stored, nearest = layer.weight.clone(), layer.weight.clone() if tried else None
-    for part in each_matrix(file, entry.tensor, ends.step(entry.tensor)):
+    on_gpu = layer.hessian is not None and layer.hessian.is_cuda
+    for part in each_matrix(file, entry.tensor, ends.step(entry.tensor, on_gpu)):
         place = moments.match(part, [layer])
         if place is None or layer.hessian is None and not rows:
             report["left"][entry.name] = NOWHERE if place is None else layer.unknown
@@ -482,7 +489,7 @@ def _solve_end(
                 errors[name] += error * len(part) / entry.tensor.n_rows
         stored[order.to(stored.device)] = value.to(stored)
         if nearest is not None:
-            nearest[order.to(stored.device)] = rounded(weight, entry).to(nearest)
+            nearest[order.to(stored.device)] = rounded(weight, entry, each).to(nearest)
         first += len(part)
     else:
         layer.stored, layer.nearest = stored, nearest

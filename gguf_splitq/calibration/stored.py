@@ -7,19 +7,26 @@ from collections.abc import Mapping
 
 import torch
 
-from ..coding import families
+from ..coding import families, solver
 from ..plan import Entry
 from ..rewrite import Rows
 from ..types.columns import side_name
 
 
-def rounded(weight: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """float32 [n_rows, n_cols]: what is stored of a matrix without a calibration: rounded to nearest."""
+def rounded(weight: torch.Tensor, entry: Entry, each: solver.Each = map) -> torch.Tensor:
+    """float32 [n_rows, n_cols]: what is stored of a matrix without a calibration: rounded to nearest.
+
+    each: does some of the rows; all at once where they have something in common.
+    """
     if kind := entry.columns:
         packed, side = families.code(weight, kind, entry.layout)
         n_rows, n_cols = weight.shape
         return torch.from_numpy(kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0))
-    return torch.from_numpy(entry.coder.decode(entry.coder.encode(weight.numpy())))
+
+    def some(rows: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(entry.coder.decode(entry.coder.encode(rows.numpy())))
+
+    return torch.cat(list(each(some, weight.split(solver.rows_together(*weight.shape)))))
 
 
 def decoded(entry: Entry, rows: Mapping[str, Rows], number: int, here: slice) -> torch.Tensor:

@@ -243,14 +243,15 @@ def costs(factor: torch.Tensor) -> torch.Tensor:
 class Group(NamedTuple):
     """Columns coded together, in the order of coding.
 
-    columns: int64 [n]. h: float32 [n, n], the Hessian's part; inverse: alike. factor: float64, as `pushes` takes it.
-    usable: bool [], False where that part is not positive definite in float32, and the factor is of a unit matrix.
+    columns: int64 [n]. h: float32 [n, n], the Hessian's part; inverse: alike. push, costs: as `pushes` and `costs` give
+    them. usable: bool [], False where that part is not positive definite in float32, and the last are of a unit matrix.
     """
 
     columns: torch.Tensor
     h: torch.Tensor
     inverse: torch.Tensor
-    factor: torch.Tensor
+    push: torch.Tensor
+    costs: torch.Tensor
     usable: torch.Tensor
 
 
@@ -263,7 +264,7 @@ def groups(h: torch.Tensor, columns: torch.Tensor) -> Iterator[Group]:
         factor = torch.where(usable[:, None, None], factor, unit)
         inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
         inverse = backwards(inverse.mT @ inverse).float()
-        yield from map(Group, some, parts, inverse, factor, usable)
+        yield from map(Group, some, parts, inverse, pushes(factor), costs(factor), usable)
 
 
 def in_groups(order: torch.Tensor, size: int) -> list[torch.Tensor]:
@@ -367,7 +368,7 @@ class Rows:
                 here, block = blocks[number], order[number] // size
                 columns, base, drawn = group.columns, value[group.columns], pull[group.columns]
                 found = self.inner.search(
-                    torch.addmm(base, group.inverse, drawn), base, drawn, pushes(group.factor), group.h,
+                    torch.addmm(base, group.inverse, drawn), base, drawn, group.push, group.h,
                     scale[:, here], offset[:, here], block, columns, self.levels,
                 )  # fmt: skip
                 better = (found.copy >= 0) & group.usable

@@ -20,6 +20,7 @@ an edge, state << code bits | code, has a level. A block is coded for all rows a
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +42,7 @@ FIRST = range(-5, 10)  # scale steps around the one that the root mean square as
 FEEDBACK = range(-3, 4)  # around the fitted one
 SEARCH = range(-1, 2)
 PIECE = 1 << 12  # rows times scales that PyTorch runs at a time
+TRIED = 8  # blocks whose scales are looked up at a time
 
 _NEVER = 1e30  # what a path costs that begins in a forbidden state
 
@@ -161,10 +163,10 @@ class _Rows(solver.Rows):
 
     def _code(self, push: torch.Tensor | None, costs: torch.Tensor, steps: range) -> None:
         order, blocks = self.order, self.block[self.order[::BLOCK]]
+        tried = _scales(steps, (0, 128), self.weight.device)
         self.edges[order], self.params[:, blocks] = _sweep(
-            self.weight[order], push, costs, self.params[:, blocks], _scales(steps, (0, 128)), self.fmt, self.trellis,
-            None,
-        )  # fmt: skip
+            self.weight[order], push, costs, self.params[:, blocks], tried, self.fmt, self.trellis, None
+        )
         self.units = self.trellis.levels[self.edges.int()]
 
     def search(self, chance: torch.Generator, pull: torch.Tensor) -> None:
@@ -187,8 +189,8 @@ class _Rows(solver.Rows):
                 states = self.edges[chains[number, ..., 0]] >> bits
                 base, drawn = value[columns], pull[columns]
                 edges, params = _sweep(
-                    torch.addmm(base, group.inverse, drawn), solver.pushes(group.factor), solver.costs(group.factor),
-                    self.params[:, here], _scales(SEARCH, (0,)), self.fmt, trellis, states,
+                    torch.addmm(base, group.inverse, drawn), group.push, group.costs,
+                    self.params[:, here], _scales(SEARCH, (0,), device), self.fmt, trellis, states,
                 )  # fmt: skip
                 change = trellis.levels[edges.int()] * self.fmt.scale(params).T.repeat_interleave(BLOCK, 0) - base
                 better = (sweeps.gains(group.h, drawn, change) > 0) & group.usable
@@ -219,9 +221,15 @@ def nearest(units: torch.Tensor, codes: torch.Tensor, fmt: WindowFormat, chance:
     return found.T.reshape(codes.shape)
 
 
-def _scales(steps: range, mirrors: tuple[int, ...]) -> list[tuple[int, int]]:
-    """What is tried of a scale byte, nearest first: what is added to its magnitude, and what is turned of its sign."""
-    return [(step, mirror) for mirror in mirrors for step in sorted(steps, key=abs)]
+@functools.cache
+def _scales(steps: range, mirrors: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is tried of a scale byte, nearest first: what is added to its magnitude, and what is turned of its sign.
+
+    Both int64 [n_scales, 1]. Kept, for a GPU is waited for where something is sent there.
+    """
+    tried = [(step, mirror) for mirror in mirrors for step in sorted(steps, key=abs)]
+    added, turned = torch.tensor(tried, device=device).T[..., None].unbind()
+    return added, turned
 
 
 def _sweep(
@@ -229,7 +237,7 @@ def _sweep(
     push: torch.Tensor | None,
     costs: torch.Tensor,
     params: torch.Tensor,
-    tried: list[tuple[int, int]],
+    tried: tuple[torch.Tensor, torch.Tensor],
     fmt: WindowFormat,
     trellis: Trellis,
     states: torch.Tensor | None,
@@ -241,21 +249,28 @@ def _sweep(
     edges uint8 [n_cols, n_rows] and the new params.
     """
     edges, chosen, aims = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(params), weight.clone()
-    code = _sweeper(weight.device)
-    steps, mirrors = (torch.tensor(part, device=weight.device)[:, None] for part in zip(*tried, strict=True))
-    for number in range(params.shape[1]):
+    code, free = _sweeper(weight.device), torch.zeros(BLOCK, BLOCK, device=weight.device)
+    for number, (tries, scales) in enumerate(_tries(params, tried, fmt)):
         here, end = slice(number * BLOCK, (number + 1) * BLOCK), (number + 1) * BLOCK
-        old = params[:, number].int()
-        tries = ((old & 127) + steps).clamp(0, 127) + (old & 128 ^ mirrors)
-        scales = fmt.scale(tries)
         state = None if states is None else states[number]
-        pushed = torch.zeros(BLOCK, BLOCK, device=weight.device) if push is None else push[here, here]
+        pushed = free if push is None else push[here, here]
         edges[here], choice = code(aims[here], weight[here], scales, pushed, costs[here], trellis, state)
         chosen[:, number] = tries.gather(0, choice[None])[0]
         if push is not None and end < len(weight):
             change = trellis.levels[edges[here].int()] * scales.gather(0, choice[None]) - weight[here]
             aims[end:].addmm_(push[here, end:].T, change)
     return edges, chosen
+
+
+def _tries(
+    params: torch.Tensor, tried: tuple[torch.Tensor, torch.Tensor], fmt: WindowFormat
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each block the scale bytes uint8 [n_scales, n_rows] that are tried, and their scales float32, alike."""
+    added, turned = tried
+    for some in params.T.split(TRIED):  # little is launched on a GPU then
+        old = some[:, None].int()
+        tries = (((old & 127) + added).clamp(0, 127) + (old & 128 ^ turned)).to(torch.uint8)
+        yield from zip(tries, fmt.scale(tries), strict=True)
 
 
 def _sweeper(device: torch.device) -> Sweep:
