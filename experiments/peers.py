@@ -69,9 +69,14 @@ def timed(*command: object) -> float:
 def methods(iters: int, device: str, only: str | None) -> dict[str, list[str]]:
     """Name -> options, AutoRound's first: its file without training, which is always made, says what types ours get."""
     first, trained = f"{AUTOROUND}, 0", f"{AUTOROUND}, {iters}"
-    found = {first: ["0"], trained: [str(iters)], f"{trained}, extended": [str(iters), "--extended"], "feedback": []}
+    found = {
+        first: ["0"],
+        trained: [str(iters)],
+        f"{trained}, extended": [str(iters), "--extended"],
+        "ours, feedback": [],
+    }
     if device != "cpu":
-        found["feedback, codes trained"] = ["--tune", "codes"]
+        found["ours, codes trained"] = ["--tune", "codes"]
     words = only.split(",") if only else [""]
     return {name: options for name, options in found.items() if name == first or any(word in name for word in words)}
 

@@ -72,7 +72,7 @@ def test_ours_are_compared_with_the_closest_of_theirs():
 def test_types_come_from_a_method_that_is_never_left_out():
     every = peers.methods(200, "cuda", None)
     assert list(every) == [
-        "AutoRound, 0", "AutoRound, 200", "AutoRound, 200, extended", "feedback", "feedback, codes trained"
+        "AutoRound, 0", "AutoRound, 200", "AutoRound, 200, extended", "ours, feedback", "ours, codes trained"
     ]  # fmt: skip
     assert list(peers.methods(200, "cuda", "extended,trained")) == [list(every)[i] for i in (0, 2, 4)]
-    assert list(peers.methods(1000, "cpu", "feedback")) == ["AutoRound, 0", "feedback"]
+    assert list(peers.methods(1000, "cpu", "feedback")) == ["AutoRound, 0", "ours, feedback"]
