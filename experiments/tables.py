@@ -194,6 +194,7 @@ def plain(result: dict) -> Table:
         "bpw": ("bits per weight", "{:.2f}"),
         "cache": ("bits in the cache", "{:.2f}"),
         "minutes": ("minutes of processor time", "{:.2g}"),
+        "seconds": ("seconds", "{:.0f}"),
         "peak": ("memory, MB", "{:.0f}"),
         "MB": ("MB", "{:.4g}"),
         "file_bpw": ("bits per weight of the file", "{:.2f}"),
