@@ -4,11 +4,11 @@
 Only the linear layers differ: embeddings and output are F16 everywhere. "imatrix" files of stock types are made by
 `llama-quantize --pure`, all from the same F16 file and one importance matrix of the calibration text; "feedback" files,
 ours and stock types, by `gguf-splitq convert --calib` from as many tokens of that text, "plain" with `--aim plain`
-besides, "self" from text that the model wrote, "tuned" with `--tune scales`, "trained" with `--tune codes` (on a GPU
-alone), and "3.5 bpw" by `--bpw 3.5`; "plain" files share one file of Hessians, all others but "self" one of token
-weights. Finished rows are kept in build/quality/MODEL/: a run that was stopped goes on, and what the source of solver
-or types, the texts or the options have changed is measured again. Several processes may each measure a part with
---only; the same command without it then joins the rows.
+besides, "self" from text that the model wrote, "tuned" with `--tune scales`, "trained" with `--tune codes` and "layers"
+with `--tune layers` (both on a GPU alone), and "3.5 bpw" by `--bpw 3.5`; "plain" files share one file of Hessians, all
+others but "self" one of token weights. Finished rows are kept in build/quality/MODEL/: a run that was stopped goes on,
+and what the source of solver or types, the texts or the options have changed is measured again. Several processes may
+each measure a part with --only; the same command without it then joins the rows.
 
   python -m experiments.quality --only feedback,bpw        # kinds: none, imatrix, plain, feedback, ...
   python -m experiments.quality --only sq4,Q4_K/imatrix    # types, or one row
@@ -53,7 +53,7 @@ TRAINED = {  # with --tune codes: in so many steps
     **dict.fromkeys([*WINDOWS, "sq2", "Q2_K"], 2560),
     **dict.fromkeys(["sq4", "sq3", "Q4_K", "IQ4_XS", "Q3_K"], 640),
 }
-TRAINING = {"tuned": "scales", "trained": "codes"}
+TRAINING = {"tuned": "scales", "trained": "codes", "layers": "layers"}
 UNPATCHED = ["Q4_K", "IQ4_XS"]  # of those, run by llama.cpp as upstream has it
 BUDGETS = [2.5, 3.0, 3.5, 4.0]
 NEAR = 0.1  # bits per weight: what counts as the same stored size
@@ -72,9 +72,9 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One row: `data` is none, imatrix, plain (feedback with plain aims), feedback, self, tuned, trained or bpw.
+    """One row: `data` is none, imatrix, plain (feedback with plain aims), feedback, self, bpw, or of `TRAINING`.
 
-    Of the last, `type` is "3.5 bpw".
+    Of "bpw", `type` is "3.5 bpw".
     """
 
     type: str
@@ -88,7 +88,8 @@ class Run:
 def runs() -> list[Run]:
     plain = [Run(t, "none") for t in OURS + PEERS if t not in NEEDS_IMATRIX]
     weighted = [Run(t, "imatrix") for t in OURS + PEERS if t not in USES_NO_DATA]
-    tuned = [Run(t, "tuned") for t in TUNED] + [Run(t, "trained") for t in TRAINED if torch.cuda.is_available()]
+    on_gpu = [Run(t, data) for data in ("trained", "layers") for t in TRAINED if torch.cuda.is_available()]
+    tuned = [Run(t, "tuned") for t in TUNED] + on_gpu
     budgets = [Run(f"{bpw} bpw", "bpw") for bpw in BUDGETS]
     fed = [Run(t, data) for data in ("plain", "feedback") for t in FED]
     return [*plain, *weighted, *fed, Run("sq4", "self"), *budgets, *tuned]
@@ -278,10 +279,11 @@ def claims_of(rows: list[dict]) -> list[dict]:
     ratio(("sq4", "self"), ("sq4", "feedback"), at_most=1.1)
     for type in TUNED:
         ratio((type, "tuned"), (type, "feedback"), at_most=1.0)
-    for type in TRAINED:
-        ratio((type, "trained"), (type, "feedback"), at_most=1.0)
+    for type, kind in itertools.product(TRAINED, ("trained", "layers")):
+        ratio((type, kind), (type, "feedback"), at_most=1.0)
     halves = {"sq4": 0.85, "sq3": 0.83, "sq2": 0.8, "Q4_K": 0.87, "IQ4_XS": 0.87, "Q3_K": 0.87, "Q2_K": 0.87}
-    for kind, limits in (("feedback", halves), ("trained", {"sq4": 0.78, "sq3": 0.65, "sq2": 0.53})):
+    trained, layers = {"sq4": 0.78, "sq3": 0.65, "sq2": 0.53}, {"sq3": 0.78, "sq2": 0.7}
+    for kind, limits in (("feedback", halves), ("trained", trained), ("layers", layers)):
         for type, limit in limits.items():
             ratio((type, kind), (type, "plain"), at_most=limit)
 
@@ -322,7 +324,9 @@ def series(rows: list[dict]) -> list[tuple[str, str, str, list[dict]]]:
         "our types, feedback on own text": ("self", True, "x", "#a06bd0"),
         "our types, scales trained": ("tuned", True, "P", "#a8715a"),
         "our types, codes trained": ("trained", True, "P", "#7a1f3d"),
+        "our types, trained layer by layer": ("layers", True, "P", "#c77d98"),
         "llama.cpp's types, codes trained": ("trained", False, "P", "#0b6b78"),
+        "llama.cpp's types, trained layer by layer": ("layers", False, "P", "#7fb6bf"),
         "mixed by --bpw": ("bpw", False, "*", "#33a047"),
     }
     return [

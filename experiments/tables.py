@@ -56,7 +56,7 @@ def parts(name: str, result: dict) -> Iterator[tuple[str, Table, dict]]:
 def quality(result: dict) -> Table:
     """A row for each type, KLD by what it was made with."""
     kinds = {"none": "KLD, no data", "imatrix": "KLD, imatrix", "plain": "KLD, plain aims", "feedback": "KLD, feedback"}
-    kinds |= {"tuned": "KLD, scales trained", "trained": "KLD, codes trained"}
+    kinds |= {"tuned": "KLD, scales trained", "trained": "KLD, codes trained", "layers": "KLD, layer by layer"}
     rows: dict[str, dict[str, dict]] = {}
     for row in result["rows"]:
         name, data = row["type"], row["data"]

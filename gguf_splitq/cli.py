@@ -395,9 +395,12 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     g.add_argument("--calib-tokens", type=int, default=131_072, metavar="N", help=tokens)
     hessians = "what the backward pass measured: read FILE, or write it (default: not kept); for several types"
     g.add_argument("--hessians", metavar="FILE", help=hessians)
-    tune = "train afterwards: scales (and norms; minutes), or codes too (GPU); the model must fit into memory twice"
-    g.add_argument("--tune", nargs="?", const="scales", choices=("scales", "codes"), help=f"{tune} (default: no)")
-    steps = "steps to train, of 4096 tokens each (default: 64 for scales, 640 for codes)"
+    tune = (
+        "train what is stored: scales (and norms; minutes), or codes too (GPU), of the whole model, which must fit "
+        "into memory twice; or layers, scales and codes of one after the other (default: no)"
+    )
+    g.add_argument("--tune", nargs="?", const="scales", choices=("scales", "codes", "layers"), help=tune)
+    steps = "steps to train, of 4096 tokens each (default: 64 for scales, 640 for codes, 128 for each of the layers)"
     g.add_argument("--tune-steps", type=int, metavar="N", help=steps)
     dtype = "what to compute in (default: %(default)s: bf16 where the processor is fast in it, else f32)"
     g.add_argument("--calib-dtype", choices=("auto", "f32", "bf16"), default="auto", help=dtype)

@@ -294,7 +294,7 @@ def memory_needs(
     if given.calib:
         from .calibration import memory
 
-        whole = given.calib == "self" or source.child is None or given.tune is not None
+        whole = given.calib == "self" or source.child is None or given.trains_whole is not None
         here = ranks.local()  # processes that share this machine's memory and processors
         each, threads = given.limit and given.limit // here, max(1, given.workers // here)
         several = ranks.launched()
@@ -321,13 +321,13 @@ def gpu_needs(given: options.Convert, entries: Sequence[plan.Entry]) -> int:
     if given.measures:
         needs["measuring what types cost"] = functools.partial(memory.measuring, entries)
     if not given.dry_run:
-        needs["calibrating this"] = functools.partial(memory.on_gpu, entries, bits)
-    drawn = tune.drawn(given.steps, given.calib_tokens)
+        needs["calibrating this"] = functools.partial(memory.on_gpu, entries, bits, tune=given.tune)
+    drawn = tune.drawn(given.steps, given.calib_tokens) if given.trains_whole else 0
     if given.calib == "self" or drawn:  # to measure and to train on in float32
         precise = given.measures or drawn
         needs["drawing text"] = functools.partial(memory.drawing, entries, 32 if precise else bits)
-    if given.tune and not given.dry_run:
-        needs["--tune"] = functools.partial(memory.training, entries, given.tune)
+    if given.trains_whole and not given.dry_run:
+        needs["--tune"] = functools.partial(memory.training, entries, given.trains_whole)
     least, what = max((needed(sequences=1), what) for what, needed in needs.items())
     if given.vram is not None and least > given.vram:
         raise UsageError(

@@ -75,6 +75,11 @@ def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stat
 
 def _tuned(done: dict) -> str:
     """What training brought."""
+    if done["what"] == "layers":
+        if not done["layers"]:
+            return "tuning: no layer has a type that can be trained"
+        gained = f"{done['gained']} of {done['layers']} layers gained, held-out error {done['error']:.1%} of before"
+        return f"tuning: {gained}; {done['changed']:.1%} of the codes changed"
     if done["after"] == done["before"]:
         return f"tuning: held-out KL divergence {done['before']:.5f}; training gained nothing, and its result was left"
     codes = f"; {done['changed']:.1%} of the codes changed" if done["changed"] else ""

@@ -85,7 +85,8 @@ class Convert(Options):
     model: a Hugging Face folder, a Hub id (with `revision`), or a GGUF in F32, F16 or BF16. tensor_type: `REGEX=TYPE`
     rules. imatrix: an importance matrix of llama-imatrix, in either format. calib: a text, or "self", to calibrate
     error feedback on with `calib_tokens` tokens. hessians: a file of what was measured, read if it is there, else
-    written. tune: train afterwards, "scales" (of blocks, and norms) or "codes", those too, in tune_steps steps.
+    written. tune: train afterwards, "scales" (of blocks, and norms) or "codes", those too, in tune_steps steps, or
+    "layers", scales and codes of each layer when it is solved, in so many.
     calib_dtype: what the Hessians are computed in: "f32", "bf16", or "auto" for what the device is fast in.
     device: what a calibration runs on: "cpu",
     "cuda", "cuda:1", or "auto" for a GPU where there is one. aim: "half" to repair half of what the matrices before
@@ -243,6 +244,11 @@ class Convert(Options):
         return (self.tune_steps or tune.STEPS[self.tune]) if self.tune else 0
 
     @property
+    def trains_whole(self) -> str | None:
+        """What `tune` trains of the model as a whole, in memory twice."""
+        return None if self.tune == "layers" else self.tune
+
+    @property
     def journal(self) -> Path:
         """The folder of what a calibration has finished."""
         return self.path.with_name(f".{self.path.name}.unfinished")
@@ -277,6 +283,8 @@ class Convert(Options):
             check_device(self.device)
         check_choice(self.type, self.bpw, self.file_bpw, self.size, self.plan_file, self.save_plan, self.calib)
         check_calibration(self.calib, self.calib_tokens, self.imatrix, self.hessians, self.tune, self.tune_steps)
+        if self.tune == "layers":
+            check_layers(self.aim)
         self.check_files(Path(self.model))
         check_outputs(self.writes, self.overwrite)
         if not self.plans_only:
@@ -598,6 +606,14 @@ def check_choice(
         raise UsageError(f"--save-plan {save_plan}: only --bpw, --file-bpw and --size make a plan: give one of them")
     if save_plan is not None and not Path(save_plan).absolute().parent.is_dir():
         raise UsageError(f"--save-plan {save_plan}: its folder does not exist: create it first")
+
+
+def check_layers(aim: str) -> None:
+    """UsageError where layers cannot be trained one by one."""
+    if aim != "half":
+        raise UsageError(f"--aim {aim}: --tune layers trains a layer behind the stored ones: leave one of them out")
+    if ranks.launched():
+        raise UsageError("--tune layers is for one process: start it without torchrun, or leave it out")
 
 
 def check_calibration(

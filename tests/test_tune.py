@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gguf_splitq import convert, types
-from gguf_splitq.calibration import tune
+from gguf_splitq.calibration import training, tune
 from gguf_splitq.coding import formats, windows
 from gguf_splitq.files import gguf_file
 from gguf_splitq.rewrite import to_float32
@@ -35,7 +35,7 @@ def bundle(name, n_rows=4):
     """Rounded to nearest, and the weights."""
     weights = np.random.default_rng(0).normal(size=(n_rows, 256)).astype(np.float32)
     kind = types.get(name)
-    found = tune.Bundle.of(formats.for_type(kind), [kind.encode(weights)])
+    found = training.Bundle.of(formats.for_type(kind), [kind.encode(weights)])
     return found, torch.from_numpy(weights).view(found.codes.shape)
 
 
@@ -51,7 +51,7 @@ def test_what_is_trained_is_stored(runtime_library, tiny_llama, tmp_path):
 
 def test_codes_are_trained(runtime_library, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "BATCH", 2)
-    monkeypatch.setattr(tune, "CODE_RATES", {4.0: 0.01, math.inf: 1e-3})  # few steps are to change something
+    monkeypatch.setattr(training, "CODE_RATES", {4.0: 0.01, math.inf: 1e-3})  # few steps are to change something
     options = {"tune": "codes", "tune_steps": 12, "hessians": tmp_path / "weights.gguf"}
     tuned = run(crafted.DEMO, crafted.DEMO / "calib.txt", tmp_path / "tuned.gguf", "sq2w", **options)["tuned"]
     assert tuned["after"] < tuned["before"] and 0.001 < tuned["changed"] < 0.1

@@ -54,12 +54,33 @@ ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add_
 class Stage:
     """Matrices to be solved together; whoever takes a stage sets what is stored of them before taking the next.
 
-    last: of its decoder layer.
+    last: of its decoder layer; then passing: what goes through that next, where the layer was measured.
     """
 
     index: int
     layers: list[Layer]
     last: bool
+    passing: Passing | None = None
+
+
+@dataclass
+class Passing:
+    """A decoder layer, solved, and the hidden states that go into it in the float model and behind what is stored.
+
+    exact, stored: [BATCH, CONTEXT, hidden] by batch; held: both of other tokens, None where there are none. weights:
+    float32 [BATCH, CONTEXT] by batch: |g|^2 at the output of the last matrix that is added to the hidden states. Of
+    most models that is what the layer puts out. Where experts or a norm come after that matrix, the gradient has gone
+    through them as well; where there is no such matrix, all tokens have the weight 1.
+    """
+
+    model: Model
+    module: torch.nn.Module
+    index: int
+    pool: Executor
+    exact: OnDisk
+    stored: OnDisk
+    held: tuple[torch.Tensor, torch.Tensor] | None
+    weights: list[torch.Tensor]
 
 
 def information(
@@ -141,7 +162,10 @@ def run(
                     members = [layer for layer in decoder.layers if layer.name in chosen]
                     if measured:
                         decoder.measure(members, known, streams[0], streams[1], begin)
-                    yield Stage(index, members, number + 1 == len(stages))
+                    last = number + 1 == len(stages)
+                    held_states = (tried[0], tried[2]) if tried else None
+                    passing = decoder.passing(known, streams, held_states) if last and measured else None
+                    yield Stage(index, members, last, passing)
                     decoder.store(members)
                 for stream, stands in zip(streams, ({}, decoder.stored), strict=True):
                     for batch, hidden in enumerate(stream):
@@ -232,14 +256,17 @@ class _Decoder:
         self.nearest: dict[Key, torch.Tensor] = {}
         self.planned: set[str] = set()  # parameters that are not stored as they are
         self.added: set[str] = set()  # of these, whose outputs are added to something at once
+        self.last: str | None = None  # of these, the last one whose outputs are added to the hidden states
 
     def stages(self, wanted: Collection[str], states: Sequence[torch.Tensor] | OnDisk) -> list[set[str]]:
         """Names of matrices, those with the same inputs together, in the order in which they run on a sequence."""
-        self.planned, self.added, stages = self.ranks.first(lambda: self._stages(wanted, states[0][:1]))
+        self.planned, self.added, self.last, stages = self.ranks.first(lambda: self._stages(wanted, states[0][:1]))
         return stages
 
-    def _stages(self, wanted: Collection[str], hidden: torch.Tensor) -> tuple[set[str], set[str], list[set[str]]]:
-        """Planned and added names, and the stages."""
+    def _stages(
+        self, wanted: Collection[str], hidden: torch.Tensor
+    ) -> tuple[set[str], set[str], str | None, list[set[str]]]:
+        """Planned and added names, the last one added to the hidden states, and the stages."""
         members: dict[str, set[str]] = defaultdict(set)
         for layer in self.layers:
             if layer.name in wanted:
@@ -247,7 +274,8 @@ class _Decoder:
         with torch.no_grad(), _Pass(self.module, set(members), {}) as seen:
             self.model.forward(self.module, self.index, hidden)
         calls = seen.calls
-        added = {call.name for call in calls if call.total is not None}
+        totals = {call.name: call.total.shape for call in calls if call.total is not None}
+        last = next((name for name in reversed(totals) if totals[name] == hidden.shape), None)
         first: dict[str, _Call] = {}
         for call in calls:
             first.setdefault(call.name, call)
@@ -259,7 +287,18 @@ class _Decoder:
                 stages.append(set())
             x = call and call.x
             stages[-1] |= members[name]
-        return set(members), added, stages or [set()]
+        return set(members), set(totals), last, stages or [set()]
+
+    def passing(
+        self, known: Weights, streams: Sequence[OnDisk], held: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> Passing:
+        """What goes through the layer; of one process."""
+        exact, stored = streams
+        found = known.get((self.last, None), {}) if self.last else {}
+        weights = [torch.ones(shape[:2]) for shape in exact.shapes]
+        if len(found) == len(weights):
+            weights = [_by_token(found[i])[: w.numel()].view(w.shape) for i, w in enumerate(weights)]
+        return Passing(self.model, self.module, self.index, self.pool, exact, stored, held, weights)
 
     def measure(
         self, members: list[Layer], weights: Weights, exact: Iterable, stored: Iterable, begin: int = 0
@@ -348,16 +387,21 @@ class _Pair:
 
 def _weighted(pairs: list[_Pair], known: torch.Tensor) -> list[moments.Taken]:
     """With the tokens' weights, by those that are `known` (see `Weights`); their mean where one is not."""
-    weights, numbers = known
-    mean, none = weights.mean(), torch.zeros(BATCH * CONTEXT)
-    counts = none.index_add(0, numbers.long(), torch.ones_like(weights))  # more than 1 of a matrix that is run twice
-    every = torch.where(counts > 0, none.index_add(0, numbers.long(), weights) / counts, mean)
+    mean, every = known[0].mean(), _by_token(known)
     plain = any(pair.off is None for pair in pairs)
     found = []
     for pair in pairs:
         own = mean.expand(len(pair.x)) if pair.rows is None else every[pair.rows]
         found.append((pair.x, own.to(pair.x.device), pair.off))
     return [[part for part in parts if part is not None][: 2 if plain else 3] for parts in found]
+
+
+def _by_token(known: torch.Tensor) -> torch.Tensor:
+    """float32 [BATCH CONTEXT]: the weights of a batch's tokens, of those that are not `known` the mean."""
+    weights, numbers = known
+    none = torch.zeros(BATCH * CONTEXT)
+    counts = none.index_add(0, numbers.long(), torch.ones_like(weights))  # more than 1 of a matrix that is run twice
+    return torch.where(counts > 0, none.index_add(0, numbers.long(), weights) / counts, weights.mean())
 
 
 @dataclass

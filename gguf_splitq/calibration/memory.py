@@ -21,6 +21,7 @@ BASE = 704 << 20  # Python with PyTorch and transformers, and what the allocator
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 KEY = 256  # bytes a row while rows of a matrix are looked for
+TRAINED = 9  # floats for a weight while it is trained with its code: itself, the code's number, gradients and moments
 SOLVED = 48, 40  # bytes that a GPU takes for each weight of a Hessian, and of a matrix, while that is solved
 
 
@@ -33,18 +34,20 @@ def peak(
     several: bool = False,
 ) -> int:
     """Bytes at most, of a process. whole: the model is all in memory once (to sample text, or read from a GGUF). tune:
-    what is trained afterwards, as of `tune.run`. several: processes share the work.
+    what is trained, as of `solve.run`. several: processes share the work.
     """
     outside, layers = _by_layer(entries)
     inside = [entry for layer in layers for entry in layer]
     reading = _floats(inside) + FLOAT * SAMPLED * TOGETHER * CONTEXT * _heads(inside) if whole else TEXT * tokens
     ends = [e for e in outside if e.name in ENDS and len(e.tensor.shape) > 1]
-    calibrating = _logits(outside) + max((_layer(layer, threads) for layer in layers), default=0)
+    trained = TRAINED if tune == "layers" else 0
+    calibrating = max((_layer(layer, threads) + trained * _floats(layer) for layer in layers), default=0)
+    calibrating += _logits(outside)
     calibrating += sum(2 * _hessian(e) + 2 * FLOAT * 2 * e.tensor.n_rows for e in ends)  # of what each is used for
     # Rows go from the first process to others: as they are, pickled, and padded for each.
     calibrating += 3 * max(map(_floats, layers), default=0) if several else 0
     stages = [reading, calibrating + sum(_end(e, threads) for e in ends)]
-    if tune:
+    if tune and not trained:
         stages.append(training(entries, tune) - _floats(outside))
     return BASE + _floats(outside) + max(stages)
 
@@ -56,7 +59,7 @@ def training(entries: Sequence[Entry], tune: str, sequences: int = BATCH) -> int
     ends are still there.
     """
     outside, layers = _by_layer(entries)
-    trained = 11 if tune == "codes" else 7  # a code's number, its gradient and two moments
+    trained = 2 + TRAINED if tune == "codes" else 7  # a code's number, its gradient and two moments
     outputs = 2 * sum(map(_outputs, layers)) // BATCH + 2 * _logits(outside)
     return 3 * _floats(outside) + trained * sum(map(_floats, layers)) + sequences * outputs
 
@@ -76,11 +79,11 @@ def solvers(
     return threads
 
 
-def on_gpu(entries: Sequence[Entry], bits: int, sequences: int = BATCH) -> int:
+def on_gpu(entries: Sequence[Entry], bits: int, sequences: int = BATCH, tune: str | None = None) -> int:
     """Bytes of a GPU's memory, by estimate, without hidden states between the layers. bits: of a weight there.
 
     One decoder layer: its matrices as they are, as they are stored and rounded to nearest; its Hessians, what moves its
-    aims, so many sequences with gradients, and the matrix being solved.
+    aims, so many sequences with gradients, and the matrix being solved; or, with tune "layers", all of them trained.
     """
     outside, layers = _by_layer(entries)
     share = bits / 8 / FLOAT
@@ -93,10 +96,10 @@ def on_gpu(entries: Sequence[Entry], bits: int, sequences: int = BATCH) -> int:
         sizes = zip(matrices, pieces, strict=True)
         solving = max((of_hessian * e.tensor.n_cols**2 + of_matrix * piece for e, piece in sizes), default=0)
         batch = 2 * _outputs(layer) * sequences // BATCH
-        most = max(most, int(share * (4 * _floats(layer) + batch)) + hessians + solving)
-    at_ends = [
-        e for e in outside if e.name in ENDS
-    ]  # two uses, and the matrix as it is stored and as it would be nearest
+        training = TRAINED * _floats(layer) + batch if tune == "layers" else 0
+        most = max(most, int(share * (4 * _floats(layer) + batch)) + max(hessians + solving, training))
+    at_ends = [e for e in outside if e.name in ENDS]
+    # What each is used for, and it as it is stored and as it would be nearest.
     ends = 2 * sum(map(_hessian, at_ends)) + int(2 * share * _floats(at_ends))
     return int(share * _floats(outside)) + _logits(outside) + ends + most
 

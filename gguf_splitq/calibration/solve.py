@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..coding import families, solver
+from ..coding import families, formats, solver
 from ..coding.solver import Solution
 from ..errors import UnsupportedError
 from ..files.gguf_file import Gguf, require_space
 from ..plan import ENDS, Entry, is_linear
 from ..rewrite import Rows, each_matrix, read_float32
 from ..types.columns import side_name
-from . import aims, ends, fisher, moments, pieces
+from . import aims, ends, fisher, layerwise, moments, pieces, training
 from . import tune as tuning
 from .helping import Job
 from .hessians import Hessians
@@ -57,7 +57,8 @@ class Solved:
     tried: tensor name -> on tokens that are not in the Hessians, the outputs' square, that of the error that nearest
     rounding makes and of the one of these rows; of the layers solved first, with plain aims. divergence: with half-way
     ones, of the whole model on such tokens, "nearest" and "feedback", in nats a token or as `measure` says.
-    seconds: of the whole run. tuned: the held-out divergence before and after training, in nats a token.
+    seconds: of the whole run. tuned: the held-out divergence before and after training, in nats a token. trained: the
+    reports of layers that were trained one by one, as of `layerwise.run`.
     """
 
     rows: dict[str, Rows] = field(default_factory=dict)
@@ -68,7 +69,8 @@ class Solved:
     tokens: int = 0
     dtype: str = ""
     seconds: float = 0.0
-    tuned: dict[str, float] | None = None
+    tuned: dict[str, Any] | None = None
+    trained: list[dict[str, float]] = field(default_factory=list)
     divergence: dict[str, float] | None = None
     measure: str = "KL divergence"
 
@@ -79,6 +81,7 @@ class Solved:
         self.left |= report["left"]
         self.pooled += report["pooled"]
         self.tried |= report["tried"]
+        self.trained += report.get("trained", [])
 
     @property
     def held_out(self) -> dict[str, float] | None:
@@ -118,9 +121,10 @@ def run(
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
     from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
     progress: what is being done, steps done and in all. hessians: a file of what was measured, read when it is there
-    and else written. tune: what to train, as `tune.run`, in so many steps. dtype: as of `precision`. aim: "half" or
-    "plain". device: as PyTorch names it. ranks: the processes that share the work, of which this is the first. room:
-    what it may take of the GPU's memory, and hidden states of memory.
+    and else written. tune: what to train, as `tune.run`, in so many steps, or "layers" one by one, each in so many, for
+    which `aim` is "half" and there is one process. dtype: as of `precision`. aim: "half" or "plain". device: as PyTorch
+    names it. ranks: the processes that share the work, of which this is the first. room: what it may take of the GPU's
+    memory, and hidden states of memory.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     start = time.monotonic()
@@ -132,7 +136,8 @@ def run(
     known = Hessians(hessians, journal, len(model))
     cache = known if hessians or aim == "half" else None
     sample = None
-    if not (cache and cache.complete) or tune or aim == "half":
+    whole = tune if tune != "layers" else None
+    if not (cache and cache.complete) or whole or aim == "half":
         sample = _sample(model, calib, tokens, journal, threads)
     if (model.encoder or ranks.count > 1) and not known.has_ends():
         known.keep_ends({})  # nobody measures them
@@ -143,7 +148,10 @@ def run(
     ranks.use(device)
     if aim == "half":
         assert cache and sample
-        solved.divergence = _half_way(model, sample, file, entries, threads, solvers, journal, cache, progress, ranks)
+        steps = tune_steps if tune == "layers" else 0
+        solved.divergence = _half_way(
+            model, sample, file, entries, threads, solvers, journal, cache, progress, ranks, steps
+        )
     else:
         # The solver's operations are too small for threads to share: a matrix to a thread, and a thread to a matrix.
         with alone(solvers) as pool:
@@ -162,13 +170,15 @@ def run(
     solved.left = _left(entries, solved)
     if cache:
         cache.finish()
-    if tune:
+    if tune == "layers":
+        solved.tuned = _of_layers(solved.trained, tune_steps)
+    if whole:
         assert sample
         if journal.find("tuned") is None:
             again = functools.partial(Model, folder, device, room=room)
             own = _drawn(again, tuning.drawn(tune_steps, sample[0].numel()), journal, threads)
             text, step = torch.cat([sample[0], own]), functools.partial(progress, "tuning")
-            changed = tuning.run(again, file, entries, solved.rows, text, sample[1], tune, tune_steps, step)
+            changed = tuning.run(again, file, entries, solved.rows, text, sample[1], whole, tune_steps, step)
             journal.keep("tuned", *changed)
         rows, solved.tuned = journal.part("tuned")
         solved.rows |= rows
@@ -281,8 +291,11 @@ def _half_way(
     cache: Hessians,
     progress: Progress,
     ranks: Alone,
+    steps: int = 0,
 ) -> dict[str, float] | None:
-    """Solve every layer behind the layers before it; returns the held-out divergences, as `aims.run`."""
+    """Solve every layer behind the layers before it, and train it in so many steps; returns the held-out divergences,
+    as `aims.run`.
+    """
     tokens, held = sample
     layers = range(len(model))
     if not (all(map(cache.has, layers)) and cache.has_ends()):
@@ -328,6 +341,8 @@ def _half_way(
                 work.put_back(journal.part(_part(stage.index))[0])
                 continue
             work.solve(stage, pool, ranks)
+            if stage.passing and steps:
+                pool.submit(work.train, stage, stage.passing, steps).result()
             if stage.last:
                 journal.keep(_part(stage.index), *work.finished())
 
@@ -375,6 +390,29 @@ class _Decoder:
         self.rows |= rows
         return rows
 
+    def train(self, stage: aims.Stage, passing: aims.Passing, steps: int) -> None:
+        """Train what is stored of the layer, whose last stage is solved, and put that into its layers."""
+        for layer in stage.layers:
+            layer.hessian = layer.pull = None  # the memory is needed
+        found, stored = [], {}
+        for name, places in self.places.items():
+            entry, first = self.entries[name], 0
+            trains = name in self.rows and formats.for_type(entry.coder)
+            for layer, order in places:
+                if layer.stored is not None:
+                    stored[layer.key] = layer.stored
+                if trains:
+                    matrix = read_float32(self.file, entry.tensor, first, len(order))
+                    packed = self.rows[name][first : first + len(order)]
+                    found.append(training.Piece(entry, layer, order, packed, matrix))
+                first += len(order)
+        if whole := training.whole(found):
+            rows, report = layerwise.run(passing, whole, stored, steps)
+            self.report["trained"] = [report]
+            self.rows |= rows
+            for name in rows:
+                self._put(self.entries[name], rows, tried=False)
+
     def put_back(self, rows: Mapping[str, Rows]) -> None:
         """The same from a finished layer."""
         for name in self.places:
@@ -387,12 +425,13 @@ class _Decoder:
         self.report["pooled"].sort()
         return self.rows, self.report
 
-    def _put(self, entry: Entry, rows: Mapping[str, Rows]) -> None:
+    def _put(self, entry: Entry, rows: Mapping[str, Rows], tried: bool | None = None) -> None:
         """Put what is stored of a tensor into its layers: these rows, nearest rounding where there are none."""
+        tried = self.tried if tried is None else tried
         first = 0
         for number, (layer, order) in enumerate(self.places[entry.name]):
             here = slice(first, first + len(order))
-            wanted = self.tried or entry.name not in rows
+            wanted = tried or entry.name not in rows
             matrix = read_float32(self.file, entry.tensor, first, len(order)) if wanted else None
             nearest = None if matrix is None else rounded(torch.from_numpy(matrix), entry, self.each)
             fed = decoded(entry, rows, number, here) if entry.name in rows else nearest
@@ -407,6 +446,15 @@ class _Decoder:
 def _empty() -> dict[str, Any]:
     """The report of a layer of which nothing is solved yet."""
     return {"errors": {}, "left": {}, "pooled": [], "tried": {}}
+
+
+def _of_layers(trained: Sequence[Mapping[str, float]], steps: int) -> dict[str, Any]:
+    """What became of layers that were trained one by one: how many, how many gained, and means over them."""
+    ratios = [layer["after"] / layer["before"] if layer["before"] else 1.0 for layer in trained]
+    means = {"error": ratios, "changed": [layer["changed"] for layer in trained]}
+    found: dict[str, Any] = {"what": "layers", "steps": steps, "layers": len(trained)}
+    found["gained"] = sum(layer["after"] < layer["before"] for layer in trained)
+    return found | {name: float(np.mean(values)) if values else None for name, values in means.items()}
 
 
 def _part(index: int) -> str:
