@@ -147,7 +147,7 @@ def prepare(given: options.Convert, source: checkpoint.Source, matrix: Imatrix |
         entries = likely = make(given.plan.types)
     elif given.measures:
         free = mix.candidates(entries, whole=given.bpw is None)
-        likely = make(dict.fromkeys(free, base))  # what memory is stated for
+        likely = make(mix.largest(free, base))  # what memory is stated for
         if given.room is not None:
             said = output.metadata(kv, types.get(base), deciding(given), given.label)
             budget = mix.Budget.of_size(given.room, len(rewrite.header(said, likely, given.container)), entries)

@@ -183,7 +183,7 @@ def test_a_file_keeps_to_its_size(runtime_library, demos, tmp_path, capsys, kind
 def test_the_mix_of_a_whole_file(tmp_path):
     found = entries("sq2w")
     kinds = mix.candidates(found, whole=True)
-    assert [t.name for t in kinds["blk.0.ffn_down.weight"]] == ["sq2w", "sq3w", "sq4w", "sq5w", "sq6w", "q8_0"]
+    assert [t.name for t in kinds["blk.0.ffn_down.weight"]] == [*mix.CANDIDATES, *mix.SCALED]
     assert kinds.keys() - mix.candidates(found).keys() == {EMBEDDING, OUTPUT}
     every = costs(found) | {name: {t.name: 9 * 4**-t.bpw for t in kinds[name]} for name in (EMBEDDING, OUTPUT)}
     mixed = mix.choose(found, every, mix.Budget(4.5, True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gguf_splitq import cli, convert, inspection, plan, types
-from gguf_splitq.calibration import sensitivity
+from gguf_splitq.calibration import pieces, sensitivity
 from gguf_splitq.calibration.model import Model
 from gguf_splitq.errors import InputError, UsageError
 from gguf_splitq.files import gguf_file
@@ -90,10 +90,37 @@ def costs(found: list[plan.Entry]) -> dict:
     }
 
 
+@pytest.mark.parametrize(("share", "taken"), [(0.79, True), (0.81, False)])
+def test_scales_of_columns_are_taken_where_they_are_worth_it(share, taken):
+    found, every = entries("sq2w"), costs(entries("sq2w"))
+    for of in every.values():
+        of |= {type: share * of[plain] for type, plain in mix.SCALED.items()}
+    mixed = mix.choose(found, every, mix.Budget(3.5))
+    made = plan.make([e.tensor for e in found], "sq2w", chosen=mixed.types)
+    assert {e.name: e.target_name for e in made if e.reason == "bit budget"} == mixed.types
+    assert plan.bpw(e for e in made if plan.is_linear(e.tensor)) <= 3.5  # side tensors included
+    assert any(type in mix.SCALED for type in mixed.types.values()) == taken
+
+
+def test_costs_of_many_rows_do_not_depend_on_threads_and_know_outlier_channels():
+    rows = torch.randn(600, 2048, generator=torch.Generator().manual_seed(0)).numpy()
+    rows[:, ::40] *= 30
+    columns = torch.where(torch.arange(2048) % 40 == 0, 1 / 900, 1.0).double()  # as a norm's gains would have it
+    uses = [sensitivity._Sums(torch.ones(600).double(), columns)]
+    found = []
+    for threads in (1, 3):
+        found.append(dict.fromkeys(("sq3w", "sq3wc"), 0.0))
+        with pieces.alone(threads) as pool:
+            kinds = [types.get(name) for name in found[-1]]
+            sensitivity._add_cost(found[-1], rows, kinds, uses, torch.arange(600), pool.map)
+    assert found[0] == found[1]
+    assert found[0]["sq3wc"] < mix.WORTH * found[0]["sq3w"]
+
+
 def test_the_mix_keeps_to_the_budget_and_to_the_rows(tmp_path):
     found = entries("sq2", "ffn_up=q8_0")
     kinds = mix.candidates(found)
-    assert [t.name for t in kinds["blk.0.attn_q.weight"]] == ["sq2w", "sq3w", "sq4w", "sq5w", "sq6w", "q8_0"]
+    assert [t.name for t in kinds["blk.0.attn_q.weight"]] == [*mix.CANDIDATES, *mix.SCALED]
     assert kinds["blk.0.ffn_down.weight"] == kinds["blk.0.attn_q.weight"]  # rows of 288
     assert not any("ffn_up" in name or "embd" in name or "output.weight" == name for name in kinds)
     mixed = mix.choose(found, costs(found), mix.Budget(4.5))

@@ -22,6 +22,7 @@ Error feedback is not run for this: it lowers the divergence of sq4, sq3 and sq2
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,12 +32,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..coding import formats
+from ..coding import families, solver
 from ..files.gguf_file import Gguf, Tensor
 from ..plan import ENDS
 from ..rewrite import each_matrix
 from ..types import TensorType
-from . import fisher, moments
+from ..types.columns import PLAIN
+from . import fisher, moments, pieces
 from .ends import END_OF, Ends, step, tied
 from .model import CONTEXT, Model, Room
 
@@ -115,22 +117,29 @@ def measure(
         if found is not None:
             costs[tensor.name] = {type: float(f"{c / tokens.numel():.3g}") for type, c in found.items()}
 
-    for tensor in file.tensors:
-        if ends and tensor.name in ENDS and tensor.name in candidates:
-            keep(tensor, _cost_of_end(tensor, file, candidates[tensor.name], model, ends))
-    for index in range(len(model)):
-        wanted = [t for t in file.tensors if t.name in candidates and t.name.startswith(f"blk.{index}.")]
-        if not wanted:
-            continue
-        with model.layer(index) as module:
-            layers = [layer for layer in moments.layers_of(module) if (index, layer.name) in sums]
-            for tensor in wanted:
-                keep(tensor, _cost(tensor, file, candidates[tensor.name], layers, sums, index))
+    with pieces.alone(threads) as pool:
+        for tensor in file.tensors:
+            if ends and tensor.name in ENDS and tensor.name in candidates:
+                keep(tensor, _cost_of_end(tensor, file, candidates[tensor.name], model, ends, pool.map))
+        for index in range(len(model)):
+            wanted = [t for t in file.tensors if t.name in candidates and t.name.startswith(f"blk.{index}.")]
+            if not wanted:
+                continue
+            with model.layer(index) as module:
+                layers = [layer for layer in moments.layers_of(module) if (index, layer.name) in sums]
+                for tensor in wanted:
+                    keep(tensor, _cost(tensor, file, candidates[tensor.name], layers, sums, index, pool.map))
     return costs
 
 
 def _cost(
-    tensor: Tensor, file: Gguf, types: Sequence[TensorType], layers: list[moments.Layer], sums: Mapping, index: int
+    tensor: Tensor,
+    file: Gguf,
+    types: Sequence[TensorType],
+    layers: list[moments.Layer],
+    sums: Mapping,
+    index: int,
+    each: solver.Each,
 ) -> dict[str, float] | None:
     """Type -> divergence in nats, summed over the tokens; of a stack of experts, summed over the experts."""
     total = dict.fromkeys((t.name for t in types), 0.0)
@@ -141,12 +150,12 @@ def _cost(
                 continue  # an expert that no token reached
             return None
         layer, order = match
-        _add_cost(total, rows, types, [sums[index, layer.name]], order)
+        _add_cost(total, rows, types, [sums[index, layer.name]], order, each)
     return _usable(total)
 
 
 def _cost_of_end(
-    tensor: Tensor, file: Gguf, types: Sequence[TensorType], model: Model, ends: Ends
+    tensor: Tensor, file: Gguf, types: Sequence[TensorType], model: Model, ends: Ends, each: solver.Each
 ) -> dict[str, float] | None:
     """The same of the embedding or the output, some rows at a time."""
     total = dict.fromkeys((t.name for t in types), 0.0)
@@ -156,29 +165,47 @@ def _cost_of_end(
         match = moments.match(rows, [layer])
         if match is None or not uses:
             return None
-        _add_cost(total, rows, types, uses, match[1])
+        _add_cost(total, rows, types, uses, match[1], each)
     return _usable(total)
 
 
 def _add_cost(
-    total: dict[str, float], rows: np.ndarray, types: Iterable[TensorType], uses: Sequence[_Sums], order: torch.Tensor
+    total: dict[str, float],
+    rows: np.ndarray,
+    types: Iterable[TensorType],
+    uses: Sequence[_Sums],
+    order: torch.Tensor,
+    each: solver.Each = map,
 ) -> None:
-    """Add what each type costs these rows of a matrix, whose numbers in it are `order`."""
+    """Add what each type costs these rows of a matrix, whose numbers in it are `order`. each: does some of the rows."""
     columns = torch.stack([found.columns for found in uses]).sum(0)
     importance = np.maximum((columns / columns.mean()).float().numpy(), 1e-6)
+    means = [float(found.columns.mean()) for found in uses]
+    weights = np.stack([(f.columns / mean).float().numpy() for f, mean in zip(uses, means, strict=True)], 1)
     largest = float(np.abs(rows).max())
     for type in types:
         if type.max_abs is not None and largest > type.max_abs:
             total[type.name] = math.inf
             continue
-        error = type.decode(type.encode(rows, importance))
-        error -= rows
-        np.square(error, out=error)
-        gain = FEEDBACK if formats.for_type(type) else 1
-        for found in uses:
-            mean = float(found.columns.mean())
+        step = len(rows) if type.columns else solver.rows_together(*rows.shape)
+        parts = [rows[first : first + step] for first in range(0, len(rows), step)]
+        squares = np.concatenate(list(each(functools.partial(_squares, type, importance, weights), parts)))
+        gain = FEEDBACK if families.coder(type, PLAIN) else 1
+        for found, mean, of_rows in zip(uses, means, squares.T, strict=True):
             share = (found.rows / found.rows.sum())[order].numpy()
-            total[type.name] += gain * float(share @ (error @ (found.columns / mean).float().numpy())) * mean / 2
+            total[type.name] += gain * float(share @ of_rows) * mean / 2
+
+
+def _squares(type: TensorType, importance: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """float32 [n_rows, n_uses]: each row's squared errors, summed with weights [n_cols, n_uses]."""
+    if kind := type.columns:
+        packed, side = families.code(torch.from_numpy(rows), kind, PLAIN, torch.from_numpy(importance))
+        n_rows, n_cols = rows.shape
+        error = kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0)
+    else:
+        error = type.decode(type.encode(rows, importance))
+    error -= rows
+    return np.square(error, out=error) @ weights
 
 
 def _usable(total: dict[str, float]) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import output, plan, types
@@ -23,6 +23,12 @@ from . import Entry
 
 MOST_BYTES = 1 << 26  # of a plan; what is longer is a model given by mistake, not to be read whole
 CANDIDATES = ("sq2w", "sq3w", "sq4w", "sq5w", "sq6w", "q8_0")
+SCALED = {
+    "sq2wc": "sq2w",
+    "sq3wc": "sq3w",
+    "sq4wc": "sq4w",
+}  # of linear layers too; and what is the same without scales
+WORTH = 0.8  # of the divergence without: what scales of columns have to bring it down to, since they cannot be trained
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,16 @@ def candidates(entries: Iterable[Entry], whole: bool = False) -> dict[str, list[
     for e in entries:
         at_end = whole and e.name in plan.ENDS and e.reason in ("embeddings", "output")
         if (e.reason == "--type" or at_end) and not e.fallback:
-            kinds = [types.get(name) for name in CANDIDATES]
-            found[e.name] = [kind for kind in kinds if e.tensor.n_cols % kind.block_size == 0]
+            kinds = [types.get(name) for name in (CANDIDATES if at_end else (*CANDIDATES, *SCALED))]
+            found[e.name] = [kind for kind in kinds if kind.unfit(e.name, e.tensor.shape) is None]
     return found
+
+
+def largest(free: Mapping[str, Sequence[TensorType]], base: str) -> dict[str, str]:
+    """Tensor -> of its `candidates` what takes the most memory to solve and the most of a header: a side tensor, if
+    one may be; else `base`.
+    """
+    return {name: next((kind.name for kind in kinds if kind.columns), base) for name, kinds in free.items()}
 
 
 def check(entries: Sequence[Entry], budget: Budget, architecture: str = "") -> None:
@@ -108,12 +121,19 @@ def check(entries: Sequence[Entry], budget: Budget, architecture: str = "") -> N
 def choose(
     entries: Sequence[Entry], costs: Mapping[str, dict[str, float]], budget: Budget, architecture: str = ""
 ) -> Mix:
-    """The types with the least sum of costs within the budget; tensors without costs stay as they are in `entries`."""
+    """The types with the least sum of costs within the budget; tensors without costs stay as they are in `entries`.
+
+    Types with scales of columns are taken where they are WORTH it.
+    """
     from .budget import choose as chosen
 
     _, limit, sizes = _sizes(entries, budget, architecture)
     fixed = [e for e in entries if e.name in sizes and e.name not in costs]
-    found = chosen(costs, sizes, limit - sum(_bytes(e, budget.whole) for e in fixed))
+    worth = {
+        tensor: {type: cost for type, cost in of.items() if cost <= WORTH * of.get(SCALED.get(type, ""), math.inf)}
+        for tensor, of in costs.items()
+    }
+    found = chosen(worth, sizes, limit - sum(_bytes(e, budget.whole) for e in fixed))
     return Mix(budget.bpw, found | {e.name: e.target_name for e in fixed}, dict(costs), budget.whole)
 
 
@@ -188,9 +208,8 @@ def _sizes(entries: Sequence[Entry], budget: Budget, architecture: str) -> tuple
     counted = [e for e in entries if budget.whole or plan.is_linear(e.tensor, architecture)]
     free, weights = candidates(counted, budget.whole), sum(e.tensor.n_weights for e in counted)
     limit = math.floor(budget.bpw * weights / 8) - sum(_bytes(e, budget.whole) for e in counted if e.name not in free)
-    pad = gguf_file.padded if budget.whole else int
     sizes = {
-        e.name: {t.name: pad(e.tensor.n_rows * t.row_bytes(e.tensor.n_cols)) for t in free[e.name]}
+        e.name: {kind.name: _bytes(replace(e, target=kind), budget.whole) for kind in free[e.name]}
         for e in counted
         if e.name in free
     }
