@@ -102,7 +102,7 @@ def test_gradients_are_those_of_the_definition(given):
 
 @pytest.mark.parametrize(("type", "rate", "steps"), [("sq2", 0.05, 6), ("sq2w", 0.01, 12), ("q4_0", 0.01, 12)])
 def test_other_tokens_gain_and_the_rows_are_what_was_judged(given, monkeypatch, type, rate, steps):
-    monkeypatch.setattr(training, "CODE_RATES", {9.0: rate})
+    monkeypatch.setattr(layerwise, "_rates", lambda bundle: (0.003, rate))
     case = given(type=type)
     rows, report = layerwise.run(case.passing, case.pieces, case.stored, steps)
     assert report["after"] < report["before"] and 0 < report["changed"] < 0.5
@@ -124,7 +124,7 @@ def test_without_other_tokens_some_are_not_trained_on(given):
 
 
 def test_the_number_of_threads_does_not_show(given, monkeypatch):
-    monkeypatch.setattr(training, "CODE_RATES", {9.0: 0.05})
+    monkeypatch.setattr(layerwise, "_rates", lambda bundle: (0.003, 0.05))
     case, found = given(), []
     for threads in (1, 3):
         with fisher.workers(threads) as pool, pieces.alone(1) as one:
@@ -166,7 +166,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(whole, tmp_path, monke
 
 def test_a_layer_that_does_not_gain_keeps_what_it_had(whole, tmp_path, monkeypatch):
     folder, text, *_ = whole
-    monkeypatch.setattr(training, "CODE_RATES", {9.0: 5.0})
+    monkeypatch.setattr(layerwise, "_rates", lambda bundle: (0.003, 5.0))
     trained = run(folder, text, tmp_path / "trained.gguf")
     plain = run(folder, text, tmp_path / "plain.gguf", tune=None, tune_steps=None)
     assert trained["tuned"]["gained"] == trained["tuned"]["changed"] == 0 and trained["tuned"]["error"] == 1

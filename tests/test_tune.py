@@ -51,7 +51,7 @@ def test_what_is_trained_is_stored(runtime_library, tiny_llama, tmp_path):
 
 def test_codes_are_trained(runtime_library, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "BATCH", 2)
-    monkeypatch.setattr(training, "CODE_RATES", {4.0: 0.01, math.inf: 1e-3})  # few steps are to change something
+    monkeypatch.setattr(tune, "CODE_RATES", {4.0: 0.01, math.inf: 1e-3})  # few steps are to change something
     options = {"tune": "codes", "tune_steps": 12, "hessians": tmp_path / "weights.gguf"}
     tuned = run(crafted.DEMO, crafted.DEMO / "calib.txt", tmp_path / "tuned.gguf", "sq2w", **options)["tuned"]
     assert tuned["after"] < tuned["before"] and 0.001 < tuned["changed"] < 0.1

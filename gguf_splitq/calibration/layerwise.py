@@ -19,6 +19,7 @@ the number of threads does not show. Called from a thread that computes alone, t
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -30,11 +31,13 @@ from . import fisher, moments
 from .aims import SHARE, Passing
 from .model import OnDisk
 from .moments import Key
-from .training import Piece, Quantized, descend, groups_of
+from .training import Bundle, Piece, Quantized, by_bits, descend, groups_of
 from .watch import Watch
 
 STEPS = 128  # of BATCH sequences
-RATE = 3e-3  # of scales, relative to their own size
+RATES = {3.0: 6e-3, 4.0: 1.5e-3, math.inf: 5e-4}  # of scales, relative to their own size, below so many bits a weight
+CODE_RATES = {3.0: 6e-3, 4.0: 5e-3, math.inf: 3e-3}  # of codes, in mean gaps of levels, likewise
+WINDOW_RATE = 5e-4  # of window codes, of which one step moves many
 HELD_OUT = 16  # one sequence in so many, where the text has no others
 ROWS = 256  # of a matrix whose gradient is one thread's work
 
@@ -64,12 +67,16 @@ def run(
         layer.gradients(*batches[left.pop()]())
 
     with moments.tf32(given.model.device):  # as precise as a gradient has to be
-        descend(quantized.bundles, [*groups_of(quantized.bundles, RATE)], steps, chance, gradients)
+        descend(quantized.bundles, [*groups_of(quantized.bundles, _rates)], steps, chance, gradients)
     after = layer.error(judge)
     moved = sum(int((old != b.codes).sum()) for old, b in zip(codes, quantized.bundles, strict=True))
     if not after < before:
         return {}, {"before": before, "after": before, "changed": 0.0}
     return quantized.packed(), {"before": before, "after": after, "changed": moved / sum(map(torch.numel, codes))}
+
+
+def _rates(bundle: Bundle) -> tuple[float, float]:
+    return by_bits(RATES, bundle), WINDOW_RATE if bundle.windows else by_bits(CODE_RATES, bundle)
 
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, what is to come of them, tokens' weights

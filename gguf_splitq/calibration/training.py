@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ from ..coding import formats, windows
 from ..plan import Entry
 from . import moments
 
-CODE_RATES = {3.0: 3e-3, 4.0: 2e-3, math.inf: 2e-4}  # of codes, in mean gaps of levels, below so many bits a weight
 WARM = 10  # steps until the rate is whole, an eighth of few
 BETAS = 0.9, 0.98
 EPSILON = 0.01  # Adam's, relative to the first gradient's root mean square: 1e-8 is more than many gradients here
@@ -73,9 +72,14 @@ class Bundle:
         return self.fmt.pack(self.codes, self.stored()).cpu().numpy()
 
     @property
+    def windows(self) -> bool:
+        """Whether codes are chosen together, as paths."""
+        return isinstance(self.fmt, formats.WindowFormat)
+
+    @property
     def every(self) -> int:
         """Steps from one choice of codes to the next."""
-        return EVERY if isinstance(self.fmt, formats.WindowFormat) else 1
+        return EVERY if self.windows else 1
 
     def choose(self, chance: torch.Generator) -> None:
         """Take the codes nearest to the units."""
@@ -229,14 +233,19 @@ def whole(pieces: list[Piece]) -> list[Piece]:
         pieces = kept
 
 
-def groups_of(bundles: Sequence[Bundle], rate: float) -> Iterator[dict[str, Any]]:
-    """Leaves with their rates. rate: of scales."""
+def groups_of(bundles: Sequence[Bundle], rates: Callable[[Bundle], tuple[float, float]]) -> Iterator[dict[str, Any]]:
+    """Leaves with their rates. rates: of scales, relative to their own size, and of codes, in mean gaps of levels."""
     for bundle in bundles:
+        of_scales, of_codes = rates(bundle)
         if bundle.change is not None:
-            yield {"params": [bundle.change], "lr": rate}
+            yield {"params": [bundle.change], "lr": of_scales}
         if bundle.units is not None:
-            of_codes = next(rate for bits, rate in CODE_RATES.items() if bundle.fmt.type.bpw < bits)
             yield {"params": [bundle.units], "lr": of_codes * bundle.gap}
+
+
+def by_bits(rates: Mapping[float, float], bundle: Bundle) -> float:
+    """Of rates below so many bits a weight, the bundle's."""
+    return next(rate for bits, rate in rates.items() if bundle.fmt.type.bpw < bits)
 
 
 def descend(

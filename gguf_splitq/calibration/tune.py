@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,12 +27,13 @@ from ..rewrite import Rows, each_matrix, to_float32
 from . import fisher, layerwise, moments
 from .model import BATCH, CONTEXT, Model
 from .stored import decoded, rounded
-from .training import OWN_SCALE, Bundle, Piece, Quantized, descend, groups_of, whole
+from .training import OWN_SCALE, Bundle, Piece, Quantized, by_bits, descend, groups_of, whole
 
 STEPS = {"scales": 64, "codes": 640, "layers": layerwise.STEPS}  # by what is trained, each layer of the last
 DRAWN = 1 << 20  # tokens that the model draws, at most
 PASSES = 2  # over the calibration text before more is drawn
 RATES = {"scales": 3e-3, "codes": 1e-3}  # of scales and norms, relative to their own size, by what is trained
+CODE_RATES = {3.0: 3e-3, 4.0: 2e-3, math.inf: 2e-4}  # of codes, in mean gaps of levels, below so many bits a weight
 HELD_OUT = 16  # one sequence in so many, where the text has no others
 
 
@@ -89,7 +91,7 @@ def run(
         for parameter, _ in norms.values():
             parameter.requires_grad_(True)
         rate = RATES[what]
-        groups = [*groups_of(quantized.bundles, rate)]
+        groups = [*groups_of(quantized.bundles, lambda bundle: (rate, by_bits(CODE_RATES, bundle)))]
         groups += [{"params": [parameter], "lr": rate * _size(parameter)} for parameter, _ in norms.values()]
         codes = [bundle.codes for bundle in quantized.bundles]
         loss = functools.partial(_loss, teacher, student, quantized)
