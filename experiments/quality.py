@@ -50,7 +50,8 @@ FED = [*LARGE, *WINDOWS, "sq4", "sq3", "sq2", "sdr4", *COLUMNS]
 FED += ["Q4_K", "IQ4_XS", "Q5_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_0"]
 TUNED = [*WINDOWS, "sq4", "sq3", "sq2"]  # with --tune
 TRAINED = {  # with --tune codes: in so many steps
-    **dict.fromkeys([*WINDOWS, "sq2", "Q2_K"], 2560),
+    **dict.fromkeys(["sq4w", "sq3w", "sq2", "Q2_K"], 2560),
+    **dict.fromkeys(["sq2w"], 1280),
     **dict.fromkeys(["sq4", "sq3", "Q4_K", "IQ4_XS", "Q3_K"], 640),
 }
 TRAINING = {"tuned": "scales", "trained": "codes", "layers": "layers"}

@@ -139,3 +139,8 @@ def test_text_is_drawn_when_the_calibration_text_would_be_seen_too_often():
     assert tune.drawn(64, 131_072) == 0
     assert tune.drawn(100, 131_072) == 100 * 4096 - 2 * 131_072
     assert tune.drawn(10_000, 131_072) == 1 << 20
+
+
+@pytest.mark.parametrize(("name", "steps", "slower"), [("sq2w", 1280, 0.5), ("sq2w", 64, 1), ("sq3w", 1280, 1)])
+def test_long_runs_of_short_windows_have_lower_rates(runtime_library, name, steps, slower):
+    assert tune._slower([bundle(name)[0], bundle("sq2")[0]], 640, steps) == slower

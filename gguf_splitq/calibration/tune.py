@@ -90,8 +90,9 @@ def run(
         original = {name: parameter.detach().clone() for name, (parameter, _) in norms.items()}
         for parameter, _ in norms.values():
             parameter.requires_grad_(True)
-        rate = RATES[what]
-        groups = [*groups_of(quantized.bundles, lambda bundle: (rate, by_bits(CODE_RATES, bundle)))]
+        slower = _slower(quantized.bundles, STEPS[what], steps)
+        rate = slower * RATES[what]
+        groups = [*groups_of(quantized.bundles, lambda bundle: (rate, slower * by_bits(CODE_RATES, bundle)))]
         groups += [{"params": [parameter], "lr": rate * _size(parameter)} for parameter, _ in norms.values()]
         codes = [bundle.codes for bundle in quantized.bundles]
         loss = functools.partial(_loss, teacher, student, quantized)
@@ -111,6 +112,12 @@ def run(
                     changed[name] = (parameter.detach().float().cpu().numpy() + shift).view(np.uint8).reshape(1, -1)
     tried = {"what": what, "steps": steps, "tokens": tokens.numel()}
     return changed, tried | {"before": before, "after": min(after, before), "changed": share}
+
+
+def _slower(bundles: Sequence[Bundle], usual: int, steps: int) -> float:
+    """What rates are multiplied by in a run of more than the `usual` steps: at full rates sq2w loses what it gained."""
+    paths = any(bundle.windows and bundle.fmt.type.bpw < 3 for bundle in bundles)
+    return min(1.0, usual / steps) if paths else 1.0
 
 
 def _train(
