@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import crafted
 import numpy as np
 import pytest
 import torch
@@ -194,3 +195,9 @@ def test_memory_is_that_of_one_layer():
     weights = 4 * (4 * 1024**2 + 3 * 1024 * 2816)
     assert one == two == plain + memory.TRAINED * weights
     assert memory.on_gpu(entries(()), 16, tune="layers") >= memory.TRAINED * weights
+
+
+def test_experts_are_trained_as_well(runtime_library, tiny_llama, tmp_path):
+    folder, out = crafted.hf_folder(tmp_path / "mixtral", "mixtral"), tmp_path / "out.gguf"
+    found = run(folder, tiny_llama[1], out, tune_steps=6, load=False)
+    assert found["left"] == [] and found["tuned"]["layers"] == 2
