@@ -193,6 +193,7 @@ class Quantized:
 
     @property
     def bundles(self) -> list[Bundle]:
+        """One for each type."""
         return [bundle for bundle, _ in self.pieces]
 
     def weights(self) -> dict[int, torch.Tensor]:
