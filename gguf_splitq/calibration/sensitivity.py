@@ -198,12 +198,7 @@ def _add_cost(
 
 def _squares(type: TensorType, importance: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """float32 [n_rows, n_uses]: each row's squared errors, summed with weights [n_cols, n_uses]."""
-    if kind := type.columns:
-        packed, side = families.code(torch.from_numpy(rows), kind, PLAIN, torch.from_numpy(importance))
-        n_rows, n_cols = rows.shape
-        error = kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0)
-    else:
-        error = type.decode(type.encode(rows, importance))
+    error = families.rounded(torch.from_numpy(rows), type, importance=torch.from_numpy(importance))
     error -= rows
     return np.square(error, out=error) @ weights
 

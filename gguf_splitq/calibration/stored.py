@@ -18,15 +18,12 @@ def rounded(weight: torch.Tensor, entry: Entry, each: solver.Each = map) -> torc
 
     each: does some of the rows; all at once where they have something in common.
     """
-    if kind := entry.columns:
-        packed, side = families.code(weight, kind, entry.layout)
-        n_rows, n_cols = weight.shape
-        return torch.from_numpy(kind.decode_rows(packed, kind.read_side(side, n_rows, n_cols, kind.name), 0))
+    step = len(weight) if entry.columns else solver.rows_together(*weight.shape)
 
     def some(rows: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(entry.coder.decode(entry.coder.encode(rows.numpy())))
+        return torch.from_numpy(families.rounded(rows, entry.coder, entry.layout))
 
-    return torch.cat(list(each(some, weight.split(solver.rows_together(*weight.shape)))))
+    return torch.cat(list(each(some, weight.split(step))))
 
 
 def decoded(entry: Entry, rows: Mapping[str, Rows], number: int, here: slice) -> torch.Tensor:

@@ -73,3 +73,14 @@ def code(
     weight: float32, float16 or bfloat16 [n_rows, n_cols], finite. importance: float32 [n_cols], not negative.
     """
     return _CODE[type(kind)](weight, kind, layout, importance)
+
+
+def rounded(
+    weight: torch.Tensor, kind: TensorType, layout: Layout = PLAIN, importance: torch.Tensor | None = None
+) -> np.ndarray:
+    """float32 [n_rows, n_cols]: what is stored of a matrix float32 without a Hessian. importance: as of `code`."""
+    if columns_kind := kind.columns:
+        packed, side = code(weight, columns_kind, layout, importance)
+        n_rows, n_cols = weight.shape
+        return columns_kind.decode_rows(packed, columns_kind.read_side(side, n_rows, n_cols, kind.name), 0)
+    return kind.decode(kind.encode(weight.numpy(), None if importance is None else importance.numpy()))
