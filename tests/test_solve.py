@@ -233,3 +233,18 @@ def test_calibration_options_that_do_not_fit_are_refused(tiny_llama, tmp_path):
         with pytest.raises(errors.SplitqError, match=cause):
             convert.convert(folder, "sq4", outfile=tmp_path / "out.gguf", **options)
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"])
+def test_what_a_gpu_fits_is_as_good_as_what_the_encoder_does(runtime_library, name):
+    weight, hessian = problem(16, 512)
+    weight[0, :256] = 0
+    fmt = formats.for_type(types.get(name))
+    h, order, push, _ = solver.prepare(hessian, 1e-3)
+    encoder = solver.Rows(weight, h, fmt, order, push).error()
+    fmt.fit = fmt.fitted
+    rows = solver.Rows(weight, h, fmt, order, push)
+    assert rows.error() < 1.05 * encoder
+    assert not rows.value().T[0, :256].any()
+    again, params = fmt.unpack(fmt.pack(rows.codes(), rows.params).numpy())
+    assert torch.equal(again, rows.codes()) and torch.equal(fmt.scale(params), fmt.scale(rows.params))

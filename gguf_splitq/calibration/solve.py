@@ -314,15 +314,16 @@ def _half_way(
 
     standing, last, at_ends = ends.Standing(), None, _at_ends(entries)
     measured = cache.ends() if at_ends else {}
-    with alone(solvers) as parts, alone(solvers) as pool:
-        work = _Decoder(file, bool(len(held)), parts.map)
+    with alone(solvers) as parts, alone(solvers) as pool, alone(solvers) as beside:
+        tried = beside.map if len(held) else None
+        work = _Decoder(file, parts.map, tried)
         for entry in at_ends:
             layer = _end(model, file, entry, measured)
             if entry.name == "output.weight" and "weights" in measured:
                 last, standing.output, standing.weights = entry, layer, measured["weights"][0]
                 solved |= {len(model)} if journal.find(entry.name) else set()
                 continue
-            pool.submit(_solve_end, file, entry, layer, journal, parts.map, bool(len(held))).result()
+            pool.submit(_solve_end, file, entry, layer, journal, parts.map, tried).result()
             for end in (ends.END_OF[entry.name], *(["output"] if ends.tied(file) else [])):
                 standing.put(end, layer)
         passing = aims.run(
@@ -335,7 +336,7 @@ def _half_way(
             except StopIteration as end:
                 return end.value
             if last and stage.index == len(model):
-                pool.submit(_solve_end, file, last, stage.layers[0], journal, parts.map, bool(len(held))).result()
+                pool.submit(_solve_end, file, last, stage.layers[0], journal, parts.map, tried).result()
                 continue
             if stage.index in solved:
                 work.put_back(journal.part(_part(stage.index))[0])
@@ -350,11 +351,11 @@ def _half_way(
 class _Decoder:
     """A decoder layer being solved, stage by stage.
 
-    tried: whether nearest rounding is wanted beside. each: does pieces of rows.
+    each: does pieces of rows. tried: where nearest rounding is wanted beside, what does pieces of that.
     """
 
-    def __init__(self, file: Gguf, tried: bool, each: solver.Each):
-        self.file, self.tried, self.each = file, tried, each
+    def __init__(self, file: Gguf, each: solver.Each, tried: solver.Each | None):
+        self.file, self.each, self.tried = file, each, tried
 
     def begin(self, entries: list[Entry], layers: list[moments.Layer]) -> set[str]:
         """The names of the layers that are not stored as they are."""
@@ -377,8 +378,13 @@ class _Decoder:
         due = [self.entries[name] for name, places in self.places.items() if places[0][0].name in names]
         coded = [entry for entry in due if _coder(entry)]
         found = _solve_all(self.file, coded, lambda e: self.places[e.name], stage.layers, ranks, pool, self.each)
+        with ThreadPoolExecutor(1, "round") as aside:
+            early = any(layer.weight.is_cuda for layer in stage.layers)  # while a GPU solves, processors are free
+            rounding = aside.submit(self._round, due) if early else None
+            rows = {entry.name: self._taken(entry, next(found)) if _coder(entry) else {} for entry in due}
+            rounding.result() if rounding else self._round(due)
         for entry in due:
-            self._put(entry, self._taken(entry, next(found)) if _coder(entry) else {})
+            self._put(entry, rows[entry.name])
 
     def _taken(self, entry: Entry, found: Result) -> dict[str, np.ndarray]:
         """What is stored of a tensor; the report learns of it."""
@@ -411,12 +417,14 @@ class _Decoder:
             self.report["trained"] = [report]
             self.rows |= rows
             for name in rows:
-                self._put(self.entries[name], rows, tried=False)
+                self._put(self.entries[name], rows)
 
     def put_back(self, rows: Mapping[str, Rows]) -> None:
         """The same from a finished layer."""
-        for name in self.places:
-            self._put(self.entries[name], rows)
+        due = [self.entries[name] for name in self.places]
+        self._round(due)
+        for entry in due:
+            self._put(entry, rows)
 
     def finished(self) -> tuple[dict[str, np.ndarray], dict]:
         """Rows by name, and the report of the layer, in the order of the entries."""
@@ -425,22 +433,39 @@ class _Decoder:
         self.report["pooled"].sort()
         return self.rows, self.report
 
-    def _put(self, entry: Entry, rows: Mapping[str, Rows], tried: bool | None = None) -> None:
+    def _round(self, entries: Iterable[Entry]) -> None:
+        """Put nearest rounding into the layers of these, where it is wanted beside."""
+        for entry in entries if self.tried else ():
+            for _, layer, order, here in self._matrices(entry):
+                _fill(layer, "nearest", order, self._nearest(entry, here))
+
+    def _put(self, entry: Entry, rows: Mapping[str, Rows]) -> None:
         """Put what is stored of a tensor into its layers: these rows, nearest rounding where there are none."""
-        tried = self.tried if tried is None else tried
+        for number, layer, order, here in self._matrices(entry):
+            if entry.name in rows:
+                value = decoded(entry, rows, number, here)
+            elif layer.nearest is not None:
+                value = layer.nearest[order.to(layer.nearest.device)]
+            else:
+                value = self._nearest(entry, here)
+            _fill(layer, "stored", order, value)
+
+    def _matrices(self, entry: Entry) -> Iterator[tuple[int, moments.Layer, torch.Tensor, slice]]:
+        """Number, layer, order in that and rows in the tensor of each matrix."""
         first = 0
         for number, (layer, order) in enumerate(self.places[entry.name]):
-            here = slice(first, first + len(order))
-            wanted = tried or entry.name not in rows
-            matrix = read_float32(self.file, entry.tensor, first, len(order)) if wanted else None
-            nearest = None if matrix is None else rounded(torch.from_numpy(matrix), entry, self.each)
-            fed = decoded(entry, rows, number, here) if entry.name in rows else nearest
-            for name, value in (("stored", fed), ("nearest", nearest)):
-                if value is not None:
-                    if getattr(layer, name) is None:
-                        setattr(layer, name, layer.weight.clone())
-                    getattr(layer, name)[order.to(layer.weight.device)] = value.to(layer.weight)
-            first = here.stop
+            yield number, layer, order, slice(first, first := first + len(order))
+
+    def _nearest(self, entry: Entry, here: slice) -> torch.Tensor:
+        matrix = read_float32(self.file, entry.tensor, here.start, here.stop - here.start)
+        return rounded(torch.from_numpy(matrix), entry, self.tried or self.each)
+
+
+def _fill(layer: moments.Layer, name: str, order: torch.Tensor, value: torch.Tensor) -> None:
+    """Rows of what a layer has under this name, which begins as the layer's weight."""
+    if getattr(layer, name) is None:
+        setattr(layer, name, layer.weight.clone())
+    getattr(layer, name)[order.to(layer.weight.device)] = value.to(layer.weight)
 
 
 def _empty() -> dict[str, Any]:
@@ -509,38 +534,46 @@ def _end(model: Model, file: Gguf, entry: Entry, measured: Mapping[str, torch.Te
 
 
 def _solve_end(
-    file: Gguf, entry: Entry, layer: moments.Layer, journal: Journal, each: solver.Each, tried: bool = False
+    file: Gguf,
+    entry: Entry,
+    layer: moments.Layer,
+    journal: Journal,
+    each: solver.Each,
+    tried: solver.Each | None = None,
 ) -> None:
     """Solve the embedding or the output, some rows at a time, and keep it in the journal, or take it from there.
 
-    Gives `layer` what is stored, and with `tried` nearest rounding; nothing where it cannot be solved.
+    Gives `layer` what is stored, and nearest rounding, of which `tried` does pieces; nothing where it cannot be solved.
     """
     found = journal.find(entry.name)
     rows: dict[str, Rows] = dict(found[0]) if found else {}
     report, packed, first = _empty(), [], 0
     stored, nearest = layer.weight.clone(), layer.weight.clone() if tried else None
     on_gpu = layer.hessian is not None and layer.hessian.is_cuda
-    for part in each_matrix(file, entry.tensor, ends.step(entry.tensor, on_gpu)):
-        place = moments.match(part, [layer])
-        if place is None or layer.hessian is None and not rows:
-            report["left"][entry.name] = NOWHERE if place is None else layer.unknown
-            break
-        weight, order = torch.from_numpy(part), place[1]
-        if rows:
-            value = decoded(entry, rows, 0, slice(first, first + len(part)))
+    with ThreadPoolExecutor(1, "round") as aside:
+        for part in each_matrix(file, entry.tensor, ends.step(entry.tensor, on_gpu)):
+            place = moments.match(part, [layer])
+            if place is None or layer.hessian is None and not rows:
+                report["left"][entry.name] = NOWHERE if place is None else layer.unknown
+                break
+            weight, order = torch.from_numpy(part), place[1]
+            nearby = functools.partial(rounded, weight, entry, tried or each)
+            early = aside.submit(nearby) if nearest is not None and on_gpu else None
+            if rows:
+                value = decoded(entry, rows, 0, slice(first, first + len(part)))
+            else:
+                _, solution = pieces.of_rows(entry.name, entry.coder, entry.layout, weight, layer, order, each)
+                value = solution.weight
+                packed.append(solution.packed.cpu().numpy())
+                for name, error in solution.errors.items():
+                    errors = report["errors"].setdefault(entry.name, dict.fromkeys(solution.errors, 0.0))
+                    errors[name] += error * len(part) / entry.tensor.n_rows
+            stored[order.to(stored.device)] = value.to(stored)
+            if nearest is not None:
+                nearest[order.to(stored.device)] = (early.result() if early else nearby()).to(nearest)
+            first += len(part)
         else:
-            _, solution = pieces.of_rows(entry.name, entry.coder, entry.layout, weight, layer, order, each)
-            value = solution.weight
-            packed.append(solution.packed.cpu().numpy())
-            for name, error in solution.errors.items():
-                errors = report["errors"].setdefault(entry.name, dict.fromkeys(solution.errors, 0.0))
-                errors[name] += error * len(part) / entry.tensor.n_rows
-        stored[order.to(stored.device)] = value.to(stored)
-        if nearest is not None:
-            nearest[order.to(stored.device)] = rounded(weight, entry, each).to(nearest)
-        first += len(part)
-    else:
-        layer.stored, layer.nearest = stored, nearest
+            layer.stored, layer.nearest = stored, nearest
     layer.hessian = layer.drift = None
     if found is None:
         whole = layer.stored is not None

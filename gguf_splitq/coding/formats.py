@@ -7,7 +7,8 @@ bytes. The bytes of the stock types are those of ggml/src/ggml-common.h in llama
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +18,14 @@ from ..resources import cores
 from ..types import TensorType, sdr, splitquant, sqc, windows
 from ..types.columns import Layout
 from ..types.splitquant import pack_4bit
-from .sweeps import Grid
+from .sweeps import Grid, inverse
+from .sweeps import nearest as nearest_level
+
+FITTED = 1 << 22  # weights of super-blocks fitted at a time on a GPU
+STARTS = np.linspace(
+    -0.9, 0.9, 19
+).tolist()  # what scales are tried: as if the levels' ends were so many gaps apart more
+ROUNDS = 2  # of rounding and least squares, for each of these
 
 
 class BlockFormat:
@@ -237,6 +245,41 @@ class SuperBlockFormat(BlockFormat):
 
     scales: tuple[int, int]
 
+    def fit(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        if not weight.is_cuda:
+            return super().fit(weight, importance)
+        rows = max(FITTED // weight.shape[1], 1)
+        return torch.cat([self.fitted(some, importance) for some in weight.split(rows)])
+
+    def fitted(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        """As `fit`, by least squares on the weights' device: a GPU would wait for the encoder.
+
+        Blocks are fitted by themselves, from several scales, and super-blocks to the largest of their blocks.
+        """
+        blocks, share = weight.unflatten(1, (-1, self.block_size)), importance.float().view(-1, self.block_size)
+        lowest, highest = float(self.levels[0]), float(self.levels[-1])
+        gap = (highest - lowest) / (len(self.levels) - 1)
+        starts = [gap * part for part in STARTS]
+        if self.has_offset:
+            below = blocks.amin(-1).clamp(max=0)
+            tried = [(blocks.amax(-1) - below) / (highest - lowest + start) for start in starts]
+        else:
+            largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
+            below = torch.zeros_like(largest)
+            tried = [largest / (end + math.copysign(start, end)) for end in (lowest, highest) for start in starts]
+        scale, offset = _least_squares(blocks, share, tried, below, self.levels, self.has_offset)
+
+        def shared(values: torch.Tensor) -> torch.Tensor:
+            return _half(values).float().repeat_interleave(per, 1)
+
+        least, most = self.scales
+        per = self.type.block_size // self.block_size
+        parts = scale.unflatten(1, (-1, per))
+        d = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))[..., 0] / least if least else parts.amax(-1) / most
+        d, dmin = shared(d), shared(offset.neg().unflatten(1, (-1, per)).amax(-1) / most)
+        none = torch.zeros_like(d)
+        return self.nearest(scale, offset, torch.stack([none, none, d, dmin], -1))
+
     def grid(self, params: torch.Tensor) -> Grid:
         return Grid("steps", None, (params[..., 2], params[..., 3]), *self.scales)
 
@@ -404,6 +447,40 @@ def for_type(tensor_type: TensorType, device: str | torch.device = "cpu") -> Blo
         return None
     kind, levels = stock[tensor_type.name]
     return kind(tensor_type, levels, device)
+
+
+def _least_squares(
+    blocks: torch.Tensor,
+    share: torch.Tensor,
+    tried: Iterable[torch.Tensor],
+    below: torch.Tensor,
+    levels: torch.Tensor,
+    both: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset (0 at most) of least error of blocks float32 [n_rows, n_blocks, n], rounded to nearest.
+
+    share: [n_blocks, n], what an error counts. tried, below: scales and the offset to begin with, [n_rows, n_blocks].
+    """
+    least, found = torch.full_like(below, torch.inf), (torch.zeros_like(below), torch.zeros_like(below))
+    whole, mean = share.sum(-1), (share * blocks).sum(-1)
+    for scale in tried:
+        offset = below
+        for _ in range(ROUNDS):
+            unit = nearest_level((blocks - offset[..., None]) * inverse(scale)[..., None], levels)
+            counted = share * unit
+            first, second, product = counted.sum(-1), (counted * unit).sum(-1), (counted * blocks).sum(-1)
+            scale = (product / second).masked_fill(second == 0, 0)
+            if both:
+                determinant = whole * second - first * first
+                slope = (whole * product - first * mean) / determinant
+                middle = (mean - slope * first) / whole
+                better = (determinant > 1e-4 * whole * second) & (middle < 0)
+                scale, offset = torch.where(better, slope, scale), torch.where(better, middle, 0)
+            error = (share * (blocks - torch.addcmul(offset[..., None], unit, scale[..., None])).square_()).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
+            found = torch.where(better, scale, found[0]), torch.where(better, offset, found[1])
+    return found
 
 
 def _pack_2bit(codes: np.ndarray) -> np.ndarray:
