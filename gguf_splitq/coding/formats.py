@@ -22,9 +22,8 @@ from .sweeps import Grid, inverse
 from .sweeps import nearest as nearest_level
 
 FITTED = 1 << 22  # weights of super-blocks fitted at a time on a GPU
-STARTS = np.linspace(
-    -0.9, 0.9, 19
-).tolist()  # what scales are tried: as if the levels' ends were so many gaps apart more
+# Scales that are tried: as if the levels' ends were so many gaps further apart.
+STARTS = np.linspace(-2.7, 2.7, 19).tolist()
 ROUNDS = 2  # of rounding and least squares, for each of these
 
 
