@@ -715,7 +715,7 @@ def test_the_estimate_of_memory_follows_what_is_in_memory():
     many = entries(*[()] * 100)
     weights = 4 * sum(e.tensor.n_weights for e in many)
     assert memory.peak(many, 2048, 1) < weights < memory.peak(many, 2048, 1, whole=True)
-    assert memory.peak(many, 2048, 1, tune="codes") > 3 * weights
+    assert memory.peak(many, 2048, 1, tune="codes") > weights
 
 
 CHILD = """
