@@ -150,7 +150,7 @@ def test_layers_gain_in_a_file(whole, tmp_path):
     assert plain["tuned"] is None and changed and all(re.match(r"blk\.\d\.(attn|ffn)_(?!norm)", n) for n in changed)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(whole, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(whole, tmp_path, monkeypatch, capsys):
     folder, text, _, out = whole
     original = layerwise.run
 
@@ -162,8 +162,21 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(whole, tmp_path, monke
         with pytest.raises(ZeroDivisionError):
             run(folder, text, tmp_path / "out.gguf")
     assert (tmp_path / ".out.gguf.unfinished" / "layer-00000.safetensors").exists()
+    assert f"training layer 0: {STEPS} of {STEPS}" in capsys.readouterr().err
     report = run(folder, text, tmp_path / "out.gguf", threads=2)
+    said = capsys.readouterr().err
+    assert f"training layer 1: {STEPS} of {STEPS}" in said and "training layer 0" not in said
     assert (tmp_path / "out.gguf").read_bytes() == out.read_bytes() and report["tuned"]["layers"] == 2
+
+
+def test_a_bar_goes_on_after_another_one():
+    progress = display.Progress()
+    for what, done in (("solving", 1), ("training layer 1", 16), ("training layer 1", 32), ("solving", 2)):
+        progress.step(what, done, 128)
+    assert [(task.description, task.completed) for task in progress.bar.tasks] == [
+        ("solving", 2),
+        ("training layer 1", 32),
+    ]
 
 
 def test_a_layer_that_does_not_gain_keeps_what_it_had(whole, tmp_path, monkeypatch):

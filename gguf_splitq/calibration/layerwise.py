@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Training what is stored of a model layer by layer (`--tune layers`), where it does not fit into memory twice.
+"""Training what is stored of a model layer by layer (`--tune layers`), where all of it does not fit into memory.
 
 When all of a decoder layer is solved, and before the next one is measured behind it, its block scales and codes are
 trained (training.py). With f the layer, f' the layer as it is stored, h and h' the hidden states that the float model

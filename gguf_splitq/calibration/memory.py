@@ -50,7 +50,7 @@ def peak(
     calibrating += 3 * max(map(_floats, layers), default=0) if several else 0
     stages = [reading, calibrating + sum(_end(e, threads) for e in ends)]
     if tune and not by_layer:
-        stages.append(training(entries, tune) - _floats(outside))
+        stages.append(training(entries, tune) - _floats(outside) + sum(e.n_bytes for e in inside))  # as it was stored
     return BASE + _floats(outside) + max(stages)
 
 

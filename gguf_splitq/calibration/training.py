@@ -77,7 +77,7 @@ class Adam:
         self.epsilon = max(EPSILON * math.sqrt(square), self.epsilon)
 
     def change(self, gradient: torch.Tensor, step: Step, noise: Sequence[torch.Tensor]) -> torch.Tensor:
-        """float32: what is to be taken away at rate 1. noise: two tensors like it, as of `rounded`."""
+        """float32: what is to be taken away at rate 1. noise: two, as of `rounded`."""
         first = self.first.float().lerp_(gradient, 1 - BETAS[0])
         second = self.second.float().mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         self.first, self.second = rounded(first, noise[0]), rounded(second, noise[1])
@@ -87,14 +87,14 @@ class Adam:
 
 
 def rounded(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """bfloat16, up or down at random: float32 `values` in expectation. noise: int64 like them, below 1 << 16."""
-    return (values.view(torch.int32) + noise >> 16).to(torch.int16).view(torch.bfloat16)
+    """bfloat16, up or down at random: float32 `values` in expectation. noise: int16 like them."""
+    return (values.view(torch.int32) + (noise.int() & 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def noises(like: torch.Tensor, chance: torch.Generator) -> list[torch.Tensor]:
-    """Three of int64 like a tensor, evenly from 0 to 65535."""
+def noises(like: torch.Tensor, chance: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Three of int16 like a tensor, evenly over all values."""
     drawn = torch.empty(like.shape, dtype=torch.int64, device=like.device).random_(generator=chance)
-    return [drawn >> shift & 0xFFFF for shift in (0, 16, 32)]
+    return drawn.view(torch.int16).view(*like.shape, 4)[..., :3].unbind(-1)  # the last one has no sign
 
 
 @dataclass
@@ -199,7 +199,7 @@ class Bundle:
         assert self.units is not None
         low, high = self.reach
         change = adam.change(gradient, step, noise).mul_(-rate * self.gap * 2 * LARGEST / (high - low))
-        moved = change.add_(self.units).add_(noise[2].float(), alpha=2**-16).floor_()
+        moved = change.add_(self.units).add_(noise[2], alpha=2**-16).add_(0.5).floor_()
         self.units = moved.clamp_(-LARGEST, LARGEST).to(torch.int16)
 
     def gradients(self, slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
