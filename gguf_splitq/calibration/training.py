@@ -9,9 +9,9 @@ nearest to a number per weight; the gradient passes both roundings unchanged ("s
 The integer scales that blocks of a super-block have are too coarse for small steps: of such formats codes are trained,
 of those with side tensors nothing.
 
-A weight takes 7 bytes: its code, its number as a whole one of 16 bits, and Adam's moments in bfloat16. All three are
-rounded up or down at random, which in expectation changes nothing, so that steps smaller than their units add up.
-Gradients are there for some rows at a time, weights for a layer.
+A weight takes 7 bytes: its code, its number as a whole one of 16 bits, and Adam's moments in bfloat16. These three are
+rounded up or down at random, which in expectation changes nothing, so that steps smaller than their units add up
+(Gupta et al., arXiv 1502.02551). Weights and gradients are there for one layer.
 """
 
 from __future__ import annotations

@@ -105,14 +105,14 @@ def run(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(fisher.workers(threads))
         student = _Student(model(), stack, given, what, steps, pool, ranks)
+        stack.enter_context(moments.tf32(student.model.device))  # as precise as a gradient has to be
         text = _Text(tokens, held, steps, ranks)
         answers = _answers(model(), text.own, scratch, pool, functools.partial(progress, "running the original"))
         before = after = student.divergence(text.held(answers), held.numel())
         if student.trains:
-            with moments.tf32(student.model.device):  # as precise as a gradient has to be
-                for number, (count, batch) in zip(range(steps), text.batches(answers), strict=False):
-                    student.descend(batch, count, Step(number, steps))
-                    progress("tuning", number + 1, steps)
+            for number, (count, batch) in zip(range(steps), text.batches(answers), strict=False):
+                student.descend(batch, count, Step(number, steps))
+                progress("tuning", number + 1, steps)
             after = student.divergence(text.held(answers), held.numel())
         changed, share = student.changed() if after < before and not ranks.rank else ({}, 0.0)
     tried = {"what": what, "steps": steps, "tokens": tokens.numel()}
@@ -416,7 +416,7 @@ def _empty(module: torch.nn.Module, trained: Collection[Key]) -> None:
     """Give back the memory of matrices that stand nowhere: of each an address is left, by which it is known."""
     for name, p in matrices(module).items():
         if all((name, expert) in trained for expert in ([None] if p.dim() == 2 else range(len(p)))):
-            p.data = p.new_empty(*p.shape[:-2], 1, 1).expand(p.shape)
+            p.data = p.new_full((*p.shape[:-2], 1, 1), torch.nan).expand(p.shape)
 
 
 def _norms(student: Model, file: Gguf) -> list[tuple[str, str, float]]:
