@@ -396,8 +396,8 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     hessians = "what the backward pass measured: read FILE, or write it (default: not kept); for several types"
     g.add_argument("--hessians", metavar="FILE", help=hessians)
     tune = (
-        "train what is stored: scales (and norms; minutes), or codes too (GPU), of the whole model, which must fit "
-        "into memory twice; or layers, scales and codes of one after the other (default: no)"
+        "train what is stored: scales (and norms; minutes), or codes too (GPU, 8 bytes a weight), of the whole model; "
+        "or layers, scales and codes of one after the other (default: no)"
     )
     g.add_argument("--tune", nargs="?", const="scales", choices=("scales", "codes", "layers"), help=tune)
     steps = "steps to train, of 4096 tokens each (default: 64 for scales, 640 for codes, 128 for each of the layers)"

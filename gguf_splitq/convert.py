@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .calibration.journal import Journal
     from .calibration.solve import Solved
 
+LESS = ", or --tune layers, which has one layer in memory"
 PROMISED_RAM = 1_500_000_000  # bytes, beside three times the largest tensor
 
 
@@ -73,8 +74,8 @@ class Job:
 def convert(model: str | Path, type: str | None = None, outfile: str | Path = output.TEMPLATE, **more: Any) -> Path:
     """Convert a checkpoint to a GGUF file of `type` and return the file's path. more: see `options.Convert`.
 
-    The output appears whole or not at all. Its bytes do not depend on the number of threads, but for `tune`; with
-    `calib` they depend on the machine. A calibrated conversion that was stopped goes on where it was when the same call
+    The output appears whole or not at all. Its bytes do not depend on the number of threads; with `calib` they depend
+    on the machine. A calibrated conversion that was stopped goes on where it was when the same call
     is made again. Raises the errors of `gguf_splitq.errors`.
     """
     given = options.Convert(model, type, outfile, **more)
@@ -222,7 +223,8 @@ def calibrate(
         job.solvers,
         progress.step,
         given.hessians,
-        given.tune,
+        given.trains_whole,
+        given.tune == "layers",
         given.steps,
         given.precision,
         given.aim,
@@ -301,6 +303,11 @@ def memory_needs(
         solvers = memory.solvers(entries, given.calib_tokens, threads, whole, given.tune, each, several)
         peak = memory.peak(entries, given.calib_tokens, solvers, whole, given.tune, several)
         spare, calibrating = max(0, (each or 0) - peak), here * peak
+        if given.trains_whole and given.limit is not None and calibrating > given.limit:
+            raise UsageError(
+                f"--max-ram {gguf_file.mib(given.limit)} is too small: --tune {given.trains_whole} needs about "
+                f"{gguf_file.mib(calibrating)}: give that{LESS}"
+            )
     reading, encoding = peak_ram(source, entries, given.workers, given.limit, calibrating)
     allowed = given.limit or PROMISED_RAM + 3 * max((e.tensor.n_bytes for e in entries), default=0)
     at_once = reading + encoding <= allowed and source.child is not None and not given.calib
@@ -332,9 +339,21 @@ def gpu_needs(given: options.Convert, entries: Sequence[plan.Entry]) -> int:
     if given.vram is not None and least > given.vram:
         raise UsageError(
             f"--max-vram {gguf_file.mib(given.vram)} is too small: {what} needs about {gguf_file.mib(least)}, one "
-            "sequence at a time: give that or --device cpu"
+            f"sequence at a time: give that or --device cpu{LESS if what == '--tune' else ''}"
+        )
+    if "--tune" in needs and (least := needs["--tune"](sequences=1)) > (size := _gpu_memory(given.processor)):
+        raise UsageError(
+            f"--tune needs about {gguf_file.mib(least)} of a GPU's memory, and {given.processor} has "
+            f"{gguf_file.mib(size)}: take --device cpu{LESS}"
         )
     return max(needed() for needed in needs.values())
+
+
+def _gpu_memory(device: str) -> int:
+    """Bytes of it in all."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def peak_ram(

@@ -148,9 +148,9 @@ class Progress:
         self.bar.update(self.task, completed=done)
 
     def step(self, what: str, done: int, total: int) -> None:
-        """Steps done of one part of a calibration; a new `what` begins a new bar."""
-        if self.task is None or self.bar.tasks[self.task].description != what:
-            self.task = self.bar.add_task(what, total=total)
+        """Steps done of one part of a calibration; a new `what` begins a new bar, an old one goes on with its own."""
+        known = {task.description: task.id for task in self.bar.tasks}
+        self.task = known[what] if what in known else self.bar.add_task(what, total=total)
         self.bar.update(self.task, completed=done)
         self._plain(f"{what}: {done} of {total}")
 

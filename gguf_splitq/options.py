@@ -245,7 +245,7 @@ class Convert(Options):
 
     @property
     def trains_whole(self) -> str | None:
-        """What `tune` trains of the model as a whole, in memory twice."""
+        """What `tune` trains of the model as a whole."""
         return None if self.tune == "layers" else self.tune
 
     @property

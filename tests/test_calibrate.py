@@ -715,7 +715,7 @@ def test_the_estimate_of_memory_follows_what_is_in_memory():
     many = entries(*[()] * 100)
     weights = 4 * sum(e.tensor.n_weights for e in many)
     assert memory.peak(many, 2048, 1) < weights < memory.peak(many, 2048, 1, whole=True)
-    assert memory.peak(many, 2048, 1, tune="codes") > 3 * weights
+    assert memory.peak(many, 2048, 1, tune="codes") > weights
 
 
 CHILD = """
@@ -728,14 +728,15 @@ sys.exit(code)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
-def test_memory_stays_below_what_was_stated(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--tune", "codes", "--tune-steps", "2"]])
+def test_memory_stays_below_what_was_stated(tmp_path, more):
     folder = tmp_path / "wide"
     config = COMMON | dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=1, max_position_embeddings=512)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(torch.bfloat16).save_pretrained(folder)
     for file in crafted.TOKENIZER:
         shutil.copy(crafted.DEMO / file, folder)
     command = ["convert", folder, "--type", "sq4", "--calib", TEXT, "--calib-tokens", "4096", "--threads", "2"]
-    command += ["--outfile", tmp_path]
+    command += ["--outfile", tmp_path, *more]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHILD, *map(str, command)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -135,10 +136,11 @@ def test_training_is_that_of_smaller_parts(tiny_llama, tmp_path, monkeypatch, wh
         rows = {e.name: e.coder.encode(read_float32(file, e.tensor, 0, e.tensor.n_rows)) for e in chosen}
         for most in (8, 3):
             with monkeypatch.context() as patch:
-                patch.setattr(tune, "_loss", limited(tune._loss, most, calls, 3))
-                given = file, chosen, rows, sample[:10], sample[10:], what, 3, lambda *_: None
+                patch.setattr(tune._Student, "_backward", limited(tune._Student._backward, most, calls, 3))
+                given = tune.Given(file, chosen, rows), sample[:10], sample[10:], what, 3, tmp_path, 1
                 reports.append(tune.run(model_on_gpu, *given)[1])
-    assert calls == [2, *[2, 8, 2], 2, 2, *[2, 8, 4, 2, 2, 2, 2, 2], 2] and len(said) == 1
+    first, second = [8, 8, 2, 2, 8, 8], [8, 4, 2, 2, 2, 2, *[2] * 4, *[2, 2], *[2] * 8]
+    assert calls == first + second and len(said) == 1
     assert reports[0]["after"] < reports[0]["before"]
     for name in ("before", "after"):
         assert reports[1][name] == pytest.approx(reports[0][name], rel=0.01)
@@ -200,9 +202,26 @@ def test_what_is_run_before_and_after_is_stated_too():
     for needed in (memory.measuring, functools.partial(memory.training, tune="codes")):
         assert needed(some, sequences=1) < needed(some) < needed(entries((), (), ()), sequences=64)
     weights = 4 * sum(e.tensor.n_weights for e in some)
-    assert memory.measuring(some) < memory.training(some, "scales") < memory.training(some, "codes")
     assert weights < memory.drawing(some, 32) < 2 * memory.drawing(some, 16) + 1
     assert memory.training(some, "codes") <= memory.peak(some, 2048, 1, tune="codes")
+
+
+def test_training_takes_8_bytes_a_weight_and_8_b_fits_into_80_gb(runtime_library):
+    shapes = {"token_embd.weight": (128256, 4096), "output.weight": (128256, 4096)}
+    rows = {"q": 4096, "k": 1024, "v": 1024, "output": 4096, "gate": 14336, "up": 14336, "down": 4096}
+    for name, count in rows.items():
+        full = f"{'ffn' if name in ('gate', 'up', 'down') else 'attn'}_{name}.weight"
+        shapes |= {f"blk.{i}.{full}": (count, 14336 if name == "down" else 4096) for i in range(32)}
+    tensors = [gguf_file.Tensor(name, shape, 1, 0, 0, Path()) for name, shape in shapes.items()]
+    weights = sum(t.n_weights for t in tensors[2:])
+    of = {kind: plan.make(tensors, kind) for kind in ("sq2w", "q2_k", "sq2.9")}
+    codes, scales = (memory.training(of["sq2w"], what) for what in ("codes", "scales"))
+    assert codes - scales == 6 * weights and 8 * weights < codes < 80e9
+    assert memory.training(of["q2_k"], "codes") == codes
+    assert (
+        memory.training(of["q2_k"], "scales") - scales == 2 * weights
+    )  # which are not trained, and stand there as floats
+    assert memory.training(of["sq2.9"], "codes") - codes == -4 * weights
 
 
 @pytest.mark.parametrize(

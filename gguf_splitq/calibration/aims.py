@@ -37,8 +37,8 @@ from ..coding import solver
 from . import fisher, moments
 from .ends import Standing
 from .model import BATCH, CONTEXT, Model, OnDisk
-from .moments import ALONE, Key, Layer
-from .ranks import Alone
+from .moments import Key, Layer
+from .ranks import ALONE, Alone
 from .watch import Watch
 
 SHARE = 0.5  # of the correction
@@ -54,13 +54,13 @@ ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add_
 class Stage:
     """Matrices to be solved together; whoever takes a stage sets what is stored of them before taking the next.
 
-    last: of its decoder layer; then passing: what goes through that next, where the layer was measured.
+    last: of its decoder layer; then passing() gives what goes through that next, where the layer was measured.
     """
 
     index: int
     layers: list[Layer]
     last: bool
-    passing: Passing | None = None
+    passing: Callable[[], Passing] | None = None
 
 
 @dataclass
@@ -164,8 +164,8 @@ def run(
                         decoder.measure(members, known, streams[0], streams[1], begin)
                     last = number + 1 == len(stages)
                     held_states = (tried[0], tried[2]) if tried else None
-                    passing = decoder.passing(known, streams, held_states) if last and measured else None
-                    yield Stage(index, members, last, passing)
+                    passing = functools.partial(decoder.passing, known, streams, held_states)
+                    yield Stage(index, members, last, passing if last and measured else None)
                     decoder.store(members)
                 for stream, stands in zip(streams, ({}, decoder.stored), strict=True):
                     for batch, hidden in enumerate(stream):

@@ -125,28 +125,20 @@ def numbers(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def each_part(model: Model, pool: Executor, work: Callable[..., T], *batches: torch.Tensor) -> list[T]:
-    """What `work` gives of each part of these batches, in order: a sequence to a worker, or `as_fits` to a GPU."""
+    """What `work` gives of each part of these batches, in order: a sequence to a worker, or what a GPU has room for.
+
+    Once its memory runs out a GPU takes half as much, here and from then on, all of the batch anew.
+    torch.OutOfMemoryError when one sequence is too much.
+    """
     if model.at_once is None:
         return list(pool.map(work, *(batch.split(1) for batch in batches)))
-    return as_fits(model, work, *batches)
-
-
-def as_fits(
-    model: Model, work: Callable[..., T], *batches: torch.Tensor, again: Callable[[], object] = lambda: None
-) -> list[T]:
-    """What `work` gives of these batches: on a CPU whole, on a GPU in parts that there is room for, in order.
-
-    Once its memory runs out a GPU takes half as much, here and from then on, all of the batch anew; `again` is called
-    before that. torch.OutOfMemoryError when one sequence is too much.
-    """
     while True:
-        at_once = model.at_once or len(batches[0])
+        at_once = model.at_once
         try:
             return [work(*part) for part in zip(*(batch.split(at_once) for batch in batches), strict=True)]
         except torch.OutOfMemoryError:
-            if model.at_once in (None, 1):
+            if at_once == 1:
                 raise
-        again()
         model.at_once = model.room.half(at_once, BATCH)
 
 

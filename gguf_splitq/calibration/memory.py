@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from ..coding import families, solver
+from ..coding import families, formats, solver
 from ..plan import ENDS, Entry
 from .ends import WEIGHTS
 from .model import BATCH, CONTEXT, SAMPLED, SAMPLED_ON_GPU, TOGETHER
@@ -21,7 +21,9 @@ BASE = 704 << 20  # Python with PyTorch and transformers, and what the allocator
 TEXT = 1024  # bytes per token while the text is taken apart
 FLOAT = 4  # bytes of a weight or a hidden state
 KEY = 256  # bytes a row while rows of a matrix are looked for
-TRAINED = 9  # floats for a weight while it is trained with its code: itself, the code's number, gradients and moments
+TRAINED = {"scales": 2, "codes": 8}  # bytes that stay for a weight of which that is trained, its block's share included
+ON_THE_WAY = 3  # floats besides for each weight of the layer that is trained: itself, its gradient, and what it was
+MOVED = 40  # bytes that a GPU takes for each weight of a matrix while it takes a step
 SOLVED = 48, 40  # bytes that a GPU takes for each weight of a Hessian, and of a matrix, while that is solved
 
 
@@ -40,28 +42,34 @@ def peak(
     inside = [entry for layer in layers for entry in layer]
     reading = _floats(inside) + FLOAT * SAMPLED * TOGETHER * CONTEXT * _heads(inside) if whole else TEXT * tokens
     ends = [e for e in outside if e.name in ENDS and len(e.tensor.shape) > 1]
-    trained = TRAINED if tune == "layers" else 0
-    calibrating = max((_layer(layer, threads) + trained * _floats(layer) for layer in layers), default=0)
+    by_layer = tune == "layers"
+    calibrating = max((_layer(layer, threads) + by_layer * _by_layer_trained(layer) for layer in layers), default=0)
     calibrating += _logits(outside)
     calibrating += sum(2 * _hessian(e) + 2 * FLOAT * 2 * e.tensor.n_rows for e in ends)  # of what each is used for
     # Rows go from the first process to others: as they are, pickled, and padded for each.
     calibrating += 3 * max(map(_floats, layers), default=0) if several else 0
     stages = [reading, calibrating + sum(_end(e, threads) for e in ends)]
-    if tune and not trained:
-        stages.append(training(entries, tune) - _floats(outside))
+    if tune and not by_layer:
+        stages.append(training(entries, tune) - _floats(outside) + sum(e.n_bytes for e in inside))  # as it was stored
     return BASE + _floats(outside) + max(stages)
 
 
 def training(entries: Sequence[Entry], tune: str, sequences: int = BATCH) -> int:
     """Bytes at most of `tune.run`, on a GPU by estimate, when that runs so many sequences at a time.
 
-    Two models; of one the weights once more as made from their codes, in steps, and with gradients. The calibration's
-    ends are still there.
+    The ends, what is trained, and what else a layer has. Besides, while the original is run, its ends and a layer; and
+    then a batch's hidden states between the layers, and a layer's weights, gradients, inputs and outputs.
     """
     outside, layers = _by_layer(entries)
-    trained = 2 + TRAINED if tune == "codes" else 7  # a code's number, its gradient and two moments
-    outputs = 2 * sum(map(_outputs, layers)) // BATCH + 2 * _logits(outside)
-    return 3 * _floats(outside) + trained * sum(map(_floats, layers)) + sequences * outputs
+    kept = _floats(outside) + sum(_kept(entry, tune) for layer in layers for entry in layer)
+    states = FLOAT * BATCH * CONTEXT * (len(layers) + 2) * max((e.tensor.n_cols for e in outside), default=0)
+    most = 0
+    for layer in layers:
+        batch = 2 * _outputs(layer) * sequences // BATCH
+        matrix = max((e.tensor.shape[-2] * e.tensor.n_cols for e in layer if len(e.tensor.shape) > 1), default=0)
+        passing = ON_THE_WAY * _floats(layer) + MOVED * matrix + _outputs(layer)
+        most = max(most, batch + max(_floats(outside) + 2 * _floats(layer), states + passing))
+    return kept + most + 2 * _logits(outside)
 
 
 def solvers(
@@ -96,7 +104,7 @@ def on_gpu(entries: Sequence[Entry], bits: int, sequences: int = BATCH, tune: st
         sizes = zip(matrices, pieces, strict=True)
         solving = max((of_hessian * e.tensor.n_cols**2 + of_matrix * piece for e, piece in sizes), default=0)
         batch = 2 * _outputs(layer) * sequences // BATCH
-        training = TRAINED * _floats(layer) + batch if tune == "layers" else 0
+        training = _by_layer_trained(layer) + batch if tune == "layers" else 0
         most = max(most, int(share * (4 * _floats(layer) + batch)) + max(hessians + solving, training))
     at_ends = [e for e in outside if e.name in ENDS]
     # What each is used for, and it as it is stored and as it would be nearest.
@@ -171,6 +179,19 @@ def _layer(layer: Sequence[Entry], threads: int) -> int:
     coding = threads * max((families.coding_bytes(e.target, *e.tensor.shape[-2:]) for e in matrices), default=0)
     aims = 4 * _floats(layer)
     return _floats(layer) + max(_floats(layer), hessians + 2 * _outputs(layer) + aims + solving + coding)
+
+
+def _kept(entry: Entry, tune: str) -> int:
+    """Bytes that stay of a tensor of a layer while it is trained, with its codes or without."""
+    fmt = formats.for_type(entry.target) if entry.target else None
+    trained = fmt and (tune == "codes" or fmt.own_scale)
+    return (TRAINED[tune] if trained else FLOAT) * entry.tensor.n_weights
+
+
+def _by_layer_trained(layer: Sequence[Entry]) -> int:
+    """What it takes to train a layer alone, besides what its calibration takes."""
+    weights = sum(e.tensor.n_weights for e in layer)
+    return (TRAINED["codes"] + ON_THE_WAY * FLOAT) * weights
 
 
 def _hessian(entry: Entry) -> int:

@@ -34,6 +34,7 @@ from ..errors import EnvironmentFailed, InputError, SplitqError, UnsupportedErro
 from ..files import checkpoint
 from ..files.gguf_file import disk_error
 from . import text
+from .ranks import ALONE, Alone
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -206,13 +207,13 @@ class Model:
             parts.append(document)
         return "\n".join(parts)
 
-    def sample_tokens(self, count: int, threads: int = 1, seed: int = SEED) -> torch.Tensor:
+    def sample_tokens(self, count: int, threads: int = 1, seed: int = SEED, ranks: Alone = ALONE) -> torch.Tensor:
         """int64 [sequences, CONTEXT] drawn from the model itself, as it speaks (temperature 1).
 
         A sequence starts with the model's first token, if it has one, and a random one, so that no two are alike. The
         model is whole in memory meanwhile. Another seed gives other text, a processor of another kind too, and a GPU
         that has no room for SAMPLED_ON_GPU sequences at a time and draws fewer. The same at any number of threads, of
-        which at most TOGETHER are used.
+        which at most TOGETHER are used, and of processes, which have a share each; the first one gets all.
         Raises UnsupportedError of an encoder.
         """
         if self.encoder:
@@ -221,6 +222,7 @@ class Model:
         vocabulary = self.module.get_input_embeddings().num_embeddings
         most = SAMPLED if self.device.type == "cpu" else SAMPLED_ON_GPU
         sequences, at_once = max(4, count // CONTEXT), most
+        own = ranks.share(range(0, sequences, most))[1]
 
         def draw(start: int) -> torch.Tensor:
             random = torch.Generator(self.device).manual_seed(seed * sequences + start)
@@ -241,11 +243,15 @@ class Model:
                 stack.enter_context(self.layer(index))
             while True:
                 try:
-                    return torch.cat(list(pool.map(draw, range(0, sequences, at_once))))
+                    starts = [start for first in own for start in range(first, min(first + most, sequences), at_once)]
+                    found = [*pool.map(draw, starts)]
+                    break
                 except torch.OutOfMemoryError:
                     if at_once == 1:
                         raise
                 at_once = self.room.half(at_once, most)
+        drawn = torch.cat(found) if found else torch.empty(0, CONTEXT, dtype=torch.long)
+        return torch.cat([drawn[:0], *ranks.gathered(drawn)])
 
     @torch.no_grad()
     def inputs(

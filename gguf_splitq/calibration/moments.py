@@ -31,12 +31,11 @@ import torch
 
 from . import fisher
 from .model import BATCH, Model
-from .ranks import Alone
+from .ranks import ALONE, Alone
 from .watch import matrices
 
 COLUMNS = 512  # of a Hessian that are one thread's work
 ON_GPU = 2048  # of them at a time there: half of the matrix is left out, and products are large enough
-ALONE = Alone()
 CHECKED = 2  # layers, the first that are solved, whose codes are tried on other tokens
 
 Key = tuple[str, int | None]  # a matrix's name, and the expert

@@ -58,6 +58,9 @@ class Alone:
         return tensor
 
 
+ALONE = Alone()
+
+
 class Several(Alone):
     """As torchrun has started them.
 
@@ -74,7 +77,7 @@ class Several(Alone):
 
     def use(self, device: str) -> None:
         """See `Alone`, as of all methods."""
-        if device != "cpu":
+        if device != "cpu" and self.tensors is None:
             import torch
 
             torch.cuda.set_device(device)

@@ -31,13 +31,12 @@ from ..rewrite import Rows, each_matrix, read_float32
 from ..types.columns import side_name
 from . import aims, ends, fisher, layerwise, moments, pieces, training
 from . import tune as tuning
-from .helping import Job
+from .helping import Drawing, Job, Training
 from .hessians import Hessians
 from .journal import Journal
-from .model import CONTEXT, Model, Room, held_out
-from .moments import ALONE
+from .model import CONTEXT, SEED, Model, Room, held_out
 from .pieces import alone
-from .ranks import Alone
+from .ranks import ALONE, Alone
 from .stored import decoded, rounded
 
 Progress = Callable[[str, int, int], None]
@@ -109,7 +108,8 @@ def run(
     progress: Progress,
     hessians: str | Path | None = None,
     tune: str | None = None,
-    tune_steps: int = 0,
+    by_layer: bool = False,
+    steps: int = 0,
     dtype: str = "auto",
     aim: str = "half",
     device: str = "cpu",
@@ -121,36 +121,35 @@ def run(
     folder: the checkpoint that `file` was made from, or `file` itself. calib: a text file, or "self" for text sampled
     from the model. journal: where finished layers are kept, and found again. solvers: matrices solved at a time.
     progress: what is being done, steps done and in all. hessians: a file of what was measured, read when it is there
-    and else written. tune: what to train, as `tune.run`, in so many steps, or "layers" one by one, each in so many, for
-    which `aim` is "half" and there is one process. dtype: as of `precision`. aim: "half" or "plain". device: as PyTorch
-    names it. ranks: the processes that share the work, of which this is the first. room: what it may take of the GPU's
-    memory, and hidden states of memory.
+    and else written. tune: what to train of the model as a whole, as of `tune.run`, in so many steps; by_layer: train
+    layers one by one, each in so many, for which `aim` is "half" and there is one process. dtype: as of `precision`.
+    aim: "half" or "plain". device: as PyTorch names it. ranks: the processes that share the work, of which this is the
+    first. room: what it may take of the GPU's memory, and hidden states of memory.
     Raises InputError (too little text, damaged activations) and UnsupportedError (transformers cannot load it).
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
     dtype = precision(dtype, device)
     model = Model(folder, device, DTYPES[dtype], room)
-    if tune and model.encoder:
+    if (tune or by_layer) and model.encoder:
         raise UnsupportedError(f"{folder}: --tune trains what a model writes, and this is an encoder: leave it out")
     known = Hessians(hessians, journal, len(model))
     cache = known if hessians or aim == "half" else None
     sample = None
-    whole = tune if tune != "layers" else None
-    if not (cache and cache.complete) or whole or aim == "half":
-        sample = _sample(model, calib, tokens, journal, threads)
+    if not (cache and cache.complete) or tune or aim == "half":
+        sample = _sample(model, calib, tokens, journal, threads, ranks)
     if (model.encoder or ranks.count > 1) and not known.has_ends():
         known.keep_ends({})  # nobody measures them
     solved = Solved(tokens=sample[0].numel() if sample else tokens, dtype=dtype)
     if model.encoder:
         solved.measure = "1 - cosine"
-    ranks.first(lambda: _job(model, aim, sample, journal, cache))
+    job = _job(model, aim, sample, journal, cache)
+    ranks.first(lambda: job)
     ranks.use(device)
     if aim == "half":
         assert cache and sample
-        steps = tune_steps if tune == "layers" else 0
         solved.divergence = _half_way(
-            model, sample, file, entries, threads, solvers, journal, cache, progress, ranks, steps
+            model, sample, file, entries, threads, solvers, journal, cache, progress, ranks, steps if by_layer else 0
         )
     else:
         # The solver's operations are too small for threads to share: a matrix to a thread, and a thread to a matrix.
@@ -170,15 +169,18 @@ def run(
     solved.left = _left(entries, solved)
     if cache:
         cache.finish()
-    if tune == "layers":
-        solved.tuned = _of_layers(solved.trained, tune_steps)
-    if whole:
+    del model  # the memory is needed
+    if by_layer:
+        solved.tuned = _of_layers(solved.trained, steps)
+    if tune:
         assert sample
         if journal.find("tuned") is None:
             again = functools.partial(Model, folder, device, room=room)
-            own = _drawn(again, tuning.drawn(tune_steps, sample[0].numel()), journal, threads)
-            text, step = torch.cat([sample[0], own]), functools.partial(progress, "tuning")
-            changed = tuning.run(again, file, entries, solved.rows, text, sample[1], whole, tune_steps, step)
+            own = _drawn(again, tuning.drawn(steps, sample[0].numel()), journal, threads, ranks)
+            text, held = torch.cat([sample[0], own]), sample[1]
+            scratch, given = journal.folder.absolute(), tuning.Given(file, entries, solved.rows)
+            ranks.first(lambda: Training(folder.absolute(), text, held, tune, steps, scratch))
+            changed = tuning.run(again, given, text, held, tune, steps, scratch, threads, progress, ranks)
             journal.keep("tuned", *changed)
         rows, solved.tuned = journal.part("tuned")
         solved.rows |= rows
@@ -194,13 +196,13 @@ def precision(choice: str, device: str = "cpu") -> str:
 
 
 def _sample(
-    model: Model, calib: str | Path, tokens: int, journal: Journal, threads: int
+    model: Model, calib: str | Path, tokens: int, journal: Journal, threads: int, ranks: Alone
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 [sequences, CONTEXT] of the text, or drawn from the model; and others to try the codes on, maybe none."""
     if (kept := journal.find("tokens")) is None:
         if calib == "self":
             held = held_out(tokens // CONTEXT)
-            drawn = model.sample_tokens(tokens + held * CONTEXT, threads)
+            drawn = _draw(model, tokens + held * CONTEXT, threads, SEED, ranks)
             parts = drawn[:-held].contiguous(), drawn[-held:].contiguous()
         else:
             parts = model.split_text(Path(calib), tokens)
@@ -210,12 +212,19 @@ def _sample(
     return torch.from_numpy(arrays["tokens"][:]), torch.from_numpy(arrays["held"][:])
 
 
-def _drawn(model: Callable[[], Model], tokens: int, journal: Journal, threads: int) -> torch.Tensor:
+def _draw(model: Model, tokens: int, threads: int, seed: int, ranks: Alone) -> torch.Tensor:
+    """As of `Model.sample_tokens`, by all processes."""
+    ranks.first(lambda: Drawing(model.path.absolute(), model.dtype, tokens, seed))
+    ranks.use(str(model.device))
+    return model.sample_tokens(tokens, threads, seed, ranks)
+
+
+def _drawn(model: Callable[[], Model], tokens: int, journal: Journal, threads: int, ranks: Alone) -> torch.Tensor:
     """int64 [sequences, CONTEXT] drawn from the model to train on; other ones than are calibrated on."""
     if not tokens:
         return torch.empty(0, CONTEXT, dtype=torch.long)
     if (kept := journal.find("drawn")) is None:
-        journal.keep("drawn", {"tokens": model().sample_tokens(tokens, threads, seed=1).numpy()})
+        journal.keep("drawn", {"tokens": _draw(model(), tokens, threads, SEED + 1, ranks).numpy()})
         kept = journal.part("drawn")
     return torch.from_numpy(kept[0]["tokens"][:])
 
@@ -343,7 +352,8 @@ def _half_way(
                 continue
             work.solve(stage, pool, ranks)
             if stage.passing and steps:
-                pool.submit(work.train, stage, stage.passing, steps).result()
+                shown = functools.partial(progress, f"training layer {stage.index}")
+                pool.submit(work.train, stage, stage.passing(), steps, shown).result()
             if stage.last:
                 journal.keep(_part(stage.index), *work.finished())
 
@@ -396,7 +406,7 @@ class _Decoder:
         self.rows |= rows
         return rows
 
-    def train(self, stage: aims.Stage, passing: aims.Passing, steps: int) -> None:
+    def train(self, stage: aims.Stage, passing: aims.Passing, steps: int, progress: Callable[[int, int], None]) -> None:
         """Train what is stored of the layer, whose last stage is solved, and put that into its layers."""
         for layer in stage.layers:
             layer.hessian = layer.pull = None  # the memory is needed
@@ -413,7 +423,7 @@ class _Decoder:
                     found.append(training.Piece(entry, layer, order, packed, matrix))
                 first += len(order)
         if whole := training.whole(found):
-            rows, report = layerwise.run(passing, whole, stored, steps)
+            rows, report = layerwise.run(passing, whole, stored, steps, progress)
             self.report["trained"] = [report]
             self.rows |= rows
             for name in rows:

@@ -5,6 +5,14 @@ The model is trained as a whole to give the float model's distribution (mean KL 
 cosine to zero), on the calibration text and, in a longer run, on text drawn from the float model: without that codes
 learn the text by heart. Other text decides whether the result is taken: if it diverges more than before, the file stays
 as it was. training.py has what is trained of a matrix; of formats with side tensors norms alone are.
+
+The float model is run once, layer by layer: what its last layer gives for each token is kept. Of the quantized one its
+codes and what trains them are in memory, and hidden states between its layers. The weights of a layer are made when it
+is run, and made and run again on the way back (checkpointing, Chen et al., arXiv 1604.06174), where a step is taken as
+soon as the layer's gradient is there.
+
+A sequence has its place in a batch, and a process has some of the places. On a CPU a sequence is run by one thread, and
+rows of a matrix are trained by one; so neither the number of threads shows, nor, but for rounding, that of processes.
 """
 
 from __future__ import annotations
@@ -12,7 +20,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,35 +32,45 @@ from torch.nn.functional import kl_div
 from torch.overrides import TorchFunctionMode
 
 from ..coding import formats
-from ..files.gguf_file import Gguf
+from ..files.gguf_file import Gguf, require_space
 from ..plan import Entry
-from ..rewrite import Rows, each_matrix, to_float32
-from . import fisher, layerwise, moments
-from .model import BATCH, CONTEXT, Model
+from ..rewrite import Rows, each_matrix, read_float32, to_float32
+from . import fisher, layerwise, moments, training
+from .model import BATCH, CONTEXT, Model, OnDisk
+from .moments import Key
+from .ranks import ALONE, Alone
 from .stored import decoded, rounded
-from .training import OWN_SCALE, Bundle, Piece, Quantized, by_bits, descend, groups_of, whole
+from .training import (
+    HELD_OUT,
+    Adam,
+    Bundle,
+    Call,
+    Part,
+    Piece,
+    Products,
+    Quantized,
+    Step,
+    by_bits,
+    noises,
+)
+from .watch import matrices
 
 STEPS = {"scales": 64, "codes": 640, "layers": layerwise.STEPS}  # by what is trained, each layer of the last
 DRAWN = 1 << 20  # tokens that the model draws, at most
 PASSES = 2  # over the calibration text before more is drawn
 RATES = {"scales": 3e-3, "codes": 1e-3}  # of scales and norms, relative to their own size, by what is trained
 CODE_RATES = {3.0: 3e-3, 4.0: 2e-3, math.inf: 2e-4}  # of codes, in mean gaps of levels, below so many bits a weight
-HELD_OUT = 16  # one sequence in so many, where the text has no others
+
+Progress = Callable[[str, int, int], None]
 
 
-class _Trained(TorchFunctionMode):
-    """F.linear takes other weights than the model's own, by their addresses."""
+@dataclass(frozen=True)
+class Given:
+    """What the first process has. rows: tensor name -> uint8 [n_rows, row_bytes] as solved."""
 
-    def __init__(self, weights: Mapping[int, torch.Tensor]):
-        super().__init__()
-        self.weights = weights
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.nn.functional.linear and (found := self.weights.get(args[1].data_ptr())) is not None:
-            args = (args[0], found.to(args[1].dtype), *args[2:])
-        return func(*args, **(kwargs or {}))
+    file: Gguf
+    entries: Sequence[Entry]
+    rows: Mapping[str, Rows]
 
 
 def drawn(steps: int, tokens: int) -> int:
@@ -59,59 +80,298 @@ def drawn(steps: int, tokens: int) -> int:
 
 def run(
     model: Callable[[], Model],
-    file: Gguf,
-    entries: Sequence[Entry],
-    rows: Mapping[str, Rows],
+    given: Given | None,
     tokens: torch.Tensor,
     held: torch.Tensor,
     what: str,
     steps: int,
-    progress: Callable[[int, int], None],
+    scratch: Path,
+    threads: int,
+    progress: Progress = lambda what, done, total: None,
+    ranks: Alone = ALONE,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensor name -> the rows to store instead, a report).
+    """(tensor name -> the rows to store instead, a report); of the first process.
 
-    model: makes the float model. rows: tensor name -> uint8 [n_rows, row_bytes] as solved. tokens: int64 [sequences,
-    CONTEXT], to train on; held: others, to judge by; where there are none, some of `tokens`. what: "scales" (and
-    norms), or "codes", those too. Both models are whole in memory. progress: batches done and in all. The report has
-    the divergence on held-out tokens "before" and "after", in nats a token, which are equal when nothing is stored
-    instead, and the share of codes that have "changed".
+    model: makes the float model. given: None at other processes. tokens: int64 [sequences, CONTEXT], to train on; held:
+    others, to judge by; where there are none, some of `tokens`. what: "scales" (and norms), or "codes", those too.
+    scratch: the folder for hidden states. ranks: the processes that share the tokens; all take the same steps. The
+    report has the divergence on held-out tokens "before" and "after", in nats a token, which are equal when nothing is
+    stored instead, and the share of codes that have "changed". The same tokens give the same bytes at any number of
+    threads. Raises InputError when an activation of the float model is NaN or Inf.
     """
-    teacher, student = model(), model()
-    chance = torch.Generator().manual_seed(0)
     if not len(held):
         apart = torch.arange(len(tokens)) % HELD_OUT == 0
         tokens, held = tokens[~apart], tokens[apart]
     with contextlib.ExitStack() as stack:
-        for each in (teacher, student):
-            layers = [stack.enter_context(each.layer(index)) for index in range(len(each))]
-        pieces = _pieces(student, layers, file, entries, rows, what == "codes")
-        quantized = Quantized(pieces, what == "codes", student.device, chance)
-        norms = _norms(student, file)
-        original = {name: parameter.detach().clone() for name, (parameter, _) in norms.items()}
-        for parameter, _ in norms.values():
-            parameter.requires_grad_(True)
-        slower = _slower(quantized.bundles, STEPS[what], steps)
-        rate = slower * RATES[what]
-        groups = [*groups_of(quantized.bundles, lambda bundle: (rate, slower * by_bits(CODE_RATES, bundle)))]
-        groups += [{"params": [parameter], "lr": rate * _size(parameter)} for parameter, _ in norms.values()]
-        codes = [bundle.codes for bundle in quantized.bundles]
-        loss = functools.partial(_loss, teacher, student, quantized)
-        before = after = _divergence(student, loss, held)
-        if groups:
-            with moments.tf32(student.device):  # as precise as a gradient has to be
-                _train(student, loss, quantized.bundles, groups, tokens, steps, chance, progress)
-            after = _divergence(student, loss, held)
-        changed: dict[str, np.ndarray] = {}
-        share = 0.0
-        if after < before:
-            changed = quantized.packed()
-            moved = sum(int((old != b.codes).sum()) for old, b in zip(codes, quantized.bundles, strict=True))
-            share = moved / max(sum(map(torch.numel, codes)), 1)
-            for name, (parameter, shift) in norms.items():
-                if not torch.equal(parameter.detach(), original[name]):
-                    changed[name] = (parameter.detach().float().cpu().numpy() + shift).view(np.uint8).reshape(1, -1)
+        pool = stack.enter_context(fisher.workers(threads))
+        student = _Student(model(), stack, given, what, steps, pool, ranks)
+        stack.enter_context(moments.tf32(student.model.device))  # as precise as a gradient has to be
+        text = _Text(tokens, held, steps, ranks)
+        answers = _answers(model(), text.own, scratch, pool, functools.partial(progress, "running the original"))
+        before = after = student.divergence(text.held(answers), held.numel())
+        if student.trains:
+            for number, (count, batch) in zip(range(steps), text.batches(answers), strict=False):
+                student.descend(batch, count, Step(number, steps))
+                progress("tuning", number + 1, steps)
+            after = student.divergence(text.held(answers), held.numel())
+        changed, share = student.changed() if after < before and not ranks.rank else ({}, 0.0)
     tried = {"what": what, "steps": steps, "tokens": tokens.numel()}
     return changed, tried | {"before": before, "after": min(after, before), "changed": share}
+
+
+Batch = tuple[torch.Tensor, list[torch.Tensor]]  # int64 [sequences, CONTEXT], and the original's states of each
+
+# Of a part of a batch: the gradients at hidden states, those of norms, and what `Products` has of matrices.
+Gradients = tuple[torch.Tensor, list[torch.Tensor | None], list[Call]]
+
+
+class _Text:
+    """The sequences of a process. own: int64 [sequences, CONTEXT], those to train on, then those to judge by."""
+
+    def __init__(self, tokens: torch.Tensor, held: torch.Tensor, steps: int, ranks: Alone):
+        self.chance = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(tokens), generator=self.chance)[: steps * BATCH]
+        self.slots = [order[slot::BATCH] for slot in range(BATCH)]
+        self.begin, mine = ranks.share(self.slots)
+        first, some = ranks.share(range(len(held)))
+        numbers = torch.cat([*mine, order[:0]])
+        self.end, self.place = self.begin + len(mine), {int(n): i for i, n in enumerate(numbers)}
+        self.own = torch.cat([tokens[numbers], held[first : first + len(some)]])
+
+    def batches(self, answers: OnDisk) -> Iterator[tuple[int, Batch]]:
+        """(tokens of all processes' batch, what this one has of it), without end: drawn without putting back."""
+        slots = self.slots
+        while True:
+            for i in range(len(slots[0])):
+                whole = [slot[i] for slot in slots if i < len(slot)]
+                mine = [self.place[int(number)] for number in whole[self.begin : self.end]]
+                yield len(whole) * CONTEXT, (self.own[mine], [answers[place] for place in mine])
+            slots = [slot[torch.randperm(len(slot), generator=self.chance)] for slot in slots]
+
+    def held(self, answers: OnDisk) -> Iterator[Batch]:
+        """What this process has of the tokens to judge by."""
+        for some in _by_batch(len(self.place), len(self.own)):
+            yield self.own[some.start : some.stop], [answers[place] for place in some]
+
+
+def _by_batch(start: int, stop: int) -> Iterator[range]:
+    """These numbers, BATCH at a time."""
+    return (range(first, min(first + BATCH, stop)) for first in range(start, stop, BATCH))
+
+
+def _answers(
+    model: Model, tokens: torch.Tensor, scratch: Path, pool: Executor, progress: Callable[[int, int], None]
+) -> OnDisk:
+    """The hidden states [1, CONTEXT, hidden] after the last layer, by sequence."""
+    width = model.module.get_input_embeddings().embedding_dim
+    require_space(scratch, tokens.numel() * width * model.dtype.itemsize)
+    states = model.inputs([*tokens[:, None]], scratch)
+    assert isinstance(states, OnDisk)
+    for index in range(len(model)):
+        with model.layer(index, index + 1) as module:
+            through = functools.partial(fisher.forward, model, module, index)
+            for some in _by_batch(0, len(states)):
+                hidden = torch.cat([states[i].to(model.device) for i in some])
+                found = torch.cat(fisher.each_part(model, pool, through, hidden))
+                for i, after in zip(some, found.split(1), strict=True):
+                    states[i] = after
+        progress(index + 1, len(model))
+    return states
+
+
+class _Student:
+    """The quantized model. stack: has what its layers hold."""
+
+    def __init__(
+        self,
+        model: Model,
+        stack: contextlib.ExitStack,
+        given: Given | None,
+        what: str,
+        steps: int,
+        pool: Executor,
+        ranks: Alone,
+    ):
+        self.model, self.pool, self.ranks = model, pool, ranks
+        self.each = map if model.at_once else pool.map
+        self.modules: list[torch.nn.Module] = []
+        every: list[list[Part]] = []
+        for index in range(len(model)):
+            module = stack.enter_context(model.layer(index))
+            pieces, put = _pieces(module, index, given, what == "codes") if given else ([], set())
+            for name in ranks.first(functools.partial(sorted, put)):
+                ranks.same(module.get_parameter(name).data)
+            parts = training.parts_of(pieces, what == "codes", model.device, self.each)
+            every.append(training.shared(parts, model.device, ranks))
+            _empty(module, {part.key for part in every[-1]})
+            self.modules.append(module)
+        slower = _slower([part.bundle for parts in every for part in parts], STEPS[what], steps)
+        rate = slower * RATES[what]
+
+        def rates(bundle: Bundle) -> tuple[float, float]:
+            return rate, slower * by_bits(CODE_RATES, bundle)
+
+        self.layers = [Quantized(parts, rates, index, self.each) for index, parts in enumerate(every)]
+        names = ranks.first(lambda: _norms(model, given.file) if given else [])
+        self.norms = [_Norm(number, *name, model, rate) for number, name in enumerate(names)]
+        self.instead = {id(norm.parameter): norm.value for norm in self.norms}
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return bool(self.norms) or any(layer.parts for layer in self.layers)
+
+    def changed(self) -> tuple[dict[str, np.ndarray], float]:
+        """Tensor name -> the rows to store instead, and the share of codes that have changed."""
+        found = {name: rows for layer in self.layers for name, rows in layer.packed().items()}
+        found |= {norm.name: norm.stored() for norm in self.norms if norm.moved}
+        return found, training.changed(self.layers)
+
+    def divergence(self, batches: Iterator[Batch], count: int) -> float:
+        """From the float model, in nats a token, of so many that all processes have."""
+        total = 0.0
+        for tokens, answers in batches:
+            pairs = self._at_the_head(self._forward(tokens)[-1], answers)
+            with self.model.heads() as head:
+                total += sum(self.each(functools.partial(self._loss, head), pairs))
+        totals = self.ranks.gathered(total)
+        return self.ranks.first(lambda: sum(totals)) / count
+
+    def descend(self, batch: Batch, count: int, step: Step) -> None:
+        """Take a step against the gradient of the mean over `count` tokens, those of all processes' batch."""
+        tokens, answers = batch
+        states = self._forward(tokens) if len(tokens) else []
+        found, slope = self._behind(states.pop(), answers, count) if states else ([], torch.empty(0))
+        self._descend(None, found, step)
+        for index in reversed(range(len(self.layers))):
+            parts: list[Gradients] = []
+            if states:
+                backward = functools.partial(self._backward, index, self.layers[index].weights())
+                parts = fisher.each_part(self.model, self.pool, backward, states.pop(), slope)
+                slope = torch.cat([first for first, *_ in parts])
+            self.layers[index].descend((call for *_, calls in parts for call in calls), step, self.ranks)
+            self._descend(index, parts, step)
+
+    def _forward(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Hidden states [sequences, CONTEXT, hidden] before each layer, and after the last."""
+        states = [*self.model.inputs([tokens])]
+        for index, layer in enumerate(self.layers):
+            through = functools.partial(self._through, index, layer.weights())
+            states.append(torch.cat(fisher.each_part(self.model, self.pool, through, states[-1])))
+        return states
+
+    def _through(self, index: int, weights: Mapping[Key, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after a layer."""
+        module = self.modules[index]
+        with torch.no_grad(), _Instead(self.instead), Products(module, weights):
+            return self.model.forward(module, index, hidden)
+
+    def _backward(
+        self, index: int, weights: Mapping[Key, torch.Tensor], hidden: torch.Tensor, slope: torch.Tensor
+    ) -> Gradients:
+        """From the gradient behind a layer, given what is in front of it."""
+        module, values = self.modules[index], [norm.value for norm in self._norms_of(index)]
+        with torch.enable_grad(), _Instead(self.instead), Products(module, weights, self.layers[index].shapes) as seen:
+            hidden = hidden.detach().to(self.model.device).requires_grad_()
+            output = self.model.forward(module, index, hidden)
+        calls, (first, *rest) = seen.gradients(output, slope, [hidden, *values])
+        assert first is not None
+        return first, rest, calls
+
+    def _at_the_head(self, hidden: torch.Tensor, answers: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Hidden states of both models, so many tokens that a sequence's logits are there once."""
+        few = CONTEXT if self.model.at_once else CONTEXT // BATCH
+        for ours, theirs in zip(hidden.split(1), answers, strict=True):
+            yield from zip(ours.split(few, 1), theirs.split(few, 1), strict=True)
+
+    def _loss(self, head: Callable[[torch.Tensor], torch.Tensor], pair: tuple[torch.Tensor, ...]) -> float:
+        """The divergence, summed over these tokens."""
+        ours, theirs = pair
+        with torch.no_grad():
+            wanted = head(theirs).log_softmax(-1)
+            with _Instead(self.instead):
+                given = head(ours).log_softmax(-1)
+        return float(kl_div(given, wanted, reduction="sum", log_target=True))
+
+    def _behind(
+        self, hidden: torch.Tensor, answers: Sequence[torch.Tensor], count: int
+    ) -> tuple[list[Gradients], torch.Tensor]:
+        """From behind the last layer: the gradients of its parts, and at these hidden states."""
+        pairs = self._at_the_head(hidden, answers)
+        with self.model.heads() as head:
+            found: list[Gradients] = list(self.each(functools.partial(self._at_head, head, count), pairs))
+        return found, torch.cat([first for first, *_ in found], 1).view(hidden.shape)
+
+    def _at_head(
+        self, head: Callable[[torch.Tensor], torch.Tensor], count: int, pair: tuple[torch.Tensor, ...]
+    ) -> Gradients:
+        ours, theirs = pair
+        with torch.no_grad():
+            wanted = head(theirs).softmax(-1)
+        with torch.enable_grad(), _Instead(self.instead):
+            ours = ours.detach().to(self.model.device).requires_grad_()
+            logits = head(ours)
+        slope = logits.detach().softmax(-1).sub_(wanted).div_(count)
+        values = [norm.value for norm in self._norms_of(None)]
+        found = torch.autograd.grad(logits, [ours, *values], slope, allow_unused=True)
+        return found[0], list(found[1:]), []
+
+    def _norms_of(self, index: int | None) -> list[_Norm]:
+        """Those of a layer, or outside of layers."""
+        return [norm for norm in self.norms if norm.index == index]
+
+    def _descend(self, index: int | None, parts: Sequence[Gradients], step: Step) -> None:
+        """Take a step with the norms of a layer, or outside of layers. parts: of a batch."""
+        for number, norm in enumerate(self._norms_of(index)):
+            total = torch.zeros_like(norm.value)
+            for _, rest, _ in parts:
+                if (gradient := rest[number]) is not None:
+                    total += gradient
+            norm.descend(self.ranks.summed(total), step)
+
+
+class _Norm:
+    """A norm's weight: its name in GGUF and in the model, and what llama.cpp's converter has added (1 for Gemma's)."""
+
+    def __init__(self, number: int, name: str, key: str, shift: float, model: Model, rate: float):
+        self.name, self.key, self.shift, self.parameter = name, key, shift, model.module.get_parameter(key)
+        inside = key.removeprefix(model.prefix + ".").split(".")[0] if key.startswith(model.prefix + ".") else None
+        self.index = None if inside is None else int(inside)
+        self.value = self.parameter.detach().clone().requires_grad_()
+        self.rate = rate * float(self.value.detach().float().square().mean().sqrt())
+        self.adam = Adam(self.value.shape, self.value.device)
+        self.chance = torch.Generator(self.value.device).manual_seed(number)
+
+    @torch.no_grad()
+    def descend(self, gradient: torch.Tensor, step: Step) -> None:
+        """Take a step."""
+        if step.number == 0:
+            self.adam.begin(float(gradient.square().mean()))
+        change = self.adam.change(gradient, step, noises(gradient, self.chance))
+        self.value.sub_(change, alpha=self.rate * step.rate)
+
+    @property
+    def moved(self) -> bool:
+        """Whether it has another value than before."""
+        return not torch.equal(self.value, self.parameter)
+
+    def stored(self) -> np.ndarray:
+        """uint8 [1, row_bytes]."""
+        return (self.value.detach().float().cpu().numpy() + self.shift).view(np.uint8).reshape(1, -1)
+
+
+class _Instead(TorchFunctionMode):
+    """Other tensors in place of a module's own, by their ids."""
+
+    def __init__(self, instead: Mapping[int, torch.Tensor]):
+        super().__init__()
+        self.instead = instead
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = {name: self.instead.get(id(value), value) for name, value in (kwargs or {}).items()}
+        return func(*(self.instead.get(id(value), value) for value in args), **found)
 
 
 def _slower(bundles: Sequence[Bundle], usual: int, steps: int) -> float:
@@ -120,105 +380,57 @@ def _slower(bundles: Sequence[Bundle], usual: int, steps: int) -> float:
     return min(1.0, usual / steps) if paths else 1.0
 
 
-def _train(
-    student: Model,
-    loss: Callable[[torch.Tensor], torch.Tensor],
-    bundles: Sequence[Bundle],
-    groups: list[dict[str, Any]],
-    tokens: torch.Tensor,
-    steps: int,
-    chance: torch.Generator,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Train the leaves in `groups` on batches drawn without putting back. loss: of a batch, summed over its tokens."""
-    batches: list[torch.Tensor] = []
-
-    def gradients(clear: Callable[[], object]) -> None:
-        if not batches:
-            batches.extend(tokens[torch.randperm(len(tokens), generator=chance)].split(BATCH))
-        batch = batches.pop()
-
-        def backward(part: torch.Tensor) -> None:
-            with torch.enable_grad():
-                loss(part).div(batch.numel()).backward()
-
-        fisher.as_fits(student, backward, batch, again=clear)
-
-    descend(bundles, groups, steps, chance, gradients, progress)
-
-
-def _size(values: torch.Tensor) -> float:
-    return float(values.detach().float().square().mean().sqrt())
-
-
-def _loss(teacher: Model, student: Model, quantized: Quantized, tokens: torch.Tensor) -> torch.Tensor:
-    """The divergence, summed over the tokens [batch, CONTEXT]."""
-    tokens = tokens.to(teacher.device)
-    with torch.no_grad():
-        wanted = teacher.module(tokens, use_cache=False).logits.float().log_softmax(-1)
-    with _Trained(quantized.weights()):
-        given = student.module(tokens, use_cache=False).logits.float().log_softmax(-1)
-    return kl_div(given, wanted, reduction="sum", log_target=True)
-
-
-@torch.no_grad()
-def _divergence(student: Model, loss: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> float:
-    parts = (fisher.as_fits(student, lambda part: float(loss(part)), batch) for batch in tokens.split(BATCH))
-    return sum(map(sum, parts)) / tokens.numel()
-
-
-def _pieces(
-    student: Model,
-    modules: Sequence[torch.nn.Module],
-    file: Gguf,
-    entries: Sequence[Entry],
-    rows: Mapping[str, Rows],
-    codes: bool,
-) -> list[Piece]:
-    """Puts what is stored into the model; returns what can be trained."""
+def _pieces(module: torch.nn.Module, index: int, given: Given, codes: bool) -> tuple[list[Piece], set[str]]:
+    """What can be trained of a layer. What is stored of all else is put into the module: the names of these."""
+    layers = moments.layers_of(module)
     pieces: list[Piece] = []
-    for index, module in enumerate(modules):
-        layers = moments.layers_of(module)
-        stored: dict[str, list[tuple[moments.Layer, torch.Tensor, torch.Tensor]]] = {}
-        for entry in entries:
-            if entry.quantized and entry.name.startswith(f"blk.{index}."):
-                fmt, first = formats.for_type(entry.coder), 0
-                trains = entry.name in rows and fmt and (codes or isinstance(fmt, OWN_SCALE))
-                for matrix in each_matrix(file, entry.tensor):
-                    found = moments.match(matrix, layers)
-                    if found is None:
-                        break
-                    layer, order = found
-                    here = slice(first, first + len(matrix))
-                    if entry.name in rows:
-                        weight = decoded(entry, rows, first // len(matrix), here)
-                    elif entry.columns:
-                        break
-                    else:
-                        weight = rounded(torch.from_numpy(matrix), entry)
-                    stored.setdefault(layer.name, []).append((layer, order, weight))
-                    if trains:
-                        packed = np.asarray(rows[entry.name][here])
-                        pieces.append(Piece(entry, layer, order, packed, matrix if codes else None))
-                    first += len(matrix)
-        for parts in stored.values():
-            for layer, order, weight in parts:
-                layer.weight[order.to(layer.weight.device)] = weight.to(layer.weight)
-    return whole(pieces)
+    found: list[tuple[Entry, moments.Layer, torch.Tensor, int]] = []
+    for entry in given.entries:
+        if entry.quantized and entry.name.startswith(f"blk.{index}."):
+            fmt, first = formats.for_type(entry.coder), 0
+            trains = entry.name in given.rows and fmt and (codes or fmt.own_scale)
+            for matrix in each_matrix(given.file, entry.tensor):
+                place = moments.match(matrix, layers)
+                if place is None or entry.columns and entry.name not in given.rows:
+                    break
+                found.append((entry, *place, first))
+                if trains:
+                    packed = np.asarray(given.rows[entry.name][first : first + len(matrix)])
+                    pieces.append(Piece(entry, *place, packed, matrix if codes else None))
+                first += len(matrix)
+    pieces = training.whole(pieces)
+    trained, put = {piece.layer.key for piece in pieces}, set()
+    for entry, layer, order, first in found:
+        if layer.key not in trained:
+            here = slice(first, first + len(order))
+            if entry.name in given.rows:
+                weight = decoded(entry, given.rows, first // len(order), here)
+            else:
+                weight = rounded(torch.from_numpy(read_float32(given.file, entry.tensor, first, len(order))), entry)
+            layer.weight[order.to(layer.weight.device)] = weight.to(layer.weight)
+            put.add(layer.key[0])
+    return pieces, put
 
 
-def _norms(student: Model, file: Gguf) -> dict[str, tuple[torch.nn.Parameter, float]]:
-    """GGUF name -> a norm's weight in the model, and what llama.cpp's converter has added to it (1 for Gemma's)."""
-    found = {}
+def _empty(module: torch.nn.Module, trained: Collection[Key]) -> None:
+    """Give back the memory of matrices that stand nowhere: of each an address is left, by which it is known."""
+    for name, p in matrices(module).items():
+        if all((name, expert) in trained for expert in ([None] if p.dim() == 2 else range(len(p)))):
+            p.data = p.new_full((*p.shape[:-2], 1, 1), torch.nan).expand(p.shape)
+
+
+def _norms(student: Model, file: Gguf) -> list[tuple[str, str, float]]:
+    """The name in GGUF of each norm's weight, that in the model, and what llama.cpp's converter has added to it."""
+    found = []
     tensors = {tensor.name: tensor for tensor in file.tensors}
     for name, key in _gguf_names(student, file.get("general.architecture", str, "")):
         tensor = tensors.get(name)
         parameter = student.module.get_parameter(key)
         if tensor is not None and parameter.dim() == 1 and "norm" in key and tensor.n_weights == parameter.numel():
             values = torch.from_numpy(to_float32(file.read_rows(tensor, 0, tensor.n_rows), tensor.type_id)).flatten()
-            for shift in (0.0, 1.0):
+            for shift in (0.0, 1.0):  # 1: of Gemma's
                 if torch.allclose(values, parameter.detach().float().cpu() + shift, atol=1e-6):
-                    found[name] = parameter, shift
+                    found.append((name, key, shift))
                     break
     return found
 

@@ -32,6 +32,7 @@ class BlockFormat:
 
     block_size = 32
     has_offset = False
+    own_scale = False  # whether each block has one, fine enough to be trained
 
     def __init__(self, tensor_type: TensorType, levels: Sequence[int] | np.ndarray, device: str | torch.device):
         self.type: TensorType = tensor_type
@@ -100,6 +101,7 @@ class ScaleByteFormat(BlockFormat):
     """sq4, sq3, sq2: the parameter is the scale byte, uint8 [n_rows, n_blocks]."""
 
     type: splitquant.SplitQuant | windows.Window
+    own_scale = True
 
     def __init__(self, tensor_type: splitquant.SplitQuant | windows.Window, device: str | torch.device = "cpu"):
         super().__init__(tensor_type, self._table(tensor_type.name), device)
@@ -210,6 +212,8 @@ class HalfFormat(BlockFormat):
     Codes: the fifth bits of 5-bit codes (bit i of 4 bytes belongs to weight i), then 16 bytes of 4-bit codes as in sq4.
     Parameters are float16 [n_rows, n_blocks, 1 or 2].
     """
+
+    own_scale = True
 
     def __init__(self, tensor_type: TensorType, levels: Sequence[int] | np.ndarray, device: str | torch.device):
         super().__init__(tensor_type, levels, device)
