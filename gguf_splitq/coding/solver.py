@@ -292,8 +292,7 @@ class Rows:
         self.weight, self.h, self.fmt, self.order, self.push = weight.T.contiguous(), h, fmt, order, push
         self.levels, self.inner = sweeps.Levels.of(fmt.levels, fmt.wide_levels, fmt.wide), _inner(h.device)
         self.params = fmt.fit(weight, h.diagonal())
-        self.columns = torch.arange(len(h), device=h.device)
-        self.block = self.columns // fmt.block_size
+        self.block = torch.arange(len(h), device=h.device) // fmt.block_size  # of each column
         scale, offset = self.columns_of(self.params, self.block)
         units = (self.weight - offset) * sweeps.inverse(scale)
         parts = (units[: fmt.wide], fmt.wide_levels), (units[fmt.wide :], fmt.levels)
@@ -344,7 +343,7 @@ class Rows:
                 inside, blocks = slice(first, first + span), slice(first // size, (first + span) // size)
                 given = self.units[inside], pull[inside], self.h[inside, inside], self.params[:, blocks]
                 self.params[:, blocks], change = step(*given, fmt)
-                self.inner.lower(pull, self.h, self.columns[inside], change)
+                pull.addmm_(self.h[:, inside], change, alpha=-1)
         return pull
 
     def search(self, chance: torch.Generator, pull: torch.Tensor) -> None:
@@ -376,7 +375,7 @@ class Rows:
                 better = (found.copy >= 0) & group.usable
                 taken[here] = found.copy.long() * better
                 self.units[columns] = torch.where(better, found.units, self.units[columns])
-                self.inner.lower(pull, self.h, columns, found.change.masked_fill(~better, 0))
+                pull.addmm_(self.h[:, columns], found.change.masked_fill(~better, 0), alpha=-1)
         at = taken.T.reshape(1, *params.shape[:2], *[1] * (params.dim() - 2))
         self.params = copies.gather(0, at.expand(1, *params.shape))[0]
 

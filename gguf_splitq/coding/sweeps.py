@@ -98,10 +98,6 @@ class Sweeps(Protocol):
         Returns the new params of these blocks, and what that changes of the weights. units, pull and h as of `search`.
         """
 
-    def lower(self, pull: torch.Tensor, h: torch.Tensor, columns: torch.Tensor, change: torch.Tensor) -> None:
-        """Take h[:, columns] @ change off `pull`, in place. pull: [n, n_rows]; h: [n, n], symmetric; columns: int64."""
-        pull.addmm_(h[:, columns], change, alpha=-1)
-
 
 class Reference(Sweeps):
     """In PyTorch, on any device."""

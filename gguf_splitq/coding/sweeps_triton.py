@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 COLUMNS = 128  # swept by one program; a group of columns to search or refit has at most as many
 LANES = 32  # rows of a program, or rows at one of their scales
-TILE = 128, 128, 32  # of `pull`, and columns taken at a time
 HALVINGS = 7  # that find one of the 128 values of a table
 
 
@@ -126,28 +125,6 @@ def _refit(  # type: ignore[no-untyped-def]
         tl.debug_barrier()  # other threads of the program read these changes
 
 
-@triton.jit
-def _lower(  # type: ignore[no-untyped-def]
-    pull, h, columns, change, n, n_rows, n_columns, h_row,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """A tile of `pull`. Three products of tensor cores together are as precise as float32, and sooner done."""
-    row, lane = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for k in range(0, n_columns, STEP):
-        at = k + tl.arange(0, STEP)
-        column = tl.load(columns + at, at < n_columns, 0)
-        real = (at < n_columns)[:, None]
-        across = tl.load(h + column[:, None] * h_row + row[None, :], real & (row < n)[None, :], 0.0)  # h is symmetric
-        moved = tl.load(change + at[:, None] * n_rows + lane[None, :], real & (lane < n_rows)[None, :], 0.0)
-        total = tl.dot(tl.trans(across), moved, total, input_precision="tf32x3")
-    here, inside = (
-        pull + row[:, None].to(tl.int64) * n_rows + lane[None, :],
-        (row < n)[:, None] & (lane < n_rows)[None, :],
-    )
-    tl.store(here, tl.load(here, inside, 0.0) - total, inside)
-
-
 class Sweeps(sweeps.Sweeps):
     """See `sweeps.Sweeps`. All tensors are on the GPU."""
 
@@ -192,14 +169,6 @@ class Sweeps(sweeps.Sweeps):
             )  # fmt: skip
         new, below = new.T.contiguous(), below.T.contiguous()
         return fmt.nearest(new, below, params), changes  # what can be stored is nearest to itself
-
-    def lower(self, pull: torch.Tensor, h: torch.Tensor, columns: torch.Tensor, change: torch.Tensor) -> None:
-        n, n_rows = pull.shape
-        assert pull.is_contiguous() and h.stride(1) == 1
-        with torch.cuda.device_of(pull):
-            _lower[triton.cdiv(n, TILE[0]), triton.cdiv(n_rows, TILE[1])](
-                pull, h, columns, change.contiguous(), n, n_rows, len(columns), h.stride(0), *TILE, num_warps=8
-            )
 
 
 def _swept(

@@ -144,8 +144,7 @@ class _Rows(solver.Rows):
         self.weight, self.h, self.fmt, self.trellis = weight.T.contiguous(), h, fmt, trellis
         self.inner = solver._inner(h.device)
         self.order, self.push, self.costs = order, push, costs
-        self.columns = torch.arange(len(h), device=h.device)
-        self.block = self.columns // BLOCK
+        self.block = torch.arange(len(h), device=h.device) // BLOCK
         self.edges = torch.empty_like(self.weight, dtype=torch.uint8)
         diagonal = h.diagonal().view(-1, BLOCK, 1)
         share = diagonal / diagonal.sum(1, keepdim=True)
@@ -197,7 +196,7 @@ class _Rows(solver.Rows):
                 better = (sweeps.gains(group.h, drawn, change) > 0) & group.usable
                 self.params[:, here] = torch.where(better[:, None], params, self.params[:, here])
                 self.edges[columns] = torch.where(better, edges, self.edges[columns])
-                self.inner.lower(pull, self.h, columns, change.masked_fill(~better, 0))
+                pull.addmm_(self.h[:, columns], change.masked_fill(~better, 0), alpha=-1)
         self.units = trellis.levels[self.edges.int()]
 
 
