@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..resources import cores
-from ..types import TensorType, sdr, splitquant, sqc, windows
+from ..types import TensorType, sdr, splitquant, sqc, windows, windowso
 from ..types.columns import Layout
 from ..types.splitquant import pack_4bit
 from .sweeps import Grid, inverse
@@ -104,11 +104,16 @@ class ScaleByteFormat(BlockFormat):
     own_scale = True
 
     def __init__(self, tensor_type: splitquant.SplitQuant | windows.Window, device: str | torch.device = "cpu"):
-        super().__init__(tensor_type, self._table(tensor_type.name), device)
-        self.scales = torch.from_numpy(splitquant.SCALES).to(device)
+        super().__init__(tensor_type, self._table(tensor_type), device)
+        scales, self.positive = self._scales(tensor_type)
+        self.scales = torch.from_numpy(scales).to(device)
 
-    def _table(self, name: str) -> Sequence[int] | np.ndarray:
-        return splitquant.codebooks()[name].levels
+    def _table(self, tensor_type: splitquant.SplitQuant | windows.Window) -> Sequence[int] | np.ndarray:
+        return splitquant.codebooks()[tensor_type.name].levels
+
+    def _scales(self, tensor_type: splitquant.SplitQuant | windows.Window) -> tuple[np.ndarray, int]:
+        """float32 [256], what parameters stand for, 128 and above for negative ones; how many positive ones there are."""
+        return splitquant.SCALES, 128
 
     def grid(self, params: torch.Tensor) -> Grid:
         return Grid("table", self.scales[:128])
@@ -117,7 +122,7 @@ class ScaleByteFormat(BlockFormat):
         return self.scales[params.int()]
 
     def nearest(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        positive = self.scales[:128]
+        positive = self.scales[: self.positive]
         index = torch.bucketize(scale.abs(), (positive[1:] + positive[:-1]) / 2)
         return (index + 128 * (scale < 0)).to(torch.uint8)
 
@@ -129,20 +134,29 @@ class ScaleByteFormat(BlockFormat):
 
 
 class WindowFormat(ScaleByteFormat):
-    """sq4w, sq3w, sq2w. The code of a weight is its whole window here, so that `levels` says what it stands for."""
+    """sq6w to sq2w, and rows of sq3wo and sq2wo, whose parameters are the numbers of the scales that they have.
+
+    The code of a weight is its whole window here, so that `levels` says what it stands for.
+    """
 
     type: windows.Window
 
-    def _table(self, name: str) -> np.ndarray:
-        return windows.tables()[name].levels
+    def _table(self, tensor_type: windows.Window) -> np.ndarray:
+        return tensor_type.table.levels
+
+    def _scales(self, tensor_type: windows.Window) -> tuple[np.ndarray, int]:
+        if isinstance(tensor_type, windowso.OpenWindow):
+            return tensor_type.scales, tensor_type.n_scales
+        return super()._scales(tensor_type)
 
     def unpack(self, packed: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, _ = self.type.unpack(packed.reshape(-1, self.type.block_bytes))
-        found = torch.from_numpy(self.type.windows(codes).reshape(len(packed), -1))
-        return found.to(self.levels.device), self._params(packed).to(self.levels.device)
+        found, scale = self.type.unpack_windows(packed.reshape(-1, self.type.block_bytes))
+        parts = (torch.from_numpy(part.reshape(len(packed), -1)) for part in (found, scale))
+        codes, params = (part.to(self.levels.device) for part in parts)
+        return codes, params
 
     def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
-        return self.type.pack(self.type.codes(codes), params[:, 0].numpy())
+        return self.type.pack_windows(codes, params[:, 0].numpy())
 
 
 class ColumnFormat(ScaleByteFormat):
