@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Tensor types after CLAQ (arXiv 2405.17233): every column, an input feature, has something of its own; cq4, cq3 and cq2 a
 // codebook, sq3c and sq2c, which are sq3 and sq2 otherwise, a scale, as sq4wc, sq3wc and sq2wc, whose blocks are those of sq4w,
-// sq3w and sq2w. Codes and scale bytes are in the weight tensor; all else is in a side tensor of bytes, X.columns beside
+// sq3w and sq2w, and sq3wo and sq2wo, the same with open chains. Codes and scale bytes are in the weight tensor; all else is in a side tensor of bytes, X.columns beside
 // X.weight, that the model loader attaches.
 // docs/format.md of gguf-splitq draws the same bytes.
 #pragma once
@@ -54,6 +54,7 @@ struct columns_side {
     uint32_t rows, columns;
     uint32_t wide;               // how many leading blocks have longer codes, their upper bits in extra
     uint32_t outliers;
+    uint32_t base, step;         // of open types: block scale s is splitq_scale[base + step*s]
     const uint16_t  * order;     // NULL: columns are stored in order
     const ggml_half * row;       // filled up with zeros to a multiple of 16; NULL without codebooks
     const ggml_half * scale;
