@@ -28,8 +28,7 @@
 // share, a weight's importance in whole numbers, 1 at least. A block's largest g*x is as large as 16 bits allow. Equal costs
 // are decided in favour of the scale tried first (from the smallest, positive before negative), the lower state, the lower edge.
 
-// Where chains are open, 1 is all there is to find: the path begins and ends where it costs least, and is never worse than none
-// by more than the least scale is.
+// Where chains are open the best of 1 is taken, and its least path begins and ends in any state. Zeros there are none.
 
 #define STEPS_DOWN  3          // scales tried: as many below the base
 #define TRIED       12         // and signs

@@ -169,12 +169,12 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         for (int64_t r = 0; r < rows; ++r, row += stride) {                                                           \
             const splitq_block_##name * x = (const void *) row;                                                       \
             if ((const char *) (x + LANES*groups) <= end) {                                                           \
-                out[r] = sum_f(mul_groups_##name(x, groups, table, grid, y, zero_f()));                                     \
+                out[r] = sum_f(mul_groups_##name(x, groups, table, grid, y, zero_f()));                               \
             } else {                                                                                                  \
                 splitq_block_##name copy[LANES] = { 0 };                                                              \
                 memcpy(copy, x + LANES*(groups - 1), sizeof(*x)*(nb - LANES*(groups - 1)));                           \
-                const vec_f sum = mul_groups_##name(x, groups - 1, table, grid, y, zero_f());                               \
-                out[r] = sum_f(mul_groups_##name(copy, 1, table, grid, y + groups - 1, sum));                               \
+                const vec_f sum = mul_groups_##name(x, groups - 1, table, grid, y, zero_f());                         \
+                out[r] = sum_f(mul_groups_##name(copy, 1, table, grid, y + groups - 1, sum));                         \
             }                                                                                                         \
         }                                                                                                             \
     }                                                                                                                 \
@@ -209,11 +209,11 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
                                                                                                                       \
     /* As many of n tokens as one pass takes: their number. */                                                       \
     static int mul_panel_some_##name(const uint8_t * x, int nb, struct grid grid, const struct many * y, int n, float * const * out) { \
-        if (TOKENS >= 16 && n >= 16) { mul_panel_##name(x, nb, grid, y, 16, out); return 16; }                              \
-        if (TOKENS >=  8 && n >=  8) { mul_panel_##name(x, nb, grid, y,  8, out); return  8; }                              \
-        if (n >= 4)                  { mul_panel_##name(x, nb, grid, y,  4, out); return  4; }                              \
-        if (n >= 2)                  { mul_panel_##name(x, nb, grid, y,  2, out); return  2; }                              \
-        mul_panel_##name(x, nb, grid, y, 1, out);                                                                           \
+        if (TOKENS >= 16 && n >= 16) { mul_panel_##name(x, nb, grid, y, 16, out); return 16; }                        \
+        if (TOKENS >=  8 && n >=  8) { mul_panel_##name(x, nb, grid, y,  8, out); return  8; }                        \
+        if (n >= 4)                  { mul_panel_##name(x, nb, grid, y,  4, out); return  4; }                        \
+        if (n >= 2)                  { mul_panel_##name(x, nb, grid, y,  2, out); return  2; }                        \
+        mul_panel_##name(x, nb, grid, y, 1, out);                                                                     \
         return 1;                                                                                                     \
     }                                                                                                                 \
                                                                                                                       \
