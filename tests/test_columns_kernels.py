@@ -296,12 +296,16 @@ HOSTILE_SQ2C = {
 ALL_HOSTILE = [pytest.param("cq2", *case, id=f"cq2 {name}") for name, case in HOSTILE.items()]
 ALL_HOSTILE += [pytest.param("sq2c", *case, id=f"sq2c {name}") for name, case in HOSTILE_SQ2C.items()]
 ALL_HOSTILE += [pytest.param("sq2wc", put(12, "<I", 1), "wide", id="sq2wc wide blocks")]
+ALL_HOSTILE += [pytest.param("sq2wc", put(20, "<I", 1), "header", id="sq2wc base")]
+ALL_HOSTILE += [pytest.param("sq2wo", put(20, "<I", base), "header", id=f"sq2wo base {base}") for base in (0, 126)]
+ALL_HOSTILE += [pytest.param("sq2wo", put(24, "<I", step), "header", id=f"sq2wo step {step}") for step in (0, 3, 8)]
 
 
 @pytest.fixture(scope="module")
 def matrices():
     return {
-        name: Matrix(name, COLUMNS, ROWS, 1, OUTLIERS, np.random.default_rng(0)) for name in ("cq2", "sq2c", "sq2wc")
+        name: Matrix(name, COLUMNS, ROWS, 1, OUTLIERS, np.random.default_rng(0))
+        for name in ("cq2", "sq2c", "sq2wc", "sq2wo")
     }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..resources import cores
-from ..types import TensorType, sdr, splitquant, sqc, windows, windowso
+from ..types import TensorType, sdr, splitquant, sqc, windows
 from ..types.columns import Layout
 from ..types.splitquant import pack_4bit
 from .sweeps import Grid, inverse
@@ -103,17 +103,22 @@ class ScaleByteFormat(BlockFormat):
     type: splitquant.SplitQuant | windows.Window
     own_scale = True
 
-    def __init__(self, tensor_type: splitquant.SplitQuant | windows.Window, device: str | torch.device = "cpu"):
-        super().__init__(tensor_type, self._table(tensor_type), device)
-        scales, self.positive = self._scales(tensor_type)
-        self.scales = torch.from_numpy(scales).to(device)
+    def __init__(
+        self,
+        tensor_type: splitquant.SplitQuant | windows.Window,
+        device: str | torch.device = "cpu",
+        levels: Sequence[int] | np.ndarray | None = None,
+        scales: np.ndarray = splitquant.SCALES,
+        positive: int = 128,
+    ):
+        """levels: those of a codebook of this name if not given. scales: float32 [256], what parameters stand for.
 
-    def _table(self, tensor_type: splitquant.SplitQuant | windows.Window) -> Sequence[int] | np.ndarray:
-        return splitquant.codebooks()[tensor_type.name].levels
-
-    def _scales(self, tensor_type: splitquant.SplitQuant | windows.Window) -> tuple[np.ndarray, int]:
-        """float32 [256], what parameters stand for, 128 and above for negative ones; how many positive ones there are."""
-        return splitquant.SCALES, 128
+        positive: how many positive ones there are; negative ones begin at 128.
+        """
+        if levels is None:
+            levels = splitquant.codebooks()[tensor_type.name].levels
+        super().__init__(tensor_type, levels, device)
+        self.scales, self.positive = torch.from_numpy(scales).to(device), positive
 
     def grid(self, params: torch.Tensor) -> Grid:
         return Grid("table", self.scales[:128])
@@ -134,20 +139,15 @@ class ScaleByteFormat(BlockFormat):
 
 
 class WindowFormat(ScaleByteFormat):
-    """sq6w to sq2w, and rows of sq3wo and sq2wo, whose parameters are the numbers of the scales that they have.
+    """sq6w to sq2w, and rows of sq3wo and sq2wo, where parameters are the numbers of a matrix' scales, not their bytes.
 
     The code of a weight is its whole window here, so that `levels` says what it stands for.
     """
 
     type: windows.Window
 
-    def _table(self, tensor_type: windows.Window) -> np.ndarray:
-        return tensor_type.table.levels
-
-    def _scales(self, tensor_type: windows.Window) -> tuple[np.ndarray, int]:
-        if isinstance(tensor_type, windowso.OpenWindow):
-            return tensor_type.scales, tensor_type.n_scales
-        return super()._scales(tensor_type)
+    def __init__(self, tensor_type: windows.Window, device: str | torch.device = "cpu"):
+        super().__init__(tensor_type, device, tensor_type.table.levels, tensor_type.scales, tensor_type.n_scales)
 
     def unpack(self, packed: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         found, scale = self.type.unpack_windows(packed.reshape(-1, self.type.block_bytes))

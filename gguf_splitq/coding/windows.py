@@ -15,6 +15,8 @@ an edge, state << code bits | code, has a level. A block is coded for all rows a
 1. Feedback: blocks in the order of falling Hessian diagonal, at scales near those that fit the weights alone.
 2. Refit, as in solver.py.
 3. Search, as there, but each chain begins at a random place, in the state that it is in there, so one run closes it.
+
+Open chains (windowso.py) need no second run, and can begin nowhere else.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ import numpy as np
 import torch
 
 from ..runtime import native
-from ..types import windows
 from ..types.windows import Window
 from ..types.windowso import OpenWindow
 from . import solver, sweeps
@@ -54,8 +55,8 @@ class Trellis:
 
     bits: of a code. walk: int64 [n_chains, length], the columns of a block in the order of coding. windows: uint8
     [n_edges], the index in the type's table of each edge. levels: float32 [n_edges], what each edge stands for at scale
-    1. From state s code c leads along edge s << bits | c to state edge % n_states. open: whether a chain may begin and end
-    in any state, else it ends in that it begins in.
+    1. From state s code c leads along edge s << bits | c to state edge % n_states. open: whether a chain begins and
+    ends in any states; else it ends in the one that it begins in.
     """
 
     bits: int
@@ -72,10 +73,9 @@ class Trellis:
     @classmethod
     @functools.cache
     def of(cls, kind: Window, device: str | torch.device = "cpu") -> Trellis:
-        walk = np.ascontiguousarray(kind.chain[:, ::-1])
-        parts = walk, kind.edge_windows, kind.edges.astype(np.float32)
-        open = isinstance(kind, OpenWindow)
-        return cls(kind.code_bits, *(torch.from_numpy(part).to(device) for part in parts), open)
+        parts = np.ascontiguousarray(kind.chain[:, ::-1]), kind.edge_windows, kind.edges.astype(np.float32)
+        walk, indices, levels = (torch.from_numpy(part).to(device) for part in parts)
+        return cls(kind.code_bits, walk, indices, levels, isinstance(kind, OpenWindow))
 
 
 class Sweep(Protocol):
@@ -98,7 +98,8 @@ class Sweep(Protocol):
         best given all other blocks; base: alike, from what their changes count that are pushed on. scales: float32
         [n_scales, n_rows]. push: float32 [32, 32], of which the upper triangle counts: from row to column. costs:
         float32 [32], of a squared distance from an aim. states: uint8 [n_chains, n_rows], in which chains begin and
-        end, None where that is to be found, as it always is of an open trellis. Of scales with equal errors the first is taken, and of edges alike.
+        end, None where that is to be found, as it always is of open chains. Of scales with equal errors the first is
+        taken, and of edges alike.
         """
 
 
@@ -181,7 +182,8 @@ class _Rows(solver.Rows):
         trellis, device, bits = self.trellis, self.weight.device, self.trellis.bits
         n_chains, length = trellis.walk.shape
         value, some = self.value(), torch.randperm(self.params.shape[1], generator=chance)
-        turns = solver.sent(torch.randint(1 if trellis.open else length, (len(some), n_chains, 1), generator=chance), device)
+        places = 1 if trellis.open else length
+        turns = solver.sent(torch.randint(places, (len(some), n_chains, 1), generator=chance), device)
         weights = self.h.diagonal().view(-1, BLOCK).sum(1)
         walk, column = trellis.walk.expand(len(some), -1, -1), torch.arange(length, device=device)
         walk = walk.gather(2, (column + turns) % length)  # of each block, its chains begun somewhere

@@ -119,9 +119,7 @@ def encode_open(
     return out
 
 
-def decode_open(
-    lib: ctypes.CDLL, gguf_id: int, data: np.ndarray, n_cols: int, base: int, step: int
-) -> np.ndarray:
+def decode_open(lib: ctypes.CDLL, gguf_id: int, data: np.ndarray, n_cols: int, base: int, step: int) -> np.ndarray:
     """`decode` for such rows."""
     data = np.ascontiguousarray(data)
     out = np.empty((data.shape[0], n_cols), np.float32)

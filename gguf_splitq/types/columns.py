@@ -14,7 +14,7 @@ Codes, block of 32 stored columns of one row: 4-byte words, of which field i of 
 Side tensor, I8 [size] or [experts, size], little-endian; each section begins at a multiple of 32 bytes, zeros between.
 All types have these, and their own ones:
 
-    header   u32 x 8    0x51414c43 ("CLAQ"), rows, columns, wide, outliers, base, step, 0; base and step are windowso.py's
+    header   u32 x 8    0x51414c43 ("CLAQ"), rows, columns, wide, outliers, base, step, 0; base, step: of windowso.py
     order    u16 [columns]     a permutation; absent when wide = 0
     scale    f16 [columns]
     extra    u8 [panels of 16 rows, wide, words, 16, 4]: what the codes of the first `wide` blocks have above the type's
@@ -227,7 +227,7 @@ class ColumnType(TensorType):
             found["order"] = np.arange(n_cols)
         require(np.array_equal(np.sort(found["order"]), np.arange(n_cols)), "its column order is not a permutation")
         del found["header"]
-        return replace(self.checked(found, layout, require), grid=(base, step))
+        return self.checked(found | {"grid": np.array([base, step], np.uint32)}, layout, require)
 
     def has_grid(self, base: int, step: int) -> bool:
         """Whether words 5 and 6 of a header can be these: 0, but for types that choose block scales for a matrix."""
@@ -260,8 +260,9 @@ class Side:
     """What a side tensor holds, in stored order of columns.
 
     order: int [n_cols], the input feature of each stored column. scale: float16 [n_cols]. upper: uint8 [n_rows, wide,
-    bytes], of the wide codes, when read. grid: base and step of windowso.py's block scales. Of CLAQ's types only: row: float16 [n_rows]; levels: int8 [n_cols, 16], of
-    which a column uses its first 2^bits; start, column, value: the outliers, rows one after the other.
+    bytes], of the wide codes, when read. grid: uint32 [2], base and step of windowso.py. Of CLAQ's types only: row:
+    float16 [n_rows]; levels: int8 [n_cols, 16], of which a column uses its first 2^bits; start, column, value: the
+    outliers, rows one after the other.
     """
 
     order: np.ndarray
@@ -272,7 +273,7 @@ class Side:
     column: np.ndarray = _absent(0, dtype=np.uint16)
     value: np.ndarray = _absent(0, dtype=np.float16)
     upper: np.ndarray = _absent(0, 0, 0)
-    grid: tuple[int, int] = (0, 0)
+    grid: np.ndarray = _absent(2, dtype=np.uint32)
 
     @property
     def wide(self) -> int:

@@ -86,6 +86,16 @@ class Window(TensorType):
         return tables()[self.name]
 
     @property
+    def scales(self) -> np.ndarray:
+        """float32 [256]: positive scales first, negative ones from 128 on."""
+        return SCALES
+
+    @property
+    def n_scales(self) -> int:
+        """Positive scales there are, 0 among them."""
+        return 128
+
+    @property
     def n_edges(self) -> int:
         """Windows there are."""
         return 128 if self.code_bits > 4 else 64

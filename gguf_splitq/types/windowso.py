@@ -6,7 +6,7 @@
 Blocks have as many bytes as those of windows.py; `d` has the sign in its highest bit, a number s below it, and the
 state: what windows take from codes beyond the last, in the place of the first ones.
 
-    sq3wo  d: | sign | s: 4 bits | state: 3 bits |   bit 0 stands behind the last bit of qh, bits 1 and 2 behind that of q
+    sq3wo  d: | sign | s: 4 bits | state: 3 bits |   bit 0 is behind the last bit of qh, bits 1, 2 are behind that of q
     sq2wo  d: | sign | s: 3 bits | state: 4 bits |   the bits behind the last one of q
 
     scale(d) = SCALES[base + step * s], negative with the sign
@@ -34,7 +34,9 @@ from .windowsc import METHOD, ROWS, WindowColumns
 
 BASES = range(1, 128)
 GRIDS = (1, 2, 4)  # steps there can be, in eighths of an octave
-_FAR = 64  # eighths of an octave; what a base loses that is further from a block's scale is the same, or never the least
+_FAR = (
+    64  # eighths of an octave; what a base loses that is further from a block's scale is the same, or never the least
+)
 _SAMPLE = 64  # blocks that this is measured on
 
 
@@ -56,12 +58,11 @@ class OpenWindow(Window):
 
     @property
     def n_scales(self) -> int:
-        """Positive scales there are."""
         return 1 << 7 - self.state_bits
 
     @property
     def scales(self) -> np.ndarray:
-        """float32 [256]: positive scale s at s, the largest one from n_scales on; negative ones at 128 + s."""
+        """As Window's, the largest ones from n_scales on; none is 0."""
         number = np.minimum(np.arange(128), self.n_scales - 1)
         return SCALES[np.concatenate([number, number]) * self.step + self.base + 128 * (np.arange(256) > 127)]
 
@@ -166,7 +167,7 @@ class OpenColumns(WindowColumns):
         return self.plain.over(energy)
 
     def rows_of(self, side: Side) -> OpenWindow:
-        base, step = side.grid
+        base, step = map(int, side.grid)
         return replace(self.plain, base=base, step=step)
 
     def has_grid(self, base: int, step: int) -> bool:
@@ -174,7 +175,7 @@ class OpenColumns(WindowColumns):
 
     def side_of(self, n_rows: int, scale: np.ndarray, rows: Window) -> np.ndarray:
         assert isinstance(rows, OpenWindow)
-        side = Side(np.arange(len(scale)), scale, grid=(rows.base, rows.step))
+        side = Side(np.arange(len(scale)), scale, grid=np.array([rows.base, rows.step]))
         return self.pack_side(np.empty((n_rows, len(scale)), np.uint8), side, PLAIN)
 
 
