@@ -5,8 +5,8 @@
 #include "columns-mul.c"
 
 #define KERNELS(name) \
-    void one_##name(const uint8_t * x, int nb, struct grid grid, const struct many * y, float * const * out)  { mul_panel_##name(x, nb, grid, y, 1, out); } \
-    void many_##name(const uint8_t * x, int nb, struct grid grid, const struct many * y, float * const * out) { mul_panel_##name(x, nb, grid, y, TOKENS, out); }
+    void one_##name(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, float * const * out)  { mul_panel_##name(x, nb, grid, y, 1, out); } \
+    void many_##name(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, float * const * out) { mul_panel_##name(x, nb, grid, y, TOKENS, out); }
 
 KERNELS(sq4)
 KERNELS(sq3)

@@ -143,7 +143,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
 // mul_panel_<type>: LANES rows times n tokens, n constant, 1 or even; y: a token's blocks after the other's.
 // decode_<type>: LANES rows as nb tiles.
 #define SPLITQ_KERNELS(name, units, scale, kind)                                                                      \
-    static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_##kind table, const struct grid grid, const struct few * y, vec_f sum) { \
+    static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_##kind table, const struct grid * grid, const struct few * y, vec_f sum) { \
         GGML_UNUSED(grid);                                                                                            \
         for (int g = 0; g < groups; ++g, x += LANES, ++y) {                                                           \
             vec_i part[4/units];                                                                                      \
@@ -163,7 +163,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         return sum;                                                                                                   \
     }                                                                                                                 \
                                                                                                                       \
-    static void mul_rows_##name(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct grid grid, const struct few * y, float * out) { \
+    static void mul_rows_##name(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct grid * grid, const struct few * y, float * out) { \
         const int groups = (nb + LANES - 1)/LANES;                                                                    \
         const vec_##kind table = load_table_##kind(name);                                                             \
         for (int64_t r = 0; r < rows; ++r, row += stride) {                                                           \
@@ -179,7 +179,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \
-    SPLITQ_ALWAYS_INLINE void mul_panel_##name(const uint8_t * x, int nb, const struct grid grid, const struct many * y, const int n, float * const * out) { \
+    SPLITQ_ALWAYS_INLINE void mul_panel_##name(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, const int n, float * const * out) { \
         GGML_UNUSED(grid);                                                                                            \
         const size_t size = sizeof(splitq_block_##name);                                                              \
         const vec_##kind table = load_table_##kind(name);                                                             \
@@ -208,7 +208,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
     }                                                                                                                 \
                                                                                                                       \
     /* As many of n tokens as one pass takes: their number. */                                                       \
-    static int mul_panel_some_##name(const uint8_t * x, int nb, struct grid grid, const struct many * y, int n, float * const * out) { \
+    static int mul_panel_some_##name(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, int n, float * const * out) { \
         if (TOKENS >= 16 && n >= 16) { mul_panel_##name(x, nb, grid, y, 16, out); return 16; }                        \
         if (TOKENS >=  8 && n >=  8) { mul_panel_##name(x, nb, grid, y,  8, out); return  8; }                        \
         if (n >= 4)                  { mul_panel_##name(x, nb, grid, y,  4, out); return  4; }                        \
@@ -217,7 +217,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         return 1;                                                                                                     \
     }                                                                                                                 \
                                                                                                                       \
-    static void decode_##name(const uint8_t * x, int nb, const struct grid grid, tile * to) {                         \
+    static void decode_##name(const uint8_t * x, int nb, const struct grid * grid, tile * to) {                       \
         GGML_UNUSED(grid);                                                                                            \
         const size_t size = sizeof(splitq_block_##name);                                                              \
         const vec_##kind table = load_table_##kind(name);                                                             \
@@ -244,9 +244,9 @@ SPLITQ_KERNELS(sq2wo, 2, scale_sq2wo, windows)
 struct kernels {
     int word; // bytes that are kept together when rows are interleaved
     int units;
-    void (*mul_rows)(const char * row, size_t stride, int64_t rows, const char * end, int nb, struct grid grid, const struct few * y, float * out);
-    int  (*mul_panel)(const uint8_t * x, int nb, struct grid grid, const struct many * y, int n, float * const * out);
-    void (*decode)(const uint8_t * x, int nb, struct grid grid, tile * to);
+    void (*mul_rows)(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct grid * grid, const struct few * y, float * out);
+    int  (*mul_panel)(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, int n, float * const * out);
+    void (*decode)(const uint8_t * x, int nb, const struct grid * grid, tile * to);
 };
 
 static const struct kernels * kernels_of(enum ggml_type type) {
@@ -459,7 +459,13 @@ static struct columns_side side_of(const struct job * job, const struct ggml_ten
 
 static struct grid grid_of(const struct layout * l, const struct job * job, const struct ggml_tensor * dst) {
     const struct columns_side side = l->side ? side_of(job, dst) : (struct columns_side) { 0 };
-    return (struct grid) { (int) side.base, (int) side.step/2 }; // of 1, 2, 4
+    struct grid grid = { .base = (int) side.base, .shift = (int) side.step/2 }; // of 1, 2, 4
+    const int count = side.base ? 2 << columns_bits(dst->src[0]->type) : 0;
+    for (int s = 0; s < count; ++s) {
+        grid.scales[s] = 0x1p4f*splitq_scale[side.base + side.step*s];
+        grid.scales[count + s] = -grid.scales[s];
+    }
+    return grid;
 }
 
 // Thread ith of nth packs its share of each row.
@@ -496,7 +502,7 @@ static void mul_by_tiles(const struct layout * l, const struct job * job, const 
     const size_t panel_size = LANES*ggml_row_size(dst->src[0]->type, dst->src[0]->ne[0]);
     const struct grid grid = grid_of(l, job, dst);
     struct tile_config before;
-    for (int64_t p = 0; p < panels; ++p) { kernels_of(dst->src[0]->type)->decode(x + p*panel_size, nb, grid, decoded + p*nb); }
+    for (int64_t p = 0; p < panels; ++p) { kernels_of(dst->src[0]->type)->decode(x + p*panel_size, nb, &grid, decoded + p*nb); }
     tiles_begin(&before);
     for (int64_t t = 0; t < job->count; t += 2*TILE) {
         const int64_t tokens = MIN(2*TILE, job->count - t);
@@ -523,7 +529,7 @@ static void mul(const struct layout * l, const struct job * job, const struct gg
         const char * end = (const char *) x->data + (x->ne[2] - 1)*x->nb[2] + (x->ne[1] - 1)*x->nb[1] + row_size;
         for (int64_t t = 0; t < job->count; ++t) {
             const struct few * y = (const struct few *) (job->packed + l->few*t);
-            k->mul_rows(row, x->nb[1], last - first, end, l->nb, grid, y, result_of(job, dst, t) + first);
+            k->mul_rows(row, x->nb[1], last - first, end, l->nb, &grid, y, result_of(job, dst, t) + first);
         }
         return;
     }
@@ -556,7 +562,7 @@ static void mul(const struct layout * l, const struct job * job, const struct gg
             for (int i = 0; i < MIN(TOKENS, job->count - t); ++i) {
                 out[i] = rows < LANES ? rest[i] : result_of(job, dst, t + i) + first + r;
             }
-            n = k->mul_panel((const uint8_t *) panel + r*row_size, l->nb, grid, y, MIN(TOKENS, job->count - t), out);
+            n = k->mul_panel((const uint8_t *) panel + r*row_size, l->nb, &grid, y, MIN(TOKENS, job->count - t), out);
             for (int i = 0; i < n && rows < LANES; ++i) {
                 memcpy(result_of(job, dst, t + i) + first + r, rest[i], sizeof(float)*rows);
             }

@@ -37,9 +37,11 @@
 
 #define table_sdr4 splitq_levels_sdr4
 
-// The block scales of open types: number s is that of byte base + (s << shift). Of other types nothing.
+// The block scales of open types: number s is that of byte base + (s << shift); in `scales` the positive ones and then the negative
+// ones, 2^4 times too large. Of other types nothing.
 struct grid {
-    int base, shift;
+    int   base, shift;
+    float scales[32];
 };
 
 // The processor's own prefetching ends with each page of 4 KB, also inside of larger pages.
@@ -131,11 +133,11 @@ static inline vec_f scale_f(vec_d d) {
     return _mm512_cvtph_ps(half);
 }
 
-// The number's place is that of a scale's lowest bits in such a half, or `shift` bits further.
-static inline vec_f scale_open(vec_d d, const int bits, struct grid grid) {
-    const __m256i mask = _mm256_set1_epi16((short) (0x8000 | ((2 << bits) - 1) << (7 + grid.shift)));
-    const __m256i word = _mm256_sll_epi16(_mm256_cvtepi8_epi16(d), _mm_cvtsi32_si128(1 + bits + grid.shift));
-    return _mm512_cvtph_ps(_mm256_add_epi16(_mm256_and_si256(word, mask), _mm256_set1_epi16((short) (grid.base << 7))));
+// Looked up: bytes as 32-bit values are there for the states.
+static inline vec_f scale_open(vec_d d, const int bits, const struct grid * grid) {
+    const __m512i number = bits == 3 ? _mm512_srli_epi32(_mm512_cvtepu8_epi32(d), 3) : _mm512_srli_epi32(_mm512_cvtepu8_epi32(d), 4);
+    return bits == 3 ? _mm512_permutex2var_ps(load_f(grid->scales), number, load_f(grid->scales + LANES)) :
+                       _mm512_permutexvar_ps(number, load_f(grid->scales));
 }
 
 static inline vec_f scale_sdr4(vec_d d) {
@@ -540,10 +542,10 @@ static inline vec_f scale_f(vec_d d) {
 }
 
 // The number's place is that of a scale's lowest bits in such a half, or `shift` bits further.
-static inline vec_f scale_open(vec_d d, const int bits, struct grid grid) {
-    const __m128i mask = _mm_set1_epi16((short) (0x8000 | ((2 << bits) - 1) << (7 + grid.shift)));
-    const __m128i word = _mm_sll_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *) &d)), _mm_cvtsi32_si128(1 + bits + grid.shift));
-    return _mm256_cvtph_ps(_mm_add_epi16(_mm_and_si128(word, mask), _mm_set1_epi16((short) (grid.base << 7))));
+static inline vec_f scale_open(vec_d d, const int bits, const struct grid * grid) {
+    const __m128i mask = _mm_set1_epi16((short) (0x8000 | ((2 << bits) - 1) << (7 + grid->shift)));
+    const __m128i word = _mm_sll_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *) &d)), _mm_cvtsi32_si128(1 + bits + grid->shift));
+    return _mm256_cvtph_ps(_mm_add_epi16(_mm_and_si128(word, mask), _mm_set1_epi16((short) (grid->base << 7))));
 }
 
 static inline vec_f scale_sdr4(vec_d d) {
@@ -909,10 +911,10 @@ static inline vec_f scale_f(vec_d d) {
 }
 
 // The number's place is that of a scale's lowest bits in such a half, or `shift` bits further.
-static inline vec_f scale_open(vec_d d, const int bits, struct grid grid) {
-    const int16x4_t mask = vdup_n_s16((int16_t) (0x8000 | ((2 << bits) - 1) << (7 + grid.shift)));
-    const int16x4_t word = vshl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(d)))), vdup_n_s16((int16_t) (1 + bits + grid.shift)));
-    return vcvt_f32_f16(vreinterpret_f16_s16(vadd_s16(vand_s16(word, mask), vdup_n_s16((int16_t) (grid.base << 7)))));
+static inline vec_f scale_open(vec_d d, const int bits, const struct grid * grid) {
+    const int16x4_t mask = vdup_n_s16((int16_t) (0x8000 | ((2 << bits) - 1) << (7 + grid->shift)));
+    const int16x4_t word = vshl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(d)))), vdup_n_s16((int16_t) (1 + bits + grid->shift)));
+    return vcvt_f32_f16(vreinterpret_f16_s16(vadd_s16(vand_s16(word, mask), vdup_n_s16((int16_t) (grid->base << 7)))));
 }
 
 // Of bytes d: the index of the step where every octave has 4. A difference below 0 wraps around, to one that is larger.
