@@ -5,8 +5,8 @@
 #include "columns-mul.c"
 
 #define KERNELS(name) \
-    void one_##name(const uint8_t * x, int nb, const struct many * y, float * const * out)  { mul_panel_##name(x, nb, y, 1, out); } \
-    void many_##name(const uint8_t * x, int nb, const struct many * y, float * const * out) { mul_panel_##name(x, nb, y, TOKENS, out); }
+    void one_##name(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, float * const * out)  { mul_panel_##name(x, nb, grid, y, 1, out); } \
+    void many_##name(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, float * const * out) { mul_panel_##name(x, nb, grid, y, TOKENS, out); }
 
 KERNELS(sq4)
 KERNELS(sq3)
@@ -15,6 +15,8 @@ KERNELS(sdr4)
 KERNELS(sq4w)
 KERNELS(sq3w)
 KERNELS(sq2w)
+KERNELS(sq3wo)
+KERNELS(sq2wo)
 
 #define BLOCKS const struct columns_side * side, const uint8_t * x, size_t row, uint32_t last, const struct token_block * y, vec_f * to
 #define COLUMNS(name, bits, more, codebooks) \

@@ -25,6 +25,7 @@ from gguf_splitq.runtime import fetching
 from .common import RESULTS, parser, provenance, run, show
 
 CODES = ["sq4", "sq3", "sq2", "sdr4", "sq4w", "sq3w", "sq2w"]
+OPEN = ["sq3wo", "sq2wo"]  # which have no dot product
 COLUMNS = ["cq4", "cq3", "cq2", "cq3_wide", "cq2_wide", "sq3c", "sq2c", "sq3c_wide", "sq2c_wide"]
 STOCK = {"q4_K": 1, "q3_K": 2, "q2_K": 1}  # how often llama.cpp's dot product multiplies a weight
 KERNELS = Path(__file__).with_name("count.c")
@@ -137,6 +138,7 @@ def x86(target: Target) -> dict:
     for name in CODES:
         dot = target.count("sdr.c" if name == "sdr4" else "splitq.c", f"splitq_vec_dot_{name}_q8_0", 512)
         rows.append([f"`{name}`", dot, *kernels(target, name, 512)])
+    rows += [[f"`{name}`", None, *kernels(target, name, 512)] for name in OPEN]
     for name, repeated in STOCK.items():
         dot = target.count("arch/x86/quants.c", f"ggml_vec_dot_{name}_q8_K", 512, repeated)
         rows.append([f"llama.cpp's {name.upper()}", dot, None, None, None])
@@ -147,7 +149,7 @@ def neon(targets: list[Target]) -> dict:
     """For 128 weights, with llama.cpp's own kernels that are interleaved too; targets: without i8mm, with it."""
     headings = ["", "bytes", "row by row", "interleaved", "8 tokens, for each: M1", "M2"]
     rows: list[list] = []
-    for name in CODES:
+    for name in CODES + OPEN:
         one, two = (kernels(target, name, 128) for target in targets)
         rows.append([f"`{name}`", 4 * types.get(name).block_bytes, *one, two[-1]])
     for name, layouts in (("q4_0", ("4x4", "4x8")), ("iq4_nl", ("4x4", "4x4"))):

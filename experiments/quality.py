@@ -39,7 +39,7 @@ from gguf_splitq.runtime import building, patching
 from .common import BUILD, chosen, convert, imatrix, judge, model_and_texts, parser, quantize, run, save, show
 
 WINDOWS = ["sq4w", "sq3w", "sq2w"]
-WITH_SCALES = ["sq4wc", "sq3wc", "sq2wc"]
+WITH_SCALES = ["sq4wc", "sq3wc", "sq2wc", "sq3wo", "sq2wo"]
 COLUMNS = ["cq4", "cq3", "cq2", "cq3.5", "cq2.5", "sq3c", "sq2c", "sq3.5", "sq2.5", *WITH_SCALES]
 LARGE = ["sq6w", "sq5w"]
 OURS = [*LARGE, *WINDOWS, "sq4", "sq3", "sq2", "sdr4", "sq4x", *COLUMNS]

@@ -44,6 +44,7 @@ def random_side(kind, layout, rng, n_rows=ROWS, n_cols=COLUMNS):
         np.asarray(start, np.uint32),
         (places % n_cols).astype(np.uint16),
         rng.normal(size=layout.outliers).astype(np.float16),
+        grid=np.array([0, 0] if kind.has_grid(0, 0) else [60, 2]),
     )
 
 
@@ -72,7 +73,7 @@ def test_what_is_packed_stands_for_the_documented_weights(name, wide, outliers):
 class CSide(ctypes.Structure):
     """`struct columns_side` of patches/files/ggml/src/ggml-columns.h."""
 
-    _fields_ = [(name, ctypes.c_uint32) for name in ("rows", "columns", "wide", "outliers")]
+    _fields_ = [(name, ctypes.c_uint32) for name in ("rows", "columns", "wide", "outliers", "base", "step")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("order", "row", "scale", "levels", "extra", "start", "column")]
     _fields_ += [("value", ctypes.c_void_p), ("size", ctypes.c_size_t)]
 

@@ -18,7 +18,9 @@ from gguf_splitq.types.columns import Layout, Side
 from gguf_splitq.types.splitquant import SCALES, codebooks
 
 TYPES = {"cq4": 105, "cq3": 106, "cq2": 107, "sq2c": 108, "sq3c": 109}  # ggml_type
-TYPES |= {"sq4wc": 113, "sq3wc": 114, "sq2wc": 115}
+WINDOWS = {"sq4wc": 113, "sq3wc": 114, "sq2wc": 115, "sq3wo": 118, "sq2wo": 119}
+TYPES |= WINDOWS
+GRIDS = {"sq3wo": [(60, 2), (65, 1), (40, 4)], "sq2wo": [(60, 4), (65, 1), (68, 2)]}  # base and step of block scales
 
 
 class Matrix:
@@ -28,7 +30,7 @@ class Matrix:
     """
 
     def __init__(self, name: str, columns: int, rows: int, wide: int, outliers: int, rng, scale=0.01):
-        own, windows = name.startswith("cq"), name.endswith("wc")  # codebooks; levels that neighbours share
+        own, windows = name.startswith("cq"), name in WINDOWS  # codebooks; levels that neighbours share
         kind = types.get(name)
         layout = Layout(int(wide) * (kind.wide_bits > kind.code_bits), int(outliers) * own)
         bits = kind.bits(columns, layout)
@@ -43,9 +45,14 @@ class Matrix:
         d = None
         if windows:
             stored = rng.integers(0, 256, (rows, kind.row_bytes(columns)), dtype=np.uint8)
-            stored.reshape(rows, -1, kind.block_bytes)[..., -1] &= 0xDF
-            self.weights, self.side = stored.tobytes(), kind.side_of(rows, self.scale).tobytes()
-            self.levels, self.added = kind.plain.decode_numpy(stored).astype(np.float64), np.zeros((rows, columns))
+            plain = kind.plain
+            if name in GRIDS:
+                base, step = GRIDS[name][rng.integers(3)]
+                plain = replace(plain, base=base, step=step)
+            else:
+                stored.reshape(rows, -1, kind.block_bytes)[..., -1] &= 0xDF
+            self.weights, self.side = stored.tobytes(), kind.side_of(rows, self.scale, plain).tobytes()
+            self.levels, self.added = plain.decode_numpy(stored).astype(np.float64), np.zeros((rows, columns))
             self.dense = self.levels * self.scale.astype(np.float64)
             return
         if own:
@@ -112,8 +119,9 @@ PRODUCTS = [
     (1, 1, 1, 0, 0), (18, 150, 1, 3, 300), (33, 70, 2, 5, 0), (16, 33, 4, 16, 500), (18, 37, 17, 7, 200),
     (40, 130, 33, 3, 900), (7, 19, 600, 2, 60), (20, 33, 3, 1, 3500),
 ]  # fmt: skip
-# The kernels of windows are those of types without a side tensor: what is new is how activations are packed.
-ALL_PRODUCTS = [(name, *case) for name in TYPES for case in (PRODUCTS[1:6:2] if name[-2:] == "wc" else PRODUCTS)]
+# The kernels of closed windows are those of types without a side tensor: what is new is how activations are packed.
+CASES = dict.fromkeys(TYPES, PRODUCTS) | dict.fromkeys(WINDOWS, PRODUCTS[1:6:2]) | dict.fromkeys(GRIDS, PRODUCTS[1:])
+ALL_PRODUCTS = [(name, *case) for name in TYPES for case in CASES[name]]
 
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["as stored", "interleaved"])
@@ -131,7 +139,7 @@ def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide,
     threads = (1, 2, 3, 4) if blocks in (18, 40) else (1,)
     got = multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), threads=threads)
     full = x @ matrix.dense.T
-    check(got, matrix.product(x, name.endswith("wc") and by_tiles(driver, tokens)), full, has_products)
+    check(got, matrix.product(x, name in WINDOWS and by_tiles(driver, tokens)), full, has_products)
     if has_products:
         got = multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), reference=1)
         check(got, full, full, False)
@@ -154,7 +162,7 @@ def test_experts(driver, has_products, name, tokens, used, experts, shared, inte
     data = b"".join(m.weights for m in matrices) + x.tobytes() + ids.tobytes()
     sizes = (columns, rows, experts, tokens, used, interleaved)
     pairs = [(matrices[ids[t, u]], x[t, 0 if shared else u]) for t in range(tokens) for u in range(used)]
-    tiles = by_tiles(driver, np.bincount(ids.ravel(), minlength=experts)[ids.ravel()]) & name.endswith("wc")
+    tiles = by_tiles(driver, np.bincount(ids.ravel(), minlength=experts)[ids.ravel()]) & (name in WINDOWS)
     exact = np.stack([m.product(v[None], tiled)[0] for (m, v), tiled in zip(pairs, tiles, strict=True)])
     full = np.stack([v @ m.dense.T for m, v in pairs])
     got = multiply(driver, "mul_id", name, *sizes, data=data, side=sides(matrices), last=[shared], threads=(1, 4))
@@ -164,7 +172,7 @@ def test_experts(driver, has_products, name, tokens, used, experts, shared, inte
         check(got, full, full, False)
 
 
-@pytest.mark.parametrize("name", ["cq2", "sq2c", "sq2wc"])
+@pytest.mark.parametrize("name", ["cq2", "sq2c", "sq2wc", "sq2wo"])
 def test_scales_too_small_for_a_half_do_not_vanish(driver, has_products, name):  # noqa: F811
     rng = np.random.default_rng(0)
     matrix = Matrix(name, 64, 16, 0, 0, rng, scale=1e-6)
@@ -288,12 +296,16 @@ HOSTILE_SQ2C = {
 ALL_HOSTILE = [pytest.param("cq2", *case, id=f"cq2 {name}") for name, case in HOSTILE.items()]
 ALL_HOSTILE += [pytest.param("sq2c", *case, id=f"sq2c {name}") for name, case in HOSTILE_SQ2C.items()]
 ALL_HOSTILE += [pytest.param("sq2wc", put(12, "<I", 1), "wide", id="sq2wc wide blocks")]
+ALL_HOSTILE += [pytest.param("sq2wc", put(20, "<I", 1), "header", id="sq2wc base")]
+ALL_HOSTILE += [pytest.param("sq2wo", put(20, "<I", base), "header", id=f"sq2wo base {base}") for base in (0, 126)]
+ALL_HOSTILE += [pytest.param("sq2wo", put(24, "<I", step), "header", id=f"sq2wo step {step}") for step in (0, 3, 8)]
 
 
 @pytest.fixture(scope="module")
 def matrices():
     return {
-        name: Matrix(name, COLUMNS, ROWS, 1, OUTLIERS, np.random.default_rng(0)) for name in ("cq2", "sq2c", "sq2wc")
+        name: Matrix(name, COLUMNS, ROWS, 1, OUTLIERS, np.random.default_rng(0))
+        for name in ("cq2", "sq2c", "sq2wc", "sq2wo")
     }
 
 

@@ -22,7 +22,7 @@ from gguf_splitq.files.gguf_file import Value, header, padded, read
 SECONDS = float(os.environ.get("SPLITQ_FUZZ_SECONDS", 2))
 VERSION, TENSORS, TYPES = (f"gguf_splitq.container.{name}" for name in ("version", "tensors", "types"))
 I8, U16, I32, ARRAY = 24, 2, 5, 9
-OURS = range(100, 118)
+OURS = range(100, 120)
 TYPES_OF_OURS = [t.name for t in types.all_types() if t.gguf_id in OURS]
 AS_IS = {"OLLAMA_LLAMA_CPP_COMPAT": "0"}  # as Ollama asks for a copy
 
@@ -215,7 +215,7 @@ HOSTILE = {
     "version of text": (lambda names, ids: {VERSION: Value.of("1")}, f"key {VERSION} is not 1"),
     "a stock type": (lambda names, ids: {TYPES: numbers([8] * len(ids))}, "given a type that is none of gguf-splitq's"),
     "no type": (lambda names, ids: {TYPES: numbers([2**32 - 1] * len(ids))}, "with type 4294967295, is given a type"),
-    "118": (lambda names, ids: {TYPES: numbers([118] * len(ids))}, "with type 118, is given a type"),
+    "120": (lambda names, ids: {TYPES: numbers([120] * len(ids))}, "with type 120, is given a type"),
     "an unknown name": (lambda names, ids: {TENSORS: strings(["x\nü", *names[1:]])}, "is not there"),
     "an empty name": (lambda names, ids: {TENSORS: strings(["", *names[1:]])}, "tensor ''"),
     "twice": (lambda names, ids: {TENSORS: strings(names + [NAME]), TYPES: numbers(ids + [100])}, f"'{NAME}', which"),
@@ -254,7 +254,7 @@ def test_any_keys_and_shapes_end_in_a_message(runtime_programs, forms, tmp_path)
     while taken < 20 or time.monotonic() < until:
         listed = rng.choices(pool, k=rng.choice([0, 1, 2, 5, 30, 1000]))
         listed = listed if rng.random() < 0.5 else list(dict.fromkeys(listed))
-        ids = rng.choices([*OURS, *OURS, 0, 8, 24, 99, 118, 2**31, 2**32 - 1], k=len(listed))
+        ids = rng.choices([*OURS, *OURS, 0, 8, 24, 99, 120, 2**31, 2**32 - 1], k=len(listed))
         shaped = []
         for name, shape, type_id, data in tensors:
             others = [(*shape, 1)[:4], (1, *shape)[-4:], (*shape[:-1], 1), (1,), (1, 1, 1, len(data))]

@@ -37,6 +37,7 @@ X86 = {
     "avx-vnni": ([*AVX2, "-mavxvnni"], "avx_vnni"),
     "avx512": (AVX512, "avx512_vnni"),
     "avx512-vbmi": ([*AVX512, "-mavx512vbmi"], "avx512vbmi"),
+    "avx512-vbmi2": ([*AVX512, "-mavx512vbmi", "-mavx512vbmi2"], "avx512_vbmi2"),
     "amx": ([*AVX512, *AMX], "amx_bf16"),
 }
 # Arm: flags, the feature as Linux and as macOS name it, and a processor for qemu that has nothing more

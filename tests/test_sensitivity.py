@@ -109,12 +109,12 @@ def test_costs_of_many_rows_do_not_depend_on_threads_and_know_outlier_channels()
     uses = [sensitivity._Sums(torch.ones(600).double(), columns)]
     found = []
     for threads in (1, 3):
-        found.append(dict.fromkeys(("sq3w", "sq3wc"), 0.0))
+        found.append(dict.fromkeys(("sq3w", "sq3wo"), 0.0))
         with pieces.alone(threads) as pool:
             kinds = [types.get(name) for name in found[-1]]
             sensitivity._add_cost(found[-1], rows, kinds, uses, torch.arange(600), pool.map)
     assert found[0] == found[1]
-    assert found[0]["sq3wc"] < mix.WORTH * found[0]["sq3w"]
+    assert found[0]["sq3wo"] < mix.WORTH * found[0]["sq3w"]
 
 
 def test_the_mix_keeps_to_the_budget_and_to_the_rows(tmp_path):

@@ -3,6 +3,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +12,24 @@ from test_solve import problem, solve
 from gguf_splitq import types
 from gguf_splitq.coding import formats, solver, windows
 from gguf_splitq.errors import EnvironmentFailed
+from gguf_splitq.types.windows import Window
 
 torch.set_num_threads(1)  # the problems are too small to share
 
 NAMES = ["sq6w", "sq5w", "sq4w", "sq3w", "sq2w"]
+OPEN = {"sq3wo": (55, 1), "sq2wo": (55, 2)}  # and base and step that fit the problems
+
+
+def type_of(name: str) -> Window:
+    if name not in OPEN:
+        return types.get(name)
+    base, step = OPEN[name]
+    return replace(types.get(name).plain, base=base, step=step)
 
 
 def block(name: str, n_rows: int, n_scales: int, seed: int = 0) -> tuple:
     """What a sweep is given, for a block whose Hessian is not diagonal."""
-    trellis, rng = windows.Trellis.of(types.get(name)), torch.Generator().manual_seed(seed)
+    trellis, rng = windows.Trellis.of(type_of(name)), torch.Generator().manual_seed(seed)
     weight, hessian = problem(n_rows, 32, seed)
     factor = torch.linalg.cholesky(solver.backwards(solver.damped(hessian)))
     scales = 0.02 / 44 * (0.3 * torch.randn(n_scales, n_rows, generator=rng)).exp()
@@ -28,7 +38,7 @@ def block(name: str, n_rows: int, n_scales: int, seed: int = 0) -> tuple:
 
 
 def rows_of(name: str, weight: torch.Tensor, hessian: torch.Tensor) -> windows._Rows:
-    kind = types.get(name)
+    kind = type_of(name)
     trellis = windows.Trellis.of(kind)
     h, order, factor, _ = solver.factored(hessian, solver.DAMPING, lambda diagonal: windows._order(diagonal, trellis))
     push, costs = solver.pushes(factor), solver.costs(factor)
@@ -84,6 +94,25 @@ def test_a_sweep_closes_its_chains_and_takes_the_best_scale(name, states):
         assert better == 0 if states else better < 0.2  # of free chains only the most promising are closed
 
 
+@pytest.mark.parametrize("name", OPEN)
+def test_an_open_chain_is_at_least_as_good_as_any_closed_one_and_takes_the_best_scale(name):
+    given = block(name, 40, 4)
+    edges, choice = windows.in_torch(*given, None)
+    trellis, scales = given[5], given[2]
+    assert torch.equal(edges[1:].int() >> trellis.bits, edges[:-1].int() % trellis.n_states)
+    found = errors(edges, scales.gather(0, choice[None])[0], given)
+    for number in range(len(scales)):
+        alone = *given[:2], scales[number : number + 1], *given[3:]
+        assert (found <= errors(windows.in_torch(*alone, None)[0], scales[number], given) * (1 + 1e-4)).all()
+    diagonal = *given[:3], torch.zeros(32, 32), given[4], trellis  # where nothing is left to chance
+    closed = windows.in_torch(*diagonal[:5], replace(trellis, open=False), None)
+    least, others = (
+        errors(part, scales.gather(0, number[None])[0], diagonal)
+        for part, number in (windows.in_torch(*diagonal, None), closed)
+    )
+    assert (least <= others * (1 + 1e-5)).all() and (least / others).mean() < 0.98
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_paths_of_a_diagonal_hessian_are_the_best_there_are(name):
     """A column's error then depends on nothing else: Viterbi's algorithm finds the least. Here with every state."""
@@ -114,7 +143,7 @@ def test_paths_of_a_diagonal_hessian_are_the_best_there_are(name):
     assert (free >= least * (1 - 1e-5)).all() and float((free / least).mean()) < 1.02
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *OPEN])
 def test_feedback_costs_what_its_formula_says(name):
     """The columns' costs add up to the whole error, so that scales are compared by what they cost."""
     weight, hessian = problem(20, 32)
@@ -128,7 +157,7 @@ def test_feedback_costs_what_its_formula_says(name):
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *OPEN])
 def test_no_step_after_feedback_raises_the_error(name, seed):
     weight, hessian = problem(24, 192, seed)
     rows = rows_of(name, weight, hessian)
@@ -165,7 +194,7 @@ def test_pieces_of_rows_and_of_scales_are_joined(monkeypatch):
 
 def exact_block(name: str, n_rows: int, n_scales: int) -> tuple:
     """What a sweep is given, of such numbers that no sum is rounded, in whatever order it is taken."""
-    trellis, rng = windows.Trellis.of(types.get(name)), torch.Generator().manual_seed(n_rows)
+    trellis, rng = windows.Trellis.of(type_of(name)), torch.Generator().manual_seed(n_rows)
     aims, base = (torch.randint(-90, 91, (32, n_rows), generator=rng).float() for _ in range(2))
     scales = 2.0 ** torch.randint(-1, 2, (n_scales, n_rows), generator=rng)
     scales[-1, 0] = 0
@@ -179,8 +208,7 @@ def held_states(given: tuple, n_rows: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("n_rows", [1, 8, 45])
-@pytest.mark.parametrize("states", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, states", [*itertools.product(NAMES, [False, True]), *((name, False) for name in OPEN)])
 def test_c_gives_the_codes_of_the_reference(runtime_library, name, states, n_rows):
     given = exact_block(name, n_rows, 5)
     held = held_states(given, n_rows) if states else None
@@ -199,12 +227,13 @@ def test_without_the_runtime_the_result_is_as_good(runtime_library, monkeypatch,
         assert fast.errors[stage] == pytest.approx(error, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *OPEN])
 def test_trained_scales_keep_the_codes(name):
-    kind = types.get(name)
+    kind = type_of(name)
     packed = windows.solve(*problem(4, 64), kind).packed.numpy()
     fmt = formats.for_type(kind)
     found, params = fmt.unpack(packed)
+    assert name not in OPEN or params.max() >= 128 and (params & 127).max() < kind.n_scales
     value = fmt.levels[found.int()].unflatten(1, (2, -1)) * fmt.scale(params)[..., None]
     assert torch.equal(value.flatten(1), torch.from_numpy(kind.decode(packed)))
     assert (fmt.pack(found, params).numpy() == packed).all()

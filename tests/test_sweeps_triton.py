@@ -23,7 +23,7 @@ from gguf_splitq.coding import sweeps_triton  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 BOTH = sweeps.Reference(), sweeps_triton.Sweeps()
-OTHERS = ["sq6w", "sq5w", "sq4w", "sq3w", "cq3", "sq3c", "sq4wc"]
+OTHERS = ["sq6w", "sq5w", "sq4w", "sq3w", "cq3", "sq3c", "sq4wc", "sq3wo", "sq2wo"]
 NAMES = ["sq4", "q4_0", "q4_1", "q4_k", "q2_k", "q3_k", "iq4_xs", "sdr4"]
 
 

@@ -172,8 +172,10 @@ def test_gguf_learns_the_types():
 
 
 def test_unknown_type_is_refused_with_the_names():
-    names = "sq4, sq3, sq2, sq4x, sdr4, sq6w, sq5w, sq4w, sq3w, sq2w, sq4wc, sq3wc, sq2wc, sq3c, sq2c, cq4, cq3, cq2"
-    with pytest.raises(errors.UsageError, match=f"'sq5' is not known.*{names}, f32"):
+    names = (
+        "sq4, sq3, sq2, sq4x, sdr4, sq6w, sq5w, sq4w, sq3w, sq2w, sq3wo, sq2wo, sq4wc, sq3wc, sq2wc, sq3c, sq2c, cq4"
+    )
+    with pytest.raises(errors.UsageError, match=f"'sq5' is not known.*{names}, cq3, cq2, f32"):
         types.get("sq5")
 
 

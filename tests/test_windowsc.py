@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""sq4wc, sq3wc and sq2wc in Python: rows of window types with scales of columns, coded with and without data."""
+"""sq4wc, sq3wo and their like in Python: rows of window types with scales of columns, coded with and without data."""
 
 import json
+from dataclasses import replace
 
 import crafted
 import numpy as np
@@ -16,32 +17,37 @@ from gguf_splitq.coding import solver, windows
 from gguf_splitq.errors import InputError
 from gguf_splitq.types.columns import PLAIN
 
-NAMES = ["sq4wc", "sq3wc", "sq2wc"]
+NAMES = ["sq4wc", "sq3wc", "sq2wc", "sq3wo", "sq2wo"]
+GRIDS = {"sq3wo": (50, 2), "sq2wo": (60, 1)}  # base and step of block scales
 
 
 def random_matrix(kind, n_rows=ROWS, n_cols=COLUMNS):
-    """Packed rows, scales of columns and the side tensor, of random sound contents."""
+    """Packed rows, scales of columns, the side tensor, of random sound contents, and the type of the rows."""
     rng = np.random.default_rng(3)
-    scale = rng.normal(size=n_cols).astype(np.float16)
-    return rng.integers(0, 256, (n_rows, kind.row_bytes(n_cols)), np.uint8), scale, kind.side_of(n_rows, scale)
+    scale, plain = rng.normal(size=n_cols).astype(np.float16), kind.plain
+    if kind.name in GRIDS:
+        plain = replace(plain, base=GRIDS[kind.name][0], step=GRIDS[kind.name][1])
+    packed = rng.integers(0, 256, (n_rows, kind.row_bytes(n_cols)), np.uint8)
+    return packed, scale, kind.side_of(n_rows, scale, plain), plain
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_those_of_the_window_type_times_the_scales(name):
     kind = types.get(name)
-    packed, scale, side = random_matrix(kind)
+    packed, scale, side, plain = random_matrix(kind)
     read = kind.read_side(side, ROWS, COLUMNS, "x")
-    expected = types.get(name[:-1]).decode_numpy(packed) * scale.astype(np.float32)
+    expected = plain.decode_numpy(packed) * scale.astype(np.float32)
     np.testing.assert_array_equal(kind.decode_rows(packed, read, 0), expected)
     np.testing.assert_array_equal(kind.decode_rows(packed[7:], read, 7), expected[7:])
-    assert side[:32].view("<u4").tolist() == [0x51414C43, ROWS, COLUMNS, 0, 0, 0, 0, 0]
+    assert name in GRIDS or plain == types.get(name[:-1])
+    assert side[:32].view("<u4").tolist() == [0x51414C43, ROWS, COLUMNS, 0, 0, *GRIDS.get(name, (0, 0)), 0]
     assert side[32:].tobytes() == scale.tobytes() and len(side) == kind.side_bytes(ROWS, COLUMNS, PLAIN)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_c_reads_the_same_weights(runtime_library, name):
     kind = types.get(name)
-    packed, _, side = random_matrix(kind)
+    packed, _, side, _ = random_matrix(kind)
     check_that_c_agrees(runtime_library, kind, packed, side)
 
 

@@ -59,10 +59,13 @@ def solve_windows(
     passes: int = windows.PASSES,
     each: solver.Each = map,
 ) -> Solution:
-    """`solve` for sq4wc, sq3wc and sq2wc, which have no layout but the plain one."""
+    """`solve` for sq4wc, sq3wo and their like, which have no layout but the plain one."""
     scale, inverse, hessian = _scaled(weight, hessian)
-    solved = windows.solve(weight * inverse, hessian, kind.plain, passes=passes, each=each)
-    return replace(solved, weight=solved.weight * scale.float(), side=kind.side_of(len(weight), scale.cpu().numpy()))
+    units = weight * inverse
+    plain = kind.rows_for([units.cpu().numpy()], hessian.diagonal().float().cpu().numpy())
+    solved = windows.solve(units, hessian, plain, passes=passes, each=each)
+    side = kind.side_of(len(weight), scale.cpu().numpy(), plain)
+    return replace(solved, weight=solved.weight * scale.float(), side=side)
 
 
 def coding_bytes(n_rows: int, n_cols: int) -> int:

@@ -16,6 +16,7 @@ from ..types.columns import PLAIN, ColumnType, Layout
 from ..types.sqc import ScaledColumns
 from ..types.windows import Window
 from ..types.windowsc import WindowColumns
+from ..types.windowso import OpenColumns
 from . import codebooks, columns, formats, free, solver, windows
 from .solver import Solution
 
@@ -23,16 +24,19 @@ _SOLVE: dict[type, Callable[..., Solution]] = {
     Claq: codebooks.solve,
     ScaledColumns: columns.solve,
     WindowColumns: columns.solve_windows,
+    OpenColumns: columns.solve_windows,
 }
 _BYTES: dict[type, Callable[[int, int], int]] = {
     Claq: codebooks.coding_bytes,
     ScaledColumns: columns.coding_bytes,
     WindowColumns: columns.windows_coding_bytes,
+    OpenColumns: columns.windows_coding_bytes,
 }
 _CODE: dict[type, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     Claq: free.with_codebooks,
     ScaledColumns: free.in_blocks,
     WindowColumns: free.in_windows,
+    OpenColumns: free.in_windows,
 }
 
 

@@ -103,12 +103,22 @@ class ScaleByteFormat(BlockFormat):
     type: splitquant.SplitQuant | windows.Window
     own_scale = True
 
-    def __init__(self, tensor_type: splitquant.SplitQuant | windows.Window, device: str | torch.device = "cpu"):
-        super().__init__(tensor_type, self._table(tensor_type.name), device)
-        self.scales = torch.from_numpy(splitquant.SCALES).to(device)
+    def __init__(
+        self,
+        tensor_type: splitquant.SplitQuant | windows.Window,
+        device: str | torch.device = "cpu",
+        levels: Sequence[int] | np.ndarray | None = None,
+        scales: np.ndarray = splitquant.SCALES,
+        positive: int = 128,
+    ):
+        """levels: those of a codebook of this name if not given. scales: float32 [256], what parameters stand for.
 
-    def _table(self, name: str) -> Sequence[int] | np.ndarray:
-        return splitquant.codebooks()[name].levels
+        positive: how many positive ones there are; negative ones begin at 128.
+        """
+        if levels is None:
+            levels = splitquant.codebooks()[tensor_type.name].levels
+        super().__init__(tensor_type, levels, device)
+        self.scales, self.positive = torch.from_numpy(scales).to(device), positive
 
     def grid(self, params: torch.Tensor) -> Grid:
         return Grid("table", self.scales[:128])
@@ -117,7 +127,7 @@ class ScaleByteFormat(BlockFormat):
         return self.scales[params.int()]
 
     def nearest(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        positive = self.scales[:128]
+        positive = self.scales[: self.positive]
         index = torch.bucketize(scale.abs(), (positive[1:] + positive[:-1]) / 2)
         return (index + 128 * (scale < 0)).to(torch.uint8)
 
@@ -129,20 +139,24 @@ class ScaleByteFormat(BlockFormat):
 
 
 class WindowFormat(ScaleByteFormat):
-    """sq4w, sq3w, sq2w. The code of a weight is its whole window here, so that `levels` says what it stands for."""
+    """sq6w to sq2w, and rows of sq3wo and sq2wo, where parameters are the numbers of a matrix' scales, not their bytes.
+
+    The code of a weight is its whole window here, so that `levels` says what it stands for.
+    """
 
     type: windows.Window
 
-    def _table(self, name: str) -> np.ndarray:
-        return windows.tables()[name].levels
+    def __init__(self, tensor_type: windows.Window, device: str | torch.device = "cpu"):
+        super().__init__(tensor_type, device, tensor_type.table.levels, tensor_type.scales, tensor_type.n_scales)
 
     def unpack(self, packed: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, _ = self.type.unpack(packed.reshape(-1, self.type.block_bytes))
-        found = torch.from_numpy(self.type.windows(codes).reshape(len(packed), -1))
-        return found.to(self.levels.device), self._params(packed).to(self.levels.device)
+        found, scale = self.type.unpack_windows(packed.reshape(-1, self.type.block_bytes))
+        parts = (torch.from_numpy(part.reshape(len(packed), -1)) for part in (found, scale))
+        codes, params = (part.to(self.levels.device) for part in parts)
+        return codes, params
 
     def _write(self, codes: np.ndarray, params: torch.Tensor) -> np.ndarray:
-        return self.type.pack(self.type.codes(codes), params[:, 0].numpy())
+        return self.type.pack_windows(codes, params[:, 0].numpy())
 
 
 class ColumnFormat(ScaleByteFormat):

@@ -30,14 +30,19 @@ _CODE, _OUTLIER = 0x7F, 0x80  # of the bytes that codes are kept in
 def in_windows(
     weight: torch.Tensor, kind: WindowColumns, layout: Layout = PLAIN, importance: torch.Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """sq4wc, sq3wc, sq2wc: as `in_blocks`, columns staying where they are."""
+    """sq4wc, sq3wo and their like: as `in_blocks`, columns staying where they are."""
     matrix = _Slices(weight)
     scale, size, inverse = _column_scales(matrix)
     relevance = None if importance is None else importance.numpy() * size**2
     packed = np.empty((matrix.n_rows, kind.row_bytes(matrix.n_cols)), np.uint8)
+
+    def units(rows: slice) -> np.ndarray:
+        return matrix.weight[rows].float().numpy() * inverse
+
+    plain = kind.rows_for(map(units, matrix.rows), relevance)
     for rows in matrix.rows:
-        packed[rows] = kind.plain.encode(matrix.weight[rows].float().numpy() * inverse, relevance)
-    return packed, kind.side_of(matrix.n_rows, scale)
+        packed[rows] = plain.encode(units(rows), relevance)
+    return packed, kind.side_of(matrix.n_rows, scale, plain)
 
 
 def in_blocks(

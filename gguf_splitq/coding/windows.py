@@ -15,6 +15,8 @@ an edge, state << code bits | code, has a level. A block is coded for all rows a
 1. Feedback: blocks in the order of falling Hessian diagonal, at scales near those that fit the weights alone.
 2. Refit, as in solver.py.
 3. Search, as there, but each chain begins at a random place, in the state that it is in there, so one run closes it.
+
+Open chains (windowso.py) need no second run, and can begin nowhere else.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ import numpy as np
 import torch
 
 from ..runtime import native
-from ..types import windows
 from ..types.windows import Window
+from ..types.windowso import OpenWindow
 from . import solver, sweeps
 from .formats import WindowFormat
 from .solver import Solution
@@ -53,13 +55,15 @@ class Trellis:
 
     bits: of a code. walk: int64 [n_chains, length], the columns of a block in the order of coding. windows: uint8
     [n_edges], the index in the type's table of each edge. levels: float32 [n_edges], what each edge stands for at scale
-    1. From state s code c leads along edge s << bits | c to state edge % n_states.
+    1. From state s code c leads along edge s << bits | c to state edge % n_states. open: whether a chain begins and
+    ends in any states; else it ends in the one that it begins in.
     """
 
     bits: int
     walk: torch.Tensor
     windows: torch.Tensor
     levels: torch.Tensor
+    open: bool = False
 
     @property
     def n_states(self) -> int:
@@ -69,9 +73,9 @@ class Trellis:
     @classmethod
     @functools.cache
     def of(cls, kind: Window, device: str | torch.device = "cpu") -> Trellis:
-        walk = np.ascontiguousarray(kind.chain[:, ::-1])
-        parts = walk, kind.edge_windows, kind.edges.astype(np.float32)
-        return cls(kind.code_bits, *(torch.from_numpy(part).to(device) for part in parts))
+        parts = np.ascontiguousarray(kind.chain[:, ::-1]), kind.edge_windows, kind.edges.astype(np.float32)
+        walk, indices, levels = (torch.from_numpy(part).to(device) for part in parts)
+        return cls(kind.code_bits, walk, indices, levels, isinstance(kind, OpenWindow))
 
 
 class Sweep(Protocol):
@@ -94,7 +98,8 @@ class Sweep(Protocol):
         best given all other blocks; base: alike, from what their changes count that are pushed on. scales: float32
         [n_scales, n_rows]. push: float32 [32, 32], of which the upper triangle counts: from row to column. costs:
         float32 [32], of a squared distance from an aim. states: uint8 [n_chains, n_rows], in which chains begin and
-        end, None where that is to be found. Of scales with equal errors the first is taken, and of edges alike.
+        end, None where that is to be found, as it always is of open chains. Of scales with equal errors the first is
+        taken, and of edges alike.
         """
 
 
@@ -149,7 +154,7 @@ class _Rows(solver.Rows):
         diagonal = h.diagonal().view(-1, BLOCK, 1)
         share = diagonal / diagonal.sum(1, keepdim=True)
         size = (self.weight.view(-1, BLOCK, len(weight)).square() * share).sum(1).sqrt().T.contiguous()
-        scale = size / windows.tables()[fmt.type.name].rms
+        scale = size / fmt.type.table.rms
         self.params = fmt.nearest(scale, torch.zeros_like(scale), torch.empty(0))
         self._code(None, h.diagonal()[order], FIRST)
 
@@ -177,7 +182,8 @@ class _Rows(solver.Rows):
         trellis, device, bits = self.trellis, self.weight.device, self.trellis.bits
         n_chains, length = trellis.walk.shape
         value, some = self.value(), torch.randperm(self.params.shape[1], generator=chance)
-        turns = solver.sent(torch.randint(length, (len(some), n_chains, 1), generator=chance), device)
+        places = 1 if trellis.open else length
+        turns = solver.sent(torch.randint(places, (len(some), n_chains, 1), generator=chance), device)
         weights = self.h.diagonal().view(-1, BLOCK).sum(1)
         walk, column = trellis.walk.expand(len(some), -1, -1), torch.arange(length, device=device)
         walk = walk.gather(2, (column + turns) % length)  # of each block, its chains begun somewhere
@@ -186,7 +192,7 @@ class _Rows(solver.Rows):
             chains = walk[blocks] + blocks[..., None, None] * BLOCK
             for number, group in enumerate(solver.groups(self.h, chains.flatten(1))):
                 here, columns = blocks[number], group.columns
-                states = self.edges[chains[number, ..., 0]] >> bits
+                states = None if trellis.open else self.edges[chains[number, ..., 0]] >> bits
                 base, drawn = value[columns], pull[columns]
                 edges, params = _sweep(
                     torch.addmm(base, group.inverse, drawn), group.push, group.costs,
@@ -269,7 +275,7 @@ def _tries(
     added, turned = tried
     for some in params.T.split(TRIED):  # little is launched on a GPU then
         old = some[:, None].int()
-        tries = (((old & 127) + added).clamp(0, 127) + (old & 128 ^ turned)).to(torch.uint8)
+        tries = (((old & 127) + added).clamp(0, fmt.positive - 1) + (old & 128 ^ turned)).to(torch.uint8)
         yield from zip(tries, fmt.scale(tries), strict=True)
 
 
@@ -298,7 +304,7 @@ def in_c(
     assert lib
     arrays = [part.contiguous().numpy() for part in (trellis.levels, aims, base, scales, push, costs)]
     held = None if states is None else states.contiguous().numpy()
-    edges, choice = native.sweep(lib, trellis.bits, CLOSED, arrays, held)
+    edges, choice = native.sweep(lib, trellis.bits, 0 if trellis.open else CLOSED, arrays, held)
     return torch.from_numpy(edges), torch.from_numpy(choice)
 
 
@@ -319,12 +325,12 @@ def in_torch(
         rows = slice(start, start + PIECE // n_scales)
         given = _Block(aims[:, None, rows], base[:, None, rows], push, costs, trellis)
         scale = scales[:, rows]
-        if states is None:  # paths with free ends tell which scales are worth more
+        if states is None and not trellis.open:  # paths with free ends tell which scales are worth more
             promising = given.code(scale, None, False)[1].argsort(dim=0, stable=True)[:CLOSED]
             found, error = given.code(scale.gather(0, promising), None, True)
         else:
             promising = torch.arange(n_scales, device=aims.device)[:, None].expand_as(scale)
-            found, error = given.code(scale, states[:, rows].long(), True)
+            found, error = given.code(scale, None if states is None else states[:, rows].long(), False)
         best = error.argmin(0, keepdim=True)
         choice[rows] = promising.gather(0, best)[0]
         edges[:, rows] = found.gather(1, best.expand(BLOCK, 1, -1))[:, 0]

@@ -24,11 +24,11 @@ LANES = {2: 2, 3: 4, 4: 8, 5: 8, 6: 8}  # of a program, by code bits: what one w
 def _code(  # type: ignore[no-untyped-def]
     aims, base, scales, push, costs, levels, states, edges, errors, n_rows, n_lanes, push_row, push_column,
     BITS: tl.constexpr, LENGTH: tl.constexpr, CHAINS: tl.constexpr, HELD: tl.constexpr, CLOSE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    STORE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Chains of all lanes, one after another: free; from a given state to the same (HELD); or closed (CLOSE).
 
-    Lane l is row l mod n_rows at scale l of scales; states: of rows. edges are written except of free chains.
+    Lane l is row l mod n_rows at scale l of scales; states: of rows. edges are written where STORE is set.
     """
     EDGES: tl.constexpr = 128 if BITS > 4 else 64
     STATES: tl.constexpr = EDGES >> BITS
@@ -105,7 +105,7 @@ def _code(  # type: ignore[no-untyped-def]
             across = (first + column)[:, None] * push_row + then[None, :] * push_column
             pushes = tl.load(push + across, tl.broadcast_to(then[None, :], (LENGTH, LENGTH)) < CHAINS * LENGTH, 0.0)
             pushed = tl.sum(kept_changes[:, :, None] * pushes[None, :, :], 1)
-        if HELD or CLOSE:
+        if STORE:
             at = kept_start
             for i in range(LENGTH):
                 word = tl.where(i < WORD, kept_early, kept_late)
@@ -127,9 +127,9 @@ def sweep(
     states: torch.Tensor | None,
     closed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `windows.Sweep` on a GPU; of free chains the `closed` most promising scales are closed."""
+    """A `windows.Sweep` on a GPU; of free chains that are to close the `closed` most promising scales are closed."""
     given = aims.contiguous(), base.contiguous(), push, costs, trellis, states
-    if states is None:
+    if states is None and not trellis.open:
         promising = _run(scales, *given, close=False)[1].argsort(dim=0, stable=True)[:closed]
         found, error = _run(scales.gather(0, promising), *given, close=True)
     else:
@@ -150,16 +150,18 @@ def _run(
     states: torch.Tensor | None,
     close: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Edges uint8 [32, n_scales, n_rows], unset for free chains, and errors float32 [n_scales, n_rows]."""
+    """Edges uint8 [32, n_scales, n_rows], unset for chains that are yet to close, and errors float32 alike."""
     scales = scales.contiguous()
     errors = torch.empty_like(scales)
     edges = torch.empty((len(aims), *scales.shape), dtype=torch.uint8, device=aims.device)
     n_chains, length = trellis.walk.shape
     width = LANES[trellis.bits]
     held = errors if states is None else states.contiguous()  # errors: any pointer, not read
+    store = states is not None or close or trellis.open
     with torch.cuda.device_of(aims):
         _code[triton.cdiv(scales.numel(), width),](
             aims, base, scales, push, costs, trellis.levels, held, edges, errors, scales.shape[1], scales.numel(),
-            *push.stride(), trellis.bits, length, n_chains, states is not None, close, width, num_warps=1,
+            *push.stride(), trellis.bits, length, n_chains, states is not None, close, store, width,
+            num_warps=1,
         )  # fmt: skip
     return edges, errors

@@ -23,7 +23,7 @@ from . import Entry
 
 MOST_BYTES = 1 << 26  # of a plan; what is longer is a model given by mistake, not to be read whole
 CANDIDATES = ("sq2w", "sq3w", "sq4w", "sq5w", "sq6w", "q8_0")
-SCALED = {"sq2wc": "sq2w", "sq3wc": "sq3w", "sq4wc": "sq4w"}  # for linear layers, and the same without scales
+SCALED = {"sq2wo": "sq2w", "sq3wo": "sq3w", "sq4wc": "sq4w"}  # for linear layers, and the same without scales
 WORTH = 0.8  # of the divergence without: what scales of columns have to bring it down to, since they cannot be trained
 
 

@@ -65,6 +65,14 @@ def library() -> ctypes.CDLL | None:
     lib.splitq_errors.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
     ]  # fmt: skip
+    lib.splitq_quantize_open.restype = lib.splitq_dequantize_open.restype = None
+    lib.splitq_quantize_open.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+        ctypes.c_int, ctypes.c_int,
+    ]  # fmt: skip
+    lib.splitq_dequantize_open.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int,
+    ]  # fmt: skip
     lib.splitq_windows_sweep.restype = None
     lib.splitq_windows_sweep.argtypes = [ctypes.POINTER(_Sweep)]
     return lib
@@ -89,6 +97,33 @@ def decode(lib: ctypes.CDLL, gguf_id: int, data: np.ndarray, n_cols: int) -> np.
     data = np.ascontiguousarray(data)
     out = np.empty((data.shape[0], n_cols), np.float32)
     _CONVERT(lib.ggml_get_type_traits(gguf_id).contents.to_float)(data.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def encode_open(
+    lib: ctypes.CDLL,
+    gguf_id: int,
+    rows: np.ndarray,
+    importance: np.ndarray | None,
+    row_bytes: int,
+    base: int,
+    step: int,
+) -> np.ndarray:
+    """`encode` for rows of a type with open chains and these block scales."""
+    rows = np.ascontiguousarray(rows, np.float32)
+    out = np.empty((rows.shape[0], row_bytes), np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    assert weights is None or weights.shape == rows.shape[1:]
+    at = None if weights is None else weights.ctypes.data
+    lib.splitq_quantize_open(gguf_id, rows.ctypes.data, out.ctypes.data, *rows.shape, at, base, step)
+    return out
+
+
+def decode_open(lib: ctypes.CDLL, gguf_id: int, data: np.ndarray, n_cols: int, base: int, step: int) -> np.ndarray:
+    """`decode` for such rows."""
+    data = np.ascontiguousarray(data)
+    out = np.empty((data.shape[0], n_cols), np.float32)
+    lib.splitq_dequantize_open(gguf_id, data.ctypes.data, out.ctypes.data, out.size, base, step)
     return out
 
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 import functools
 
 from ..errors import UsageError
-from . import claq, columns, sdr, splitquant, sq4x, sqc, windows, windowsc
+from . import claq, columns, sdr, splitquant, sq4x, sqc, windows, windowsc, windowso
 from .base import TensorType
 
 __all__ = ["TensorType", "all_types", "by_id", "columns_by_id", "get", "register_with_gguf"]
 
 CUSTOM: list[TensorType] = [*splitquant.TYPES, *sq4x.TYPES, *sdr.TYPES, *windows.TYPES]
 """This project's block formats."""
-COLUMNS: list[columns.ColumnType] = [*windowsc.TYPES, *sqc.TYPES, *claq.TYPES]
+COLUMNS: list[columns.ColumnType] = [*windowso.TYPES, *windowsc.TYPES, *sqc.TYPES, *claq.TYPES]
 """Its types with a side tensor, which code whole matrices."""
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the types with a side tensor share: those of claq.py, sqc.py and windowsc.py.
+"""What the types with a side tensor share: those of claq.py, sqc.py, windowsc.py and windowso.py.
 
 A column is an input feature. What belongs to it, and not to a row, is in a tensor of its own: X.columns beside
 X.weight. Stored column i is input feature order[i]. The codes of the first `wide` blocks of 32 stored columns have
@@ -14,7 +14,7 @@ Codes, block of 32 stored columns of one row: 4-byte words, of which field i of 
 Side tensor, I8 [size] or [experts, size], little-endian; each section begins at a multiple of 32 bytes, zeros between.
 All types have these, and their own ones:
 
-    header   u32 x 8    0x51414c43 ("CLAQ"), rows, columns, wide, outliers, 0, 0, 0
+    header   u32 x 8    0x51414c43 ("CLAQ"), rows, columns, wide, outliers, base, step, 0; base, step: of windowso.py
     order    u16 [columns]     a permutation; absent when wide = 0
     scale    f16 [columns]
     extra    u8 [panels of 16 rows, wide, words, 16, 4]: what the codes of the first `wide` blocks have above the type's
@@ -37,7 +37,7 @@ from .base import TensorType
 
 MAGIC = 0x51414C43
 SIDE_TYPE = 24  # GGML_TYPE_I8
-IDS = frozenset({*range(105, 110), *range(113, 116)})
+IDS = frozenset({*range(105, 110), *range(113, 116), 118, 119})
 MOST_COLUMNS = 1 << 16  # what u16 can number
 # What llama.cpp does with a matrix instead of multiplying with it as it is stored, and parts of the names of those that
 # are large enough: GET_ROWS in LLM_TENSOR_INFOS of src/llama-arch.cpp, TENSOR_ALLOW_RESHAPE in src/models at the pin,
@@ -185,7 +185,7 @@ class ColumnType(TensorType):
         if wide:
             upper[:n_rows] = _pack(codes[:, :wide] >> self.code_bits, words)
         contents = self.contents(side, layout) | {
-            "header": [MAGIC, n_rows, n_cols, layout.wide, layout.outliers, 0, 0, 0],
+            "header": [MAGIC, n_rows, n_cols, layout.wide, layout.outliers, *side.grid, 0],
             "extra": upper.reshape(panels, PANEL, layout.wide, words, 4).transpose(0, 2, 3, 1, 4),
         }
         out = bytearray()
@@ -208,7 +208,8 @@ class ColumnType(TensorType):
 
         require(len(data) >= 32, f"{len(data)} bytes are no side tensor")
         magic, rows, columns, wide, outliers = map(int, data[:20].view("<u4"))
-        shaped = (magic, rows, columns) == (MAGIC, n_rows, n_cols) and not data[20:32].any()
+        base, step, rest = map(int, data[20:32].view("<u4"))
+        shaped = (magic, rows, columns) == (MAGIC, n_rows, n_cols) and self.has_grid(base, step) and not rest
         require(shaped, f"its header is not that of a matrix of {n_rows} x {n_cols}")
         fits = wide * 32 <= n_cols and (self.code_bits < self.wide_bits or not wide) and outliers <= n_rows * n_cols
         require(fits, f"{wide} wide blocks and {outliers} outliers do not fit into the matrix")
@@ -226,7 +227,11 @@ class ColumnType(TensorType):
             found["order"] = np.arange(n_cols)
         require(np.array_equal(np.sort(found["order"]), np.arange(n_cols)), "its column order is not a permutation")
         del found["header"]
-        return self.checked(found, layout, require)
+        return self.checked(found | {"grid": np.array([base, step], np.uint32)}, layout, require)
+
+    def has_grid(self, base: int, step: int) -> bool:
+        """Whether words 5 and 6 of a header can be these: 0, but for types that choose block scales for a matrix."""
+        return base == step == 0
 
     def checked(self, found: Mapping[str, np.ndarray], layout: Layout, require: Require) -> Side:
         """The side tensor from its sections, whose contents are checked here but for the order."""
@@ -255,8 +260,9 @@ class Side:
     """What a side tensor holds, in stored order of columns.
 
     order: int [n_cols], the input feature of each stored column. scale: float16 [n_cols]. upper: uint8 [n_rows, wide,
-    bytes], of the wide codes, when read. Of CLAQ's types only: row: float16 [n_rows]; levels: int8 [n_cols, 16], of
-    which a column uses its first 2^bits; start, column, value: the outliers, rows one after the other.
+    bytes], of the wide codes, when read. grid: uint32 [2], base and step of windowso.py. Of CLAQ's types only: row:
+    float16 [n_rows]; levels: int8 [n_cols, 16], of which a column uses its first 2^bits; start, column, value: the
+    outliers, rows one after the other.
     """
 
     order: np.ndarray
@@ -267,6 +273,7 @@ class Side:
     column: np.ndarray = _absent(0, dtype=np.uint16)
     value: np.ndarray = _absent(0, dtype=np.float16)
     upper: np.ndarray = _absent(0, 0, 0)
+    grid: np.ndarray = _absent(2, dtype=np.uint32)
 
     @property
     def wide(self) -> int:

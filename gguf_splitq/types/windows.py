@@ -41,7 +41,7 @@ from .base import TensorType
 from .splitquant import MAX_ABS, SCALES, pack_2bit, scale_below, tree_sum, unpack_2bit
 
 # Constants of the encoder, explained in ggml-windows.c, which has the same.
-_STEPS = range(-3, 3)
+STEPS = range(-3, 3)
 _KEPT = {6: 3, 5: 5, 4: 4, 3: 3, 2: 6}
 _SPREAD = np.float32(1.25)
 _REACH = np.float32(255)
@@ -81,6 +81,21 @@ class Window(TensorType):
     code_bits: int = 4
 
     @property
+    def table(self) -> Table:
+        """Its entry of the tables."""
+        return tables()[self.name]
+
+    @property
+    def scales(self) -> np.ndarray:
+        """float32 [256]: positive scales first, negative ones from 128 on."""
+        return SCALES
+
+    @property
+    def n_scales(self) -> int:
+        """Positive scales there are, 0 among them."""
+        return 128
+
+    @property
     def n_edges(self) -> int:
         """Windows there are."""
         return 128 if self.code_bits > 4 else 64
@@ -94,14 +109,13 @@ class Window(TensorType):
     def edge_windows(self) -> np.ndarray:
         """uint8 [n_edges], indices into the table. Edge e = s << code_bits | c: code c, the codes that follow in the
         chain being s; it leads to state e % n_states."""
-        codes, first = np.zeros((self.n_edges, 32), np.uint8), self.chain[0, :3]
-        codes[:, first] = np.arange(self.n_edges)[:, None] >> np.arange(3) * self.code_bits & (1 << self.code_bits) - 1
-        return self.windows(codes)[:, first[0]]
+        codes = np.arange(self.n_edges) >> self.code_bits * np.arange(3)[:, None] & (1 << self.code_bits) - 1
+        return self.window(*codes.astype(np.uint8))
 
     @cached_property
     def edges(self) -> np.ndarray:
         """int32 [n_edges], levels."""
-        return tables()[self.name].levels[self.edge_windows].astype(np.int32)
+        return self.table.levels[self.edge_windows].astype(np.int32)
 
     @property
     def chain(self) -> np.ndarray:
@@ -113,18 +127,20 @@ class Window(TensorType):
         """uint8 codes [n, 32] -> uint8 [n, 32]: each weight's index into the table."""
         out = np.empty_like(codes)
         for columns in self.chain:
-            own, after, last = (codes[:, np.roll(columns, -i)] for i in range(3))
-            if self.code_bits == 6:
-                out[:, columns] = own | (after & 1) << 6
-            elif self.code_bits == 5:
-                out[:, columns] = own | (after & 2) << 4 | (after & 1) << 6
-            elif self.code_bits == 4:
-                out[:, columns] = own | (after & 3) << 4
-            elif self.code_bits == 3:
-                out[:, columns] = own & 3 | (after & 3) << 2 | own >> 2 << 4 | after >> 2 << 5
-            else:
-                out[:, columns] = own | after << 2 | last << 4
+            out[:, columns] = self.window(*(codes[:, np.roll(columns, -i)] for i in range(3)))
         return out
+
+    def window(self, own: np.ndarray, after: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """uint8: the window of codes `own`, given the codes that follow each of them and those behind these."""
+        if self.code_bits == 6:
+            return own | (after & 1) << 6
+        if self.code_bits == 5:
+            return own | (after & 2) << 4 | (after & 1) << 6
+        if self.code_bits == 4:
+            return own | (after & 3) << 4
+        if self.code_bits == 3:
+            return own & 3 | (after & 3) << 2 | own >> 2 << 4 | after >> 2 << 5
+        return own | after << 2 | last << 4
 
     def codes(self, windows: np.ndarray) -> np.ndarray:
         """uint8 windows -> uint8: the weights' own codes, of any shape; the inverse of `windows`."""
@@ -133,27 +149,44 @@ class Window(TensorType):
         return windows & (1 << self.code_bits) - 1
 
     def encode_blocks(self, blocks: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-        order = self.chain.ravel()
-        w = (np.clip(blocks, np.float32(-MAX_ABS), np.float32(MAX_ABS)) + np.float32(0))[:, order]
-        weight = np.ones(w.shape, np.float32) if importance is None else importance[:, order]
-        weight = np.where((weight > 0).any(1, keepdims=True), weight, np.float32(1))
-        ratio = weight / weight.max(1, keepdims=True)
-
-        power = tree_sum(ratio * ((w * w) * (w * w))) / tree_sum(ratio)
-        base = scale_below(np.sqrt(np.sqrt(power)) / (_SPREAD * np.float32(tables()[self.name].rms)))
-        tried = np.stack([np.clip(base + step, 1, 127) + mirror for step in _STEPS for mirror in (0, 128)])
+        w, weight, ratio = self._ordered(blocks, importance)
+        tried = self._tried(self._nominal(w, ratio))
         reach = (SCALES[tried[0]] * _REACH)[:, None]
         shared = np.clip(w, -reach, reach)
         most = (ratio * np.abs(shared)).max(1) / SCALES[tried[0]]
         share = np.maximum(np.rint(ratio * (_SLOPE / np.maximum(most, _LEAST))[:, None]), np.float32(1))
         shared = share * shared
-        scale, ends = self._search(shared, share, tried)
-        edges = self._path(shared, share, scale, ends)
+        scale, edges = self._best(shared, share, tried)
+        return self._packed(w, weight, scale, edges)
 
+    def _ordered(self, blocks: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """float32 [n, 32], by chain: weights within reach, their importance, and that over the block's largest."""
+        order = self.chain.ravel()
+        w = (np.clip(blocks, np.float32(-MAX_ABS), np.float32(MAX_ABS)) + np.float32(0))[:, order]
+        weight = np.ones(w.shape, np.float32) if importance is None else importance[:, order]
+        weight = np.where((weight > 0).any(1, keepdims=True), weight, np.float32(1))
+        return w, weight, weight / weight.max(1, keepdims=True)
+
+    def _nominal(self, w: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+        """int [n]: the index of the scale that a block's fourth moment asks for."""
+        power = tree_sum(ratio * ((w * w) * (w * w))) / tree_sum(ratio)
+        return scale_below(np.sqrt(np.sqrt(power)) / (_SPREAD * np.float32(self.table.rms)))
+
+    def _tried(self, nominal: np.ndarray) -> np.ndarray:
+        """int [n_tried, n]: the scale bytes that are tried, from the smallest step up."""
+        return np.stack([np.clip(nominal + step, 1, 127) + mirror for step in STEPS for mirror in (0, 128)])
+
+    def _best(self, shared: np.ndarray, share: np.ndarray, tried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The scale byte [n] and the edges [n, 32], by chain, of least error."""
+        scale, ends = self._search(shared, share, tried)
+        return scale, self._path(shared, share, scale, ends)
+
+    def _packed(self, w: np.ndarray, weight: np.ndarray, scale: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        """uint8 [n, block_bytes]; zeros where these are no worse."""
         error = w - SCALES[scale, None] * self.edges.astype(np.float32)[edges]
         worth = tree_sum(weight * error * error) < tree_sum(weight * w * w)
         codes = np.empty(edges.shape, np.uint8)
-        codes[:, order] = np.where(worth[:, None], edges & (1 << self.code_bits) - 1, 0)
+        codes[:, self.chain.ravel()] = np.where(worth[:, None], edges & (1 << self.code_bits) - 1, 0)
         return self.pack(codes, np.where(worth, scale, 0).astype(np.uint8))
 
     def _metrics(
@@ -172,12 +205,17 @@ class Window(TensorType):
         ways = np.repeat(cost, 1 << self.code_bits, axis=-1) + metric
         return ways.reshape(*cost.shape[:-1], -1, self.n_states)
 
-    def _search(self, shared: np.ndarray, share: np.ndarray, tried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of scale bytes [n_tried, n] the best [n], and the states [n, n_chains] that its chains begin and end in."""
+    def _free(self, shared: np.ndarray, share: np.ndarray, tried: np.ndarray) -> np.ndarray:
+        """int32 [n_tried, n, n_chains, n_states]: least costs of chains that end in each state and begin in any."""
         last = np.zeros((*tried.shape, len(self.chain), self.n_states), np.int32)
         for i, scale in enumerate(tried):
             for metric in self._metrics(shared, share, scale, backwards=True):
                 last[i] = self._ways(last[i], metric).min(-2)
+        return last
+
+    def _search(self, shared: np.ndarray, share: np.ndarray, tried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of scale bytes [n_tried, n] the best [n], and the states [n, n_chains] that its chains begin and end in."""
+        last = self._free(shared, share, tried)
         free = last.min(-1).sum(-1)
         order = np.argsort(free.astype(np.float32) * np.square(SCALES[tried]), axis=0, kind="stable")
 
@@ -194,23 +232,38 @@ class Window(TensorType):
             least[better], best[better], ends[better] = error[better], scale[better], closed.argmin(-1)[better]
         return best, ends
 
-    def _path(self, shared: np.ndarray, share: np.ndarray, scale: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """int [n, 32], by chain: the edges of the least path that begins and ends in the states [n, n_chains]."""
-        cost = np.where(np.arange(self.n_states) == ends[..., None], 0, _NEVER).astype(np.int32)
+    def _path(self, shared: np.ndarray, share: np.ndarray, scale: np.ndarray, ends: np.ndarray | None) -> np.ndarray:
+        """int [n, 32], by chain: the edges of the least path that begins and ends in the states [n, n_chains].
+
+        ends: None where it may begin and end in any.
+        """
+        cost = np.zeros((len(share), len(self.chain), self.n_states), np.int32)
+        if ends is not None:
+            cost[np.arange(self.n_states) != ends[..., None]] = _NEVER
         taken = []
         for metric in self._metrics(shared, share, scale, backwards=True):
             ways = self._ways(cost, metric)
             taken.append(ways.argmin(-2))
             cost = ways.min(-2)
-        edges, state = np.empty((len(ends), *self.chain.shape), np.int64), ends
+        state = cost.argmin(-1) if ends is None else ends
+        edges = np.empty((len(share), *self.chain.shape), np.int64)
         for i, way in enumerate(taken[::-1]):
             edges[..., i] = np.take_along_axis(way, state[..., None], -1)[..., 0] * self.n_states + state
             state = edges[..., i] >> self.code_bits
         return edges.reshape(-1, 32)
 
     def decode_blocks(self, data: np.ndarray) -> np.ndarray:
+        windows, scale = self.unpack_windows(data)
+        return SCALES[scale, None] * self.table.levels.astype(np.float32)[windows]
+
+    def pack_windows(self, windows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """uint8 indices into the table [n, 32], by column, and scale bytes [n] -> uint8 [n, block_bytes]."""
+        return self.pack(self.codes(windows), scale)
+
+    def unpack_windows(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [n, block_bytes] -> uint8 indices into the table [n, 32], by column, and scale bytes [n]."""
         codes, scale = self.unpack(data)
-        return SCALES[scale, None] * tables()[self.name].levels.astype(np.float32)[self.windows(codes)]
+        return self.windows(codes), scale
 
     def pack(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """uint8 codes [n, 32], by column, and scale bytes [n] -> uint8 [n, block_bytes]."""

@@ -10,7 +10,7 @@ Source: windows.py for the codes; scales of columns as in sqc.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,22 +39,33 @@ class WindowColumns(ColumnType):
         require(not layout.outliers, f"it has {layout.outliers} outliers, which this type cannot have")
         return super().checked(found, layout, require)
 
-    def decode_rows(self, data: np.ndarray, side: Side, first: int) -> np.ndarray:
-        return self.plain.decode(data) * side.scale.astype(np.float32)
+    def rows_for(self, parts: Iterable[np.ndarray], importance: np.ndarray | None) -> windows.Window:
+        """The type of the rows of a matrix, float32 [some rows, n_cols] at a time, divided by the scales of columns.
 
-    def side_of(self, n_rows: int, scale: np.ndarray) -> np.ndarray:
-        """The side tensor, uint8 [side_bytes], of a matrix with these scales float16 [n_cols]."""
+        importance: float32 [n_cols] or None.
+        """
+        return self.plain
+
+    def rows_of(self, side: Side) -> windows.Window:
+        """The type of the rows of the matrix with this side tensor."""
+        return self.plain
+
+    def decode_rows(self, data: np.ndarray, side: Side, first: int) -> np.ndarray:
+        return self.rows_of(side).decode(data) * side.scale.astype(np.float32)
+
+    def side_of(self, n_rows: int, scale: np.ndarray, rows: windows.Window) -> np.ndarray:
+        """The side tensor, uint8 [side_bytes], of a matrix with these scales float16 [n_cols] and rows of this type."""
         order = np.arange(len(scale))
         return self.pack_side(np.empty((n_rows, len(scale)), np.uint8), Side(order, scale), PLAIN)
 
 
-_METHOD = "window codes, a scale per column"
-_ROWS = 32
+METHOD = "window codes, a scale per column"
+ROWS = 32
 TYPES = [
-    WindowColumns("sq4wc", 113, 113, 32, 17, _METHOD, "outlier channels in 4 bits",
-                  code_bits=4, wide_bits=4, least_rows=_ROWS),
-    WindowColumns("sq3wc", 114, 114, 32, 13, _METHOD, "the same in 3 bits",
-                  code_bits=3, wide_bits=3, least_rows=_ROWS),
-    WindowColumns("sq2wc", 115, 115, 32, 9, _METHOD, "the same in 2 bits",
-                  code_bits=2, wide_bits=2, least_rows=_ROWS),
+    WindowColumns("sq4wc", 113, 113, 32, 17, METHOD, "outlier channels in 4 bits",
+                  code_bits=4, wide_bits=4, least_rows=ROWS),
+    WindowColumns("sq3wc", 114, 114, 32, 13, METHOD, "the same in 3 bits",
+                  code_bits=3, wide_bits=3, least_rows=ROWS),
+    WindowColumns("sq2wc", 115, 115, 32, 9, METHOD, "the same in 2 bits",
+                  code_bits=2, wide_bits=2, least_rows=ROWS),
 ]  # fmt: skip

@@ -63,6 +63,10 @@ static void * side_tensor(enum ggml_type type, uint32_t rows, uint32_t columns, 
     const bool numbered = columns <= 65536 || below(2); // beyond that neither is allowed
     header[3] = columns_bits(type) < 4 && numbered ? below(columns/COLUMNS_QK + 1) : 0;
     header[4] = codebooks && numbered && below(2) ? below(3*rows) : 0;
+    if (type == GGML_TYPE_SPLITQ_SQ3WO || type == GGML_TYPE_SPLITQ_SQ2WO) {
+        header[5] = 1 + below(67);
+        header[6] = 1 << below(3);
+    }
     *size = columns_side_at(type, header).size;
     char * data = allocated(*size);
     fill(data, *size);

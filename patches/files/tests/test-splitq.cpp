@@ -37,7 +37,8 @@ static void append(std::vector<char> & data, const void * x, size_t n, size_t al
 // The side tensor of a matrix whose columns all have the same scale and, if any, codebook; bytes as in docs/format.md.
 static std::vector<char> side_tensor(ggml_type type, uint32_t rows, uint32_t columns) {
     const size_t bits = type == GGML_TYPE_SPLITQ_CQ4 ? 4 : type == GGML_TYPE_SPLITQ_CQ3 ? 3 : type == GGML_TYPE_SPLITQ_CQ2 ? 2 : 0;
-    const uint32_t header[8] = { 0x51414c43, rows, columns };
+    const bool open = type == GGML_TYPE_SPLITQ_SQ3WO || type == GGML_TYPE_SPLITQ_SQ2WO;
+    const uint32_t header[8] = { 0x51414c43, rows, columns, 0, 0, open ? 70u : 0u, open ? 1u : 0u };
     const std::vector<ggml_fp16_t> row(rows, ggml_fp32_to_fp16(0.5f)), scale(columns, ggml_fp32_to_fp16(0.01f));
     std::vector<char> data;
     append(data, header, sizeof(header), 1);
@@ -192,6 +193,7 @@ static int fused(int runs, bool repack) {
         GGML_TYPE_SPLITQ_SQ4, GGML_TYPE_SPLITQ_SQ3, GGML_TYPE_SPLITQ_SQ2, GGML_TYPE_SPLITQ_SDR4, GGML_TYPE_SPLITQ_CQ4,
         GGML_TYPE_SPLITQ_CQ3, GGML_TYPE_SPLITQ_CQ2, GGML_TYPE_SPLITQ_SQ3C, GGML_TYPE_SPLITQ_SQ2C,
         GGML_TYPE_SPLITQ_SQ6W, GGML_TYPE_SPLITQ_SQ5W, GGML_TYPE_SPLITQ_SQ4W, GGML_TYPE_SPLITQ_SQ3W, GGML_TYPE_SPLITQ_SQ2W, GGML_TYPE_SPLITQ_SQ2WC,
+        GGML_TYPE_SPLITQ_SQ3WO, GGML_TYPE_SPLITQ_SQ2WO,
     };
     const int64_t shapes[][2] = { { 2048, 512 }, { 512, 512 }, { 1024, 96 }, { 256, 768 }, { 96, 1024 } }; // n_embd, n_ff
     int failures = 0;

@@ -25,7 +25,9 @@
     X(SQ3C, sq3c, 109,  32, "3.25 bpw and columns")                                     \
     X(SQ4WC, sq4wc, 113, 32, "4.25 bpw and columns")                                    \
     X(SQ3WC, sq3wc, 114, 32, "3.25 bpw and columns")                                    \
-    X(SQ2WC, sq2wc, 115, 32, "2.25 bpw and columns")
+    X(SQ2WC, sq2wc, 115, 32, "2.25 bpw and columns")                                    \
+    X(SQ3WO, sq3wo, 118, 32, "3.25 bpw and columns")                                    \
+    X(SQ2WO, sq2wo, 119, 32, "2.25 bpw and columns")
 
 #define GGML_SPLITQ_TYPES(X) GGML_SPLITQ_ROW_TYPES(X) GGML_SPLITQ_COLUMN_TYPES(X)
 

@@ -16,9 +16,11 @@ int columns_bits(enum ggml_type type) {
     switch (type) {
         case GGML_TYPE_SPLITQ_SQ4WC:
         case GGML_TYPE_SPLITQ_CQ4:  return 4;
+        case GGML_TYPE_SPLITQ_SQ3WO:
         case GGML_TYPE_SPLITQ_SQ3WC:
         case GGML_TYPE_SPLITQ_SQ3C:
         case GGML_TYPE_SPLITQ_CQ3:  return 3;
+        case GGML_TYPE_SPLITQ_SQ2WO:
         case GGML_TYPE_SPLITQ_SQ2WC:
         case GGML_TYPE_SPLITQ_SQ2C:
         case GGML_TYPE_SPLITQ_CQ2:  return 2;
@@ -30,8 +32,12 @@ bool columns_has_codebooks(enum ggml_type type) {
     return type == GGML_TYPE_SPLITQ_CQ4 || type == GGML_TYPE_SPLITQ_CQ3 || type == GGML_TYPE_SPLITQ_CQ2;
 }
 
+static bool is_open(enum ggml_type type) {
+    return type == GGML_TYPE_SPLITQ_SQ3WO || type == GGML_TYPE_SPLITQ_SQ2WO;
+}
+
 bool columns_has_windows(enum ggml_type type) {
-    return type == GGML_TYPE_SPLITQ_SQ4WC || type == GGML_TYPE_SPLITQ_SQ3WC || type == GGML_TYPE_SPLITQ_SQ2WC;
+    return type == GGML_TYPE_SPLITQ_SQ4WC || type == GGML_TYPE_SPLITQ_SQ3WC || type == GGML_TYPE_SPLITQ_SQ2WC || is_open(type);
 }
 
 bool ggml_splitq_has_columns(enum ggml_type type) {
@@ -48,7 +54,7 @@ static const void * section(const char * data, size_t * at, bool present, size_t
 struct columns_side columns_side_at(enum ggml_type type, const void * data) {
     uint32_t header[8];
     memcpy(header, data, sizeof(header));
-    struct columns_side s = { .rows = header[1], .columns = header[2], .wide = header[3], .outliers = header[4], .size = sizeof(header) };
+    struct columns_side s = { .rows = header[1], .columns = header[2], .wide = header[3], .outliers = header[4], .base = header[5], .step = header[6], .size = sizeof(header) };
     const int bits = columns_bits(type);
     const bool codebooks = columns_has_codebooks(type);
     const size_t rows = s.rows, columns = s.columns, wide = s.wide;
@@ -79,6 +85,15 @@ static bool is_permutation(const uint16_t * order, uint32_t n) {
     return true;
 }
 
+// Whether these can be the base and the step of block scales: 0, but for open types.
+static bool has_grid(enum ggml_type type, uint32_t base, uint32_t step) {
+    if (!is_open(type)) {
+        return !base && !step;
+    }
+    const uint32_t last = (2u << columns_bits(type)) - 1;
+    return (step == 1 || step == 2 || step == 4) && base >= 1 && base <= 127 - step*last;
+}
+
 const char * ggml_splitq_check_columns(enum ggml_type type, int64_t columns, int64_t rows, const void * data, size_t size) {
     uint32_t header[8];
     if (size < sizeof(header)) {
@@ -88,7 +103,7 @@ const char * ggml_splitq_check_columns(enum ggml_type type, int64_t columns, int
         return "is not aligned";
     }
     memcpy(header, data, sizeof(header));
-    if (header[0] != COLUMNS_MAGIC || header[5] || header[6] || header[7]) {
+    if (header[0] != COLUMNS_MAGIC || !has_grid(type, header[5], header[6]) || header[7]) {
         return "does not begin with the header of a side tensor";
     }
     if (header[1] != rows || header[2] != columns) {
@@ -138,7 +153,8 @@ static void decode_windows(enum ggml_type type, const struct columns_side * side
         switch (type) {
             case GGML_TYPE_SPLITQ_SQ4WC: splitq_dequantize_row_sq4w(block, y, COLUMNS_QK); break;
             case GGML_TYPE_SPLITQ_SQ3WC: splitq_dequantize_row_sq3w(block, y, COLUMNS_QK); break;
-            default:                     splitq_dequantize_row_sq2w(block, y, COLUMNS_QK); break;
+            case GGML_TYPE_SPLITQ_SQ2WC: splitq_dequantize_row_sq2w(block, y, COLUMNS_QK); break;
+            default: splitq_dequantize_open(type, block, y, COLUMNS_QK, (int) side->base, (int) side->step); break;
         }
         for (int c = 0; c < COLUMNS_QK; ++c) { y[c] *= GGML_FP16_TO_FP32(side->scale[COLUMNS_QK*b + c]); }
     }

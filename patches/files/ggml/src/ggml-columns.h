@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Tensor types after CLAQ (arXiv 2405.17233): every column, an input feature, has something of its own; cq4, cq3 and cq2 a
 // codebook, sq3c and sq2c, which are sq3 and sq2 otherwise, a scale, as sq4wc, sq3wc and sq2wc, whose blocks are those of sq4w,
-// sq3w and sq2w. Codes and scale bytes are in the weight tensor; all else is in a side tensor of bytes, X.columns beside
-// X.weight, that the model loader attaches.
+// sq3w and sq2w, and sq3wo and sq2wo, whose chains are open. Codes and scale bytes are in the weight tensor; all else is in a
+// side tensor of bytes, X.columns beside X.weight, that the model loader attaches.
 // docs/format.md of gguf-splitq draws the same bytes.
 #pragma once
 
@@ -49,11 +49,12 @@ typedef splitq_block_sq2w splitq_block_sq2wc;
 // The side tensor of one matrix. Stored column i is input feature order[i];
 // weight[r, order[i]] = row[r] * scale[i] * level(i)[code], an outlier's value added; of sq3c and sq2c, with d and the levels
 // of the sq type of as many bits, d * scale[i] * level[code]; of window types, which have neither order nor wide blocks, the
-// weight without a side tensor, times scale[i].
+// weight without a side tensor, times scale[i]; of open ones see splitq_dequantize_open.
 struct columns_side {
     uint32_t rows, columns;
     uint32_t wide;               // how many leading blocks have longer codes, their upper bits in extra
     uint32_t outliers;
+    uint32_t base, step;         // of open types: block scale s is splitq_scale[base + step*s]
     const uint16_t  * order;     // NULL: columns are stored in order
     const ggml_half * row;       // filled up with zeros to a multiple of 16; NULL without codebooks
     const ggml_half * scale;

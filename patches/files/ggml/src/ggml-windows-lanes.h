@@ -83,8 +83,17 @@ static SPLITQ_INLINE ivec NAMED(scale_below)(vec y) {
     return SELECT(y < ALL(8*SPLITQ_SCALE_ULP), small, SELECT(normal < 127, normal, EACH(127)));
 }
 
-static SPLITQ_INLINE ivec NAMED(limited)(ivec code) {
-    return SELECT(code < 1, EACH(1), SELECT(code > 127, EACH(127), code));
+static SPLITQ_INLINE ivec NAMED(limited)(ivec code, int least, int most) {
+    return SELECT(code < least, EACH(least), SELECT(code > most, EACH(most), code));
+}
+
+// Scale i of those that are tried around the base.
+static SPLITQ_INLINE ivec NAMED(tried)(ivec base, int i, const splitq_trellis * trellis, const int bits, const bool open) {
+    if (open) {
+        const ivec number = NAMED(limited)(((base - trellis->base) >> trellis->shift) + (i - STEPS_DOWN), 0, (1 << (1 + bits)) - 1);
+        return trellis->base + (number << trellis->shift);
+    }
+    return NAMED(limited)(base + (i - STEPS_DOWN), 1, 127);
 }
 
 static SPLITQ_INLINE vec NAMED(root)(vec x) {
@@ -173,7 +182,7 @@ static SPLITQ_INLINE void NAMED(forward_ways)(ivec * cost, ivec * way, ivec x, i
 
 // LANES blocks, one after another at x, to blocks at y; importance NULL, or that of a row, in which each block begins at `start`.
 static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, const float * importance, ivec start,
-                                              const splitq_trellis * trellis, const int bits) {
+                                              const splitq_trellis * trellis, const int bits, const bool open) {
     const int states = SPLITQ_INDICES(bits) >> bits, chains = bits >= 4 ? 2 : 1, length = SPLITQ_QK/chains;
     ivec lanes;
     for (int lane = 0; lane < LANES; ++lane) {
@@ -204,7 +213,7 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
     }
     const vec  power = NAMED(tree)(part)/NAMED(tree)(sum);
     const ivec base  = NAMED(scale_below)(NAMED(root)(NAMED(root)(power))/ALL(trellis->spread));
-    const vec  small = NAMED(scale)(NAMED(limited)(base - STEPS_DOWN)), reach = small*ALL(REACH);
+    const vec  small = NAMED(scale)(NAMED(tried)(base, 0, trellis, bits, open)), reach = small*ALL(REACH);
     most = ALL(0.0f);
     for (int i = 0; i < SPLITQ_QK; ++i) {
         shared[i] = HIGHER(LOWER(w[i], reach), -reach);
@@ -221,7 +230,7 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
     ivec tried[TRIED], free[TRIED], last[TRIED][16];
     vec  error[TRIED];
     for (int i = 0; i < TRIED; ++i) {
-        tried[i] = NAMED(limited)(base + (i/2 - STEPS_DOWN)) + i%2*128;
+        tried[i] = NAMED(tried)(base, i/2, trellis, bits, open) + i%2*128;
         const vec d = NAMED(scale)(tried[i]);
         NAMED(place)(shared, share, d, at);
         free[i] = EACH(0);
@@ -241,7 +250,12 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
     // The most promising ones closed
     ivec best = EACH(0), ends[2] = { EACH(0), EACH(0) };
     vec  least = ALL(INFINITY);
-    for (int kept = 0; kept < trellis->kept; ++kept) {
+    for (int i = 0; open && i < TRIED; ++i) {
+        const ivec better = error[i] < least;
+        least = (vec) SELECT(better, error[i], least);
+        best  = SELECT(better, tried[i], best);
+    }
+    for (int kept = 0; !open && kept < trellis->kept; ++kept) {
         ivec which = EACH(0);
         vec  first = error[0];
         for (int i = 1; i < TRIED; ++i) {
@@ -289,10 +303,15 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
     NAMED(place)(shared, share, d, at);
     for (int h = 0; h < chains; ++h) {
         ivec cost[16];
-        for (int s = 0; s < states; ++s) { cost[s] = SELECT(ends[h] == s, EACH(0), EACH(NEVER)); }
+        for (int s = 0; s < states; ++s) { cost[s] = SELECT(ends[h] == s, EACH(0), EACH(open ? 0 : NEVER)); }
         for (int p = length - 1; p >= 0; --p) {
             const int i = h*length + p;
             NAMED(forward_ways)(cost, way[i], at[i], share[i], trellis, bits);
+        }
+        ivec lowest = cost[0];
+        for (int s = 1; open && s < states; ++s) {
+            ends[h] = BELOW(cost[s], lowest, EACH(s), ends[h]);
+            lowest  = LEAST(lowest, cost[s]);
         }
     }
     ivec word[6] = { EACH(0), EACH(0), EACH(0), EACH(0), EACH(0), EACH(0) };
@@ -314,9 +333,16 @@ static SPLITQ_INLINE void NAMED(encode_blocks)(const float * x, uint8_t * y, con
             sum[i]  = weight[i]*w[i]*w[i];
             state = e >> bits;
         }
+        ends[h] = state; // what follows
     }
-    const ivec worth = NAMED(tree)(part) < NAMED(tree)(sum);
+    ivec worth = NAMED(tree)(part) < NAMED(tree)(sum);
     const int words = bits;
+    if (open) {
+        const ivec number = ((best & 127) - trellis->base) >> trellis->shift;
+        const ivec turned = ends[0] >> 2 | (ends[0] & 3) << 1; // the bit that follows qh first
+        best  = (best & 128) | number << (6 - bits) | SELECT(EACH(bits == 3 ? -1 : 0), turned, ends[0]);
+        worth = EACH(-1);
+    }
     int32_t   out[7][LANES];
     best &= worth;
     memcpy(out[6], &best, sizeof(best));
@@ -350,12 +376,14 @@ static void NAMED(encode)(const float * x, uint8_t * y, int64_t n, int64_t row_b
         }
         const float * from = count < LANES ? in : x;
         uint8_t * to = count < LANES ? out : y;
-        switch (bits) { // constants, so that each gets code of its own
-            case 6:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 6); break;
-            case 5:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 5); break;
-            case 4:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 4); break;
-            case 3:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 3); break;
-            default: NAMED(encode_blocks)(from, to, imatrix, start, trellis, 2); break;
+        switch (trellis->base ? -bits : bits) { // constants, so that each gets code of its own
+            case 6:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 6, false); break;
+            case 5:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 5, false); break;
+            case 4:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 4, false); break;
+            case 3:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 3, false); break;
+            case 2:  NAMED(encode_blocks)(from, to, imatrix, start, trellis, 2, false); break;
+            case -3: NAMED(encode_blocks)(from, to, imatrix, start, trellis, 3, true);  break;
+            default: NAMED(encode_blocks)(from, to, imatrix, start, trellis, 2, true);  break;
         }
         if (count < LANES) {
             memcpy(y, out, count*size);

@@ -254,7 +254,8 @@ static void NAMED(group)(const int32_t (*from)[16], const splitq_sweep * s, int6
     uint8_t edges[32][ROWS];
     float error[ROWS], least[ROWS][SPLITQ_SCALES]; // the smallest errors so far
     int   number[ROWS][SPLITQ_SCALES];             // and the scales that gave them
-    const int kept = s->states ? 1 : s->closed < s->n_scales ? s->closed : s->n_scales;
+    const bool one_run = s->states || !s->closed; // it gives the edges, too
+    const int kept = one_run ? 1 : s->closed < s->n_scales ? s->closed : s->n_scales;
     uint8_t best[32][ROWS];
     for (int c = 0; c < s->n_scales; ++c) {
         float scale[ROWS];
@@ -273,7 +274,7 @@ static void NAMED(group)(const int32_t (*from)[16], const splitq_sweep * s, int6
             if (at < kept) {
                 least[r][at] = error[r];
                 number[r][at] = c;
-                for (int i = 0; s->states && i < SPLITQ_QK; ++i) {
+                for (int i = 0; one_run && i < SPLITQ_QK; ++i) {
                     best[i][r] = edges[i][r];
                 }
             }
@@ -281,7 +282,7 @@ static void NAMED(group)(const int32_t (*from)[16], const splitq_sweep * s, int6
     }
     int chosen[ROWS] = { 0 };
     float closed[ROWS] = { 0 };
-    for (int c = 0; !s->states && c < kept; ++c) {
+    for (int c = 0; !one_run && c < kept; ++c) {
         float scale[ROWS];
         for (int r = 0; r < rows; ++r) {
             scale[r] = s->scales[number[r][c]*s->n_rows + row[r]];

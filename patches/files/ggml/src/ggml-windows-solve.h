@@ -14,7 +14,7 @@ extern "C" {
 typedef struct {
     int32_t bits;            // of a code: 6 to 2
     int32_t n_scales;        // at most 32
-    int32_t closed;          // scales of a row whose free chains are closed, at least 1
+    int32_t closed;          // scales of a row whose free chains are closed; 0: chains are open, and all of them
     int64_t n_rows;
     const float * levels;    // [64] or, of 6 and 5 bits, [128], by edge
     const float * aims;      // [32][n_rows]

@@ -28,6 +28,8 @@
 // share, a weight's importance in whole numbers, 1 at least. A block's largest g*x is as large as 16 bits allow. Equal costs
 // are decided in favour of the scale tried first (from the smallest, positive before negative), the lower state, the lower edge.
 
+// Where chains are open the best of 1 is taken, and its least path begins and ends in any state. Zeros there are none.
+
 #define STEPS_DOWN  3          // scales tried: as many below the base
 #define TRIED       12         // and signs
 #define KEPT(bits)  ((bits) == 6 ? 3 : (bits) == 5 ? 5 : (bits) == 4 ? 4 : (bits) == 3 ? 3 : 6)
@@ -40,6 +42,7 @@
 
 typedef struct {
     int     kept;
+    int     base, shift; // of an open type: its first scale, and the step between two as a power of 2; base 0: closed
     float   spread;
     int32_t twice[128], square[128], both[128]; // of each edge: 2*level, level^2, and the two as 16 bits each
 } splitq_trellis;
@@ -96,13 +99,15 @@ static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
 #endif
 
 #define SPLITQ_WINDOWS(name, bits, rms, ...)                                                \
-    static void encode_##name(const float * x, void * y, int64_t nrows, int64_t k, const float * imatrix) { \
+    static void encode_##name(const float * x, void * y, int64_t nrows, int64_t k, const float * imatrix, int base, int step) { \
         assert(k % SPLITQ_QK == 0);                                                         \
-        const splitq_trellis trellis = make_trellis(splitq_windows_##name, rms, bits); \
+        splitq_trellis trellis = make_trellis(splitq_windows_##name, rms, bits);            \
+        trellis.base  = base;                                                               \
+        trellis.shift = step/2; /* of 1, 2, 4 */                                            \
         WINDOWS_ENCODE(SPLITQ_LANES, x, y, nrows*(k/SPLITQ_QK), k/SPLITQ_QK, imatrix, &trellis, bits); \
     }                                                                                       \
     void splitq_quantize_row_##name(const float * x, void * y, int64_t k) {                 \
-        encode_##name(x, y, 1, k, NULL);                                                    \
+        encode_##name(x, y, 1, k, NULL, 0, 0);                                              \
     }                                                                                       \
     void splitq_dequantize_row_##name(const void * x, float * y, int64_t k) {               \
         assert(k % SPLITQ_QK == 0);                                                         \
@@ -121,11 +126,34 @@ static splitq_trellis make_trellis(const int8_t * levels, float rms, int bits) {
 
 void splitq_windows_quantize(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
     switch (type) {
-        case GGML_TYPE_SPLITQ_SQ6W: encode_sq6w(src, dst, nrows, n_per_row, imatrix); break;
-        case GGML_TYPE_SPLITQ_SQ5W: encode_sq5w(src, dst, nrows, n_per_row, imatrix); break;
-        case GGML_TYPE_SPLITQ_SQ4W: encode_sq4w(src, dst, nrows, n_per_row, imatrix); break;
-        case GGML_TYPE_SPLITQ_SQ3W: encode_sq3w(src, dst, nrows, n_per_row, imatrix); break;
-        case GGML_TYPE_SPLITQ_SQ2W: encode_sq2w(src, dst, nrows, n_per_row, imatrix); break;
+        case GGML_TYPE_SPLITQ_SQ6W: encode_sq6w(src, dst, nrows, n_per_row, imatrix, 0, 0); break;
+        case GGML_TYPE_SPLITQ_SQ5W: encode_sq5w(src, dst, nrows, n_per_row, imatrix, 0, 0); break;
+        case GGML_TYPE_SPLITQ_SQ4W: encode_sq4w(src, dst, nrows, n_per_row, imatrix, 0, 0); break;
+        case GGML_TYPE_SPLITQ_SQ3W: encode_sq3w(src, dst, nrows, n_per_row, imatrix, 0, 0); break;
+        case GGML_TYPE_SPLITQ_SQ2W: encode_sq2w(src, dst, nrows, n_per_row, imatrix, 0, 0); break;
         default: GGML_ABORT("not a window type: %d", type);
     }
+}
+
+void splitq_quantize_open(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix, int base, int step) {
+    (type == GGML_TYPE_SPLITQ_SQ3WO ? encode_sq3w : encode_sq2w)(src, dst, nrows, n_per_row, imatrix, base, step);
+}
+
+#define DEQUANTIZE_OPEN(name, bits)                                                         \
+    static void dequantize_##name(const splitq_block_##name * b, float * y, int64_t k, int base, int step) { \
+        for (int64_t ib = 0; ib < k/SPLITQ_QK; ++ib, ++b, y += SPLITQ_QK) {                 \
+            const float d = splitq_scale[splitq_open_scale(b->d, bits, base, step)];        \
+            uint64_t windows[4];                                                            \
+            splitq_windows_of_##name(b, windows);                                           \
+            for (int c = 0; c < SPLITQ_QK; ++c) {                                           \
+                y[c] = d*splitq_windows_##name[windows[c/8] >> c%8*8 & 255];                \
+            }                                                                               \
+        }                                                                                   \
+    }
+DEQUANTIZE_OPEN(sq3wo, 3)
+DEQUANTIZE_OPEN(sq2wo, 2)
+
+void splitq_dequantize_open(enum ggml_type type, const void * x, float * y, int64_t k, int base, int step) {
+    assert(k % SPLITQ_QK == 0);
+    type == GGML_TYPE_SPLITQ_SQ3WO ? dequantize_sq3wo(x, y, k, base, step) : dequantize_sq2wo(x, y, k, base, step);
 }

@@ -51,6 +51,11 @@ typedef struct {
     uint8_t d;
 } splitq_block_sq2w;
 
+// The same bytes with open chains: windows at the end of a chain have bits of d's state where the closed ones have the first of
+// q and qh. See splitq_open_scale for the rest of d.
+typedef splitq_block_sq3w splitq_block_sq3wo; // bit 0 of d follows the last of qh, bits 1 and 2 follow that of q
+typedef splitq_block_sq2w splitq_block_sq2wo; // bits 0 to 3 follow the last of q
+
 #ifndef __cplusplus
 _Static_assert(sizeof(splitq_block_sq6w) == 25, "sq6w block size");
 _Static_assert(sizeof(splitq_block_sq5w) == 21, "sq5w block size");
@@ -65,12 +70,21 @@ _Static_assert(sizeof(splitq_block_sq2w) ==  9, "sq2w block size");
 #define SPLITQ_WINDOWS(name, bits, rms, ...) static const int8_t splitq_windows_##name[64] = { __VA_ARGS__ };
 #include "ggml-windows-tables.h"
 #undef SPLITQ_WINDOWS
+#define splitq_windows_sq3wo splitq_windows_sq3w
+#define splitq_windows_sq2wo splitq_windows_sq2w
 
 // Words of 64 bits are little-endian in the file, and so is every machine that this runs on.
 static inline uint64_t splitq_ror(const uint8_t * q, int bits) {
     uint64_t word;
     memcpy(&word, q, sizeof(word));
     return bits ? word >> bits | word << (64 - bits) : word;
+}
+
+// The word of an open chain, to the right, `state` behind it.
+static inline uint64_t splitq_shr(const uint8_t * q, uint64_t state, int bits) {
+    uint64_t word;
+    memcpy(&word, q, sizeof(word));
+    return bits ? word >> bits | state << (64 - bits) : word;
 }
 
 // The level of an index: with 7 bits the highest turns the other level of a pair.
@@ -86,12 +100,17 @@ static inline void splitq_windows_of_sq6w(const splitq_block_sq6w * b, uint64_t 
     }
 }
 
-// Byte k: bits 4*k .. 4*k + 3 of a block's 32 and, above them, the next four.
-static inline uint64_t splitq_spread(const uint8_t * b) {
+// Byte k: bits 4*k .. 4*k + 3 of a block's 32.
+static inline uint64_t splitq_nibbles(const uint8_t * b) {
     uint64_t qh = b[0] | b[1] << 8 | b[2] << 16 | (uint64_t) b[3] << 24;
     qh = (qh | qh << 16) & 0x0000ffff0000ffff;
     qh = (qh | qh <<  8) & 0x00ff00ff00ff00ff;
-    qh = (qh | qh <<  4) & 0x0f0f0f0f0f0f0f0f;
+    return (qh | qh <<  4) & 0x0f0f0f0f0f0f0f0f;
+}
+
+// The same and, above them, the next four.
+static inline uint64_t splitq_spread(const uint8_t * b) {
+    const uint64_t qh = splitq_nibbles(b);
     return qh | qh >> 4 | qh << 60;
 }
 
@@ -118,6 +137,23 @@ static inline void splitq_windows_of_sq2w(const splitq_block_sq2w * b, uint64_t 
     for (int i = 0; i < 4; ++i) { windows[i] = splitq_ror(b->q, 2*i) & 0x3f3f3f3f3f3f3f3f; }
 }
 
+static inline void splitq_windows_of_sq3wo(const splitq_block_sq3wo * b, uint64_t windows[4]) {
+    uint64_t qh = splitq_nibbles(b->qh);
+    qh |= qh >> 4 | (uint64_t) b->d << 60;
+    for (int i = 0; i < 4; ++i) {
+        windows[i] = (splitq_shr(b->q, b->d >> 1, 2*i) & 0x0f0f0f0f0f0f0f0f) | (qh << (4 - i) & 0x3030303030303030);
+    }
+}
+
+static inline void splitq_windows_of_sq2wo(const splitq_block_sq2wo * b, uint64_t windows[4]) {
+    for (int i = 0; i < 4; ++i) { windows[i] = splitq_shr(b->q, b->d, 2*i) & 0x3f3f3f3f3f3f3f3f; }
+}
+
+// The index of the scale of an open type: `base` and `step` are its matrix' own.
+static inline int splitq_open_scale(int d, int bits, int base, int step) {
+    return base + step*((d & 127) >> (6 - bits)) + (d & 128);
+}
+
 // Of `lanes` interleaved rows: in whose place row r has its words of 64 bits. They fill two vectors, with rows 0, 1, 4, 5, 8 ..
 // and with rows 2, 3, 6, 7, 10 ..
 static inline int splitq_window_lane(int r, int lanes) {
@@ -135,6 +171,10 @@ GGML_API void splitq_dequantize_row_sq5w(const void * x, float * y, int64_t k);
 GGML_API void splitq_dequantize_row_sq4w(const void * x, float * y, int64_t k);
 GGML_API void splitq_dequantize_row_sq3w(const void * x, float * y, int64_t k);
 GGML_API void splitq_dequantize_row_sq2w(const void * x, float * y, int64_t k);
+
+// The same for rows of GGML_TYPE_SPLITQ_SQ3WO and SQ2WO in units of their columns' scales.
+GGML_API void splitq_quantize_open(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix, int base, int step);
+GGML_API void splitq_dequantize_open(enum ggml_type type, const void * x, float * y, int64_t k, int base, int step);
 
 // Their part of splitq_quantize_chunk: rows, with the importance of their columns or NULL.
 void splitq_windows_quantize(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);

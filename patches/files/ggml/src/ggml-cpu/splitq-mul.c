@@ -135,12 +135,16 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
 #define arrange_codes         arrange
 #define arrange_windows       arrange_w
 
+#define scale_sq3wo(d) scale_open(d, 3, grid)
+#define scale_sq2wo(d) scale_open(d, 2, grid)
+
 // mul_rows_<type>: rows times one token. A last group that is not whole is read beyond the row's end, which meets
 // activations of zero, or from a copy where that would be beyond `end`, the end of the tensor.
 // mul_panel_<type>: LANES rows times n tokens, n constant, 1 or even; y: a token's blocks after the other's.
 // decode_<type>: LANES rows as nb tiles.
 #define SPLITQ_KERNELS(name, units, scale, kind)                                                                      \
-    static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_##kind table, const struct few * y, vec_f sum) { \
+    static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_##kind table, const struct grid * grid, const struct few * y, vec_f sum) { \
+        GGML_UNUSED(grid);                                                                                            \
         for (int g = 0; g < groups; ++g, x += LANES, ++y) {                                                           \
             vec_i part[4/units];                                                                                      \
             vec_d d = zero_d();                                                                                       \
@@ -159,23 +163,24 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         return sum;                                                                                                   \
     }                                                                                                                 \
                                                                                                                       \
-    static void mul_rows_##name(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct few * y, float * out) { \
+    static void mul_rows_##name(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct grid * grid, const struct few * y, float * out) { \
         const int groups = (nb + LANES - 1)/LANES;                                                                    \
         const vec_##kind table = load_table_##kind(name);                                                             \
         for (int64_t r = 0; r < rows; ++r, row += stride) {                                                           \
             const splitq_block_##name * x = (const void *) row;                                                       \
             if ((const char *) (x + LANES*groups) <= end) {                                                           \
-                out[r] = sum_f(mul_groups_##name(x, groups, table, y, zero_f()));                                     \
+                out[r] = sum_f(mul_groups_##name(x, groups, table, grid, y, zero_f()));                               \
             } else {                                                                                                  \
                 splitq_block_##name copy[LANES] = { 0 };                                                              \
                 memcpy(copy, x + LANES*(groups - 1), sizeof(*x)*(nb - LANES*(groups - 1)));                           \
-                const vec_f sum = mul_groups_##name(x, groups - 1, table, y, zero_f());                               \
-                out[r] = sum_f(mul_groups_##name(copy, 1, table, y + groups - 1, sum));                               \
+                const vec_f sum = mul_groups_##name(x, groups - 1, table, grid, y, zero_f());                         \
+                out[r] = sum_f(mul_groups_##name(copy, 1, table, grid, y + groups - 1, sum));                         \
             }                                                                                                         \
         }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \
-    SPLITQ_ALWAYS_INLINE void mul_panel_##name(const uint8_t * x, int nb, const struct many * y, const int n, float * const * out) { \
+    SPLITQ_ALWAYS_INLINE void mul_panel_##name(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, const int n, float * const * out) { \
+        GGML_UNUSED(grid);                                                                                            \
         const size_t size = sizeof(splitq_block_##name);                                                              \
         const vec_##kind table = load_table_##kind(name);                                                             \
         vec_f sum[TOKENS];                                                                                            \
@@ -203,16 +208,17 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
     }                                                                                                                 \
                                                                                                                       \
     /* As many of n tokens as one pass takes: their number. */                                                       \
-    static int mul_panel_some_##name(const uint8_t * x, int nb, const struct many * y, int n, float * const * out) {  \
-        if (TOKENS >= 16 && n >= 16) { mul_panel_##name(x, nb, y, 16, out); return 16; }                              \
-        if (TOKENS >=  8 && n >=  8) { mul_panel_##name(x, nb, y,  8, out); return  8; }                              \
-        if (n >= 4)                  { mul_panel_##name(x, nb, y,  4, out); return  4; }                              \
-        if (n >= 2)                  { mul_panel_##name(x, nb, y,  2, out); return  2; }                              \
-        mul_panel_##name(x, nb, y, 1, out);                                                                           \
+    static int mul_panel_some_##name(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, int n, float * const * out) { \
+        if (TOKENS >= 16 && n >= 16) { mul_panel_##name(x, nb, grid, y, 16, out); return 16; }                        \
+        if (TOKENS >=  8 && n >=  8) { mul_panel_##name(x, nb, grid, y,  8, out); return  8; }                        \
+        if (n >= 4)                  { mul_panel_##name(x, nb, grid, y,  4, out); return  4; }                        \
+        if (n >= 2)                  { mul_panel_##name(x, nb, grid, y,  2, out); return  2; }                        \
+        mul_panel_##name(x, nb, grid, y, 1, out);                                                                     \
         return 1;                                                                                                     \
     }                                                                                                                 \
                                                                                                                       \
-    static void decode_##name(const uint8_t * x, int nb, tile * to) {                                                 \
+    static void decode_##name(const uint8_t * x, int nb, const struct grid * grid, tile * to) {                       \
+        GGML_UNUSED(grid);                                                                                            \
         const size_t size = sizeof(splitq_block_##name);                                                              \
         const vec_##kind table = load_table_##kind(name);                                                             \
         for (int b = 0; b < nb; ++b, x += LANES*size) {                                                               \
@@ -232,13 +238,15 @@ SPLITQ_KERNELS(sq5w, 1, scale_f, windows)
 SPLITQ_KERNELS(sq4w, 1, scale_f, windows)
 SPLITQ_KERNELS(sq3w, 2, scale_f, windows)
 SPLITQ_KERNELS(sq2w, 2, scale_f, windows)
+SPLITQ_KERNELS(sq3wo, 2, scale_sq3wo, windows)
+SPLITQ_KERNELS(sq2wo, 2, scale_sq2wo, windows)
 
 struct kernels {
     int word; // bytes that are kept together when rows are interleaved
     int units;
-    void (*mul_rows)(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct few * y, float * out);
-    int  (*mul_panel)(const uint8_t * x, int nb, const struct many * y, int n, float * const * out);
-    void (*decode)(const uint8_t * x, int nb, tile * to);
+    void (*mul_rows)(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct grid * grid, const struct few * y, float * out);
+    int  (*mul_panel)(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, int n, float * const * out);
+    void (*decode)(const uint8_t * x, int nb, const struct grid * grid, tile * to);
 };
 
 static const struct kernels * kernels_of(enum ggml_type type) {
@@ -251,6 +259,8 @@ static const struct kernels * kernels_of(enum ggml_type type) {
     static const struct kernels sq4w = { 8, 1, mul_rows_sq4w, mul_panel_some_sq4w, decode_sq4w };
     static const struct kernels sq3w = { 8, 2, mul_rows_sq3w, mul_panel_some_sq3w, decode_sq3w };
     static const struct kernels sq2w = { 8, 2, mul_rows_sq2w, mul_panel_some_sq2w, decode_sq2w };
+    static const struct kernels sq3wo = { 8, 2, mul_rows_sq3wo, mul_panel_some_sq3wo, decode_sq3wo };
+    static const struct kernels sq2wo = { 8, 2, mul_rows_sq2wo, mul_panel_some_sq2wo, decode_sq2wo };
     static const struct kernels columns = { .word = 4 }; // see columns-mul.h
     switch (type) {
         case GGML_TYPE_SPLITQ_SQ4:  return &sq4;
@@ -265,6 +275,8 @@ static const struct kernels * kernels_of(enum ggml_type type) {
         case GGML_TYPE_SPLITQ_SQ3W:  return &sq3w;
         case GGML_TYPE_SPLITQ_SQ2WC:
         case GGML_TYPE_SPLITQ_SQ2W:  return &sq2w;
+        case GGML_TYPE_SPLITQ_SQ3WO: return &sq3wo;
+        case GGML_TYPE_SPLITQ_SQ2WO: return &sq2wo;
         default: return ggml_splitq_has_columns(type) ? &columns : NULL;
     }
 }
@@ -445,6 +457,17 @@ static struct columns_side side_of(const struct job * job, const struct ggml_ten
     return columns_side_at(dst->src[0]->type, (const char *) dst->src[3]->data + job->matrix*dst->src[3]->nb[1]);
 }
 
+static struct grid grid_of(const struct layout * l, const struct job * job, const struct ggml_tensor * dst) {
+    const struct columns_side side = l->side ? side_of(job, dst) : (struct columns_side) { 0 };
+    struct grid grid = { .base = (int) side.base, .shift = (int) side.step/2 }; // of 1, 2, 4
+    const int count = side.base ? 2 << columns_bits(dst->src[0]->type) : 0;
+    for (int s = 0; s < count; ++s) {
+        grid.scales[s] = 0x1p4f*splitq_scale[side.base + side.step*s];
+        grid.scales[count + s] = -grid.scales[s];
+    }
+    return grid;
+}
+
 // Thread ith of nth packs its share of each row.
 static void pack(const struct layout * l, const struct job * job, const struct ggml_tensor * dst, int ith, int nth) {
     const bool tiles = by_tiles(l, job->count), rows = row_by_row(l, job->count);
@@ -477,8 +500,9 @@ static void pack(const struct layout * l, const struct job * job, const struct g
 static void mul_by_tiles(const struct layout * l, const struct job * job, const struct ggml_tensor * dst, int64_t first, int64_t last, const uint8_t * x, tile * decoded) {
     const int64_t panels = (last - first + LANES - 1)/LANES, nb = l->nb;
     const size_t panel_size = LANES*ggml_row_size(dst->src[0]->type, dst->src[0]->ne[0]);
+    const struct grid grid = grid_of(l, job, dst);
     struct tile_config before;
-    for (int64_t p = 0; p < panels; ++p) { kernels_of(dst->src[0]->type)->decode(x + p*panel_size, nb, decoded + p*nb); }
+    for (int64_t p = 0; p < panels; ++p) { kernels_of(dst->src[0]->type)->decode(x + p*panel_size, nb, &grid, decoded + p*nb); }
     tiles_begin(&before);
     for (int64_t t = 0; t < job->count; t += 2*TILE) {
         const int64_t tokens = MIN(2*TILE, job->count - t);
@@ -499,12 +523,13 @@ static void mul(const struct layout * l, const struct job * job, const struct gg
     const struct ggml_tensor * x = dst->src[0];
     const struct kernels * k = kernels_of(x->type);
     const size_t row_size = ggml_row_size(x->type, x->ne[0]);
+    const struct grid grid = grid_of(l, job, dst);
     const char * row = (const char *) x->data + job->matrix*x->nb[2] + first*x->nb[1];
     if (row_by_row(l, job->count)) {
         const char * end = (const char *) x->data + (x->ne[2] - 1)*x->nb[2] + (x->ne[1] - 1)*x->nb[1] + row_size;
         for (int64_t t = 0; t < job->count; ++t) {
             const struct few * y = (const struct few *) (job->packed + l->few*t);
-            k->mul_rows(row, x->nb[1], last - first, end, l->nb, y, result_of(job, dst, t) + first);
+            k->mul_rows(row, x->nb[1], last - first, end, l->nb, &grid, y, result_of(job, dst, t) + first);
         }
         return;
     }
@@ -537,7 +562,7 @@ static void mul(const struct layout * l, const struct job * job, const struct gg
             for (int i = 0; i < MIN(TOKENS, job->count - t); ++i) {
                 out[i] = rows < LANES ? rest[i] : result_of(job, dst, t + i) + first + r;
             }
-            n = k->mul_panel((const uint8_t *) panel + r*row_size, l->nb, y, MIN(TOKENS, job->count - t), out);
+            n = k->mul_panel((const uint8_t *) panel + r*row_size, l->nb, &grid, y, MIN(TOKENS, job->count - t), out);
             for (int i = 0; i < n && rows < LANES; ++i) {
                 memcpy(result_of(job, dst, t + i) + first + r, rest[i], sizeof(float)*rows);
             }

@@ -23,12 +23,26 @@
 //   later          such high bits, or those of sq6w, of columns 16 further on
 //   odd_later      the same in every other 64 bits, which are for a row's second word
 //   levels_6w .. levels_2w     of 64-bit words q: level[i] has those of columns 8*i .. 8*i + 7
+//
+// For open chains, whose scale byte has what follows a word:
+//   scale_open     scale bytes as floats, like scale_f
+//   load_states    the scale bytes of LANES rows as 32-bit values
+//   states_first, states_second    such values without their lowest bits, twice in 64 bits, of the rows as above
+//   open_first, open_second        high bits as high_first and high_second, what follows them taken from such values
+//   levels_3wo, levels_2wo         as levels_3w and levels_2w; state: from such values, without the bit that follows qh
 #pragma once
 
 #include "ggml-sdr.h"
 #include "splitq-ints.h"
 
 #define table_sdr4 splitq_levels_sdr4
+
+// The block scales of open types: number s is that of byte base + (s << shift); in `scales` the positive ones and then the negative
+// ones, 2^4 times too large. Of other types nothing.
+struct grid {
+    int   base, shift;
+    float scales[32];
+};
 
 // The processor's own prefetching ends with each page of 4 KB, also inside of larger pages.
 #if defined(__GNUC__)
@@ -119,6 +133,13 @@ static inline vec_f scale_f(vec_d d) {
     return _mm512_cvtph_ps(half);
 }
 
+// Looked up: bytes as 32-bit values are there for the states.
+static inline vec_f scale_open(vec_d d, const int bits, const struct grid * grid) {
+    const __m512i number = bits == 3 ? _mm512_srli_epi32(_mm512_cvtepu8_epi32(d), 3) : _mm512_srli_epi32(_mm512_cvtepu8_epi32(d), 4);
+    return bits == 3 ? _mm512_permutex2var_ps(load_f(grid->scales), number, load_f(grid->scales + LANES)) :
+                       _mm512_permutexvar_ps(number, load_f(grid->scales));
+}
+
 static inline vec_f scale_sdr4(vec_d d) {
     const __m128i   fine     = _mm_set1_epi8(SDR_FINE);
     const __mmask16 negative = _mm_cmplt_epu8_mask(_mm_sub_epi8(d, fine), fine);
@@ -135,10 +156,12 @@ static inline vec_f scale_sdr4(vec_d d) {
     at(4*size + first, span), at(5*size + first, span), at(6*size + first, span), at(7*size + first, span) }
 #define QH(byte, span) AT4(byte, span), 0, 0, 0, 0
 #define QH_TWICE(byte, span) AT4(byte, span), AT4(byte, span)
+#define QH_THEN(byte, span) AT4(byte, span), SAME4(byte + 4, span)
 #define QH4_TIMES4(byte, span) QH_TWICE(byte, span), QH_TWICE(byte, span)
 #define QH8_TWICE(byte, span) AT8(byte, span), AT8(byte, span)
 #define PAIR2(a, b, span) AT(a, span), AT(b, span), AT(a, span), AT(b, span)
 #define SAME4(a, span) AT(a, span), AT(a, span), AT(a, span), AT(a, span)
+#define SAME8(a, span) SAME4(a, span), SAME4(a, span)
 #define SAME16(a, span) SAME4(a, span), SAME4(a, span), SAME4(a, span), SAME4(a, span)
 
 static const char at_qs_sq3[64] = EACH8(AT8, 13, 104, 0);
@@ -146,7 +169,9 @@ static const char at_qh_sq3[64] = EACH8(QH,  13, 104, 8);
 static const char at_qh_sq6w[64] = { QH8_TWICE(16, 100), QH8_TWICE(41, 100), QH8_TWICE(66, 100), QH8_TWICE(91, 100) };
 static const char at_qh_sq5w[64] = { QH4_TIMES4(16, 84), QH4_TIMES4(37, 84), QH4_TIMES4(58, 84), QH4_TIMES4(79, 84) };
 static const char at_qh_sq3w[64] = EACH8(QH_TWICE, 13, 104, 8);
+static const char at_qh_sq3wo[64] = EACH8(QH_THEN, 13, 104, 8);
 static const char at_qs_sq2[64] = EACH8(AT8,  9,  72, 0);
+static const char at_d_sq2wo[64] = EACH8(SAME8, 9, 72, 8);
 static const char at_d_sq6w[64] = { SAME4(24, 100), SAME4(49, 100), SAME4(74, 100), SAME4(99, 100) };
 static const char at_d_sq5w[64] = { SAME4(20, 84), SAME4(41, 84), SAME4(62, 84), SAME4(83, 84) };
 static const char at_d_sq4[64]  = { SAME4(12, 64), SAME4(29, 64), SAME4(46, 64), SAME4(63, 64) }; // of the second load
@@ -346,18 +371,45 @@ static inline vec_b with_high_bits(vec_b q, vec_b high, int i) {
     return _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), q, bits, 0xca);
 }
 
-static inline void levels_3w(vec_b q, vec_b high, vec_w table, vec_b level[4]) {
+// last: q, turned by 6 bits.
+static inline void levels_3_of(vec_b q, vec_b last, vec_b high, vec_w table, vec_b level[4]) {
     level[0] = _mm512_permutexvar_epi8(with_high_bits(q, high, 0), table);
-    level[1] = _mm512_permutexvar_epi8(with_high_bits(_mm512_ror_epi64(q, 2), high, 1), table);
-    level[2] = _mm512_permutexvar_epi8(with_high_bits(_mm512_ror_epi64(q, 4), high, 2), table);
-    level[3] = _mm512_permutexvar_epi8(with_high_bits(_mm512_ror_epi64(q, 6), high, 3), table);
+    level[1] = _mm512_permutexvar_epi8(with_high_bits(_mm512_srli_epi64(q, 2), high, 1), table);
+    level[2] = _mm512_permutexvar_epi8(with_high_bits(_mm512_srli_epi64(q, 4), high, 2), table);
+    level[3] = _mm512_permutexvar_epi8(with_high_bits(last, high, 3), table);
 }
 
-static inline void levels_2w(vec_b q, vec_w table, vec_b level[4]) {
+// later: q, turned by 4 bits.
+static inline void levels_2_of(vec_b q, vec_b later, vec_w table, vec_b level[4]) {
     level[0] = _mm512_permutexvar_epi8(q, table);
-    level[1] = _mm512_permutexvar_epi8(_mm512_ror_epi64(q, 2), table);
-    level[2] = _mm512_permutexvar_epi8(_mm512_ror_epi64(q, 4), table);
-    level[3] = _mm512_permutexvar_epi8(_mm512_ror_epi64(q, 6), table);
+    level[1] = _mm512_permutexvar_epi8(_mm512_srli_epi64(q, 2), table);
+    level[2] = _mm512_permutexvar_epi8(later, table);
+    level[3] = _mm512_permutexvar_epi8(_mm512_srli_epi64(later, 2), table);
+}
+
+static inline void levels_3w(vec_b q, vec_b high, vec_w table, vec_b level[4]) { levels_3_of(q, _mm512_ror_epi64(q, 6), high, table, level); }
+static inline void levels_2w(vec_b q, vec_w table, vec_b level[4])             { levels_2_of(q, _mm512_ror_epi64(q, 4), table, level); }
+
+// A word of 64 bits, to the right, `state` behind it.
+#if defined(__AVX512VBMI2__)
+#define SPLITQ_FOLLOWED(q, state, bits) _mm512_shrdi_epi64(q, state, bits)
+#else
+#define SPLITQ_FOLLOWED(q, state, bits) _mm512_ror_epi64(_mm512_ternarylogic_epi64(_mm512_set1_epi64((1 << (bits)) - 1), state, q, 0xca), bits)
+#endif
+
+static inline vec_b load_states(const uint8_t * d)              { return _mm512_cvtepu8_epi32(load_d(d)); }
+static inline vec_b states_first(vec_b d, const int drop)       { const vec_b s = _mm512_srli_epi32(d, drop); return _mm512_unpacklo_epi32(s, s); }
+static inline vec_b states_second(vec_b d, const int drop)      { const vec_b s = _mm512_srli_epi32(d, drop); return _mm512_unpackhi_epi32(s, s); }
+static inline vec_b open_first(vec_b qh, vec_b d)  { return _mm512_unpacklo_epi32(qh, d); }
+static inline vec_b open_second(vec_b qh, vec_b d) { return _mm512_unpackhi_epi32(qh, d); }
+
+static inline void levels_3wo(vec_b q, vec_b high, vec_b state, vec_w table, vec_b level[4]) {
+    GGML_UNUSED(state); // it is in the upper half of high, too, where it takes no shuffle
+    levels_3_of(q, SPLITQ_FOLLOWED(q, _mm512_srli_epi64(high, 33), 6), high, table, level);
+}
+
+static inline void levels_2wo(vec_b q, vec_b state, vec_w table, vec_b level[4]) {
+    levels_2_of(q, SPLITQ_FOLLOWED(q, state, 4), table, level);
 }
 
 static inline vec_d unpack_sq6w(const splitq_block_sq6w * x, int v, vec_w table, vec_b level[2], vec_d d) {
@@ -388,6 +440,20 @@ static inline vec_d unpack_sq3w(const splitq_block_sq3w * x, int v, vec_w table,
 static inline vec_d unpack_sq2w(const splitq_block_sq2w * x, int v, vec_w table, vec_b level[4], vec_d d) {
     const vec_b high = load_b((const char *) x + 8);
     levels_2w(pick(load_b(x), high, at_qs_sq2), table, level);
+    return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(2, v), load_b(at_d_sq2), high));
+}
+
+static inline vec_d unpack_sq3wo(const splitq_block_sq3wo * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    const vec_b low  = load_b(x);
+    const vec_b high = load_b((const char *) x + 40);
+    levels_3wo(pick(low, high, at_qs_sq3), pick(low, high, at_qh_sq3wo), zero_i(), table, level);
+    return _mm_or_si128(d, _mm512_castsi512_si128(_mm512_maskz_permutex2var_epi8(lanes_of(2, v), low, load_b(at_d_sq3), high)));
+}
+
+static inline vec_d unpack_sq2wo(const splitq_block_sq2wo * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    const vec_b low  = load_b(x);
+    const vec_b high = load_b((const char *) x + 8);
+    levels_2wo(pick(low, high, at_qs_sq2), pick(low, high, at_d_sq2wo), table, level);
     return _mm512_castsi512_si128(_mm512_mask_permutexvar_epi8(_mm512_castsi128_si512(d), lanes_of(2, v), load_b(at_d_sq2), high));
 }
 
@@ -473,6 +539,13 @@ static inline vec_i reduce_2(const vec_i p[2]) {
 static inline vec_f scale_f(vec_d d) {
     const __m128i word = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *) &d));
     return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(word, 7), _mm_set1_epi16((short) 0xbfff)));
+}
+
+// The number's place is that of a scale's lowest bits in such a half, or `shift` bits further.
+static inline vec_f scale_open(vec_d d, const int bits, const struct grid * grid) {
+    const __m128i mask = _mm_set1_epi16((short) (0x8000 | ((2 << bits) - 1) << (7 + grid->shift)));
+    const __m128i word = _mm_sll_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *) &d)), _mm_cvtsi32_si128(1 + bits + grid->shift));
+    return _mm256_cvtph_ps(_mm_add_epi16(_mm_and_si128(word, mask), _mm_set1_epi16((short) (grid->base << 7))));
 }
 
 static inline vec_f scale_sdr4(vec_d d) {
@@ -654,9 +727,9 @@ static inline void levels_4w(vec_b q, vec_w table, vec_b level[2]) {
 }
 
 // In sq3w's table entry i ^ 32 is -1 - entry i, all bits turned, so the first half is enough.
-static inline void levels_3w(vec_b q, vec_b high, vec_w table, vec_b level[4]) {
+static inline void levels_3_of(vec_b q, vec_b last, vec_b high, vec_w table, vec_b level[4]) {
     for (int i = 0; i < 4; ++i) {
-        const vec_b later = i < 3 ? _mm256_srli_epi16(q, 2*i) : rotated(q, 6); // four bits are in one byte, but for the last
+        const vec_b later = i < 3 ? _mm256_srli_epi16(q, 2*i) : last; // four bits are in one byte, but for the last
         const vec_b low   = _mm256_and_si256(later, _mm256_set1_epi8(15));
         const vec_b bit_4 = _mm256_andnot_si256(_mm256_slli_epi16(high, 7 - i), _mm256_set1_epi8((char) 128)); // negative without it
         const vec_b bit_5 = _mm256_cmpgt_epi8(_mm256_setzero_si256(), _mm256_slli_epi16(high, 6 - i));
@@ -665,13 +738,30 @@ static inline void levels_3w(vec_b q, vec_b high, vec_w table, vec_b level[4]) {
     }
 }
 
-static inline void levels_2w(vec_b q, vec_w table, vec_b level[4]) {
-    const vec_b later = rotated(q, 4);
+static inline void levels_2_of(vec_b q, vec_b later, vec_w table, vec_b level[4]) {
     level[0] = look_up_64(table, low_6(q));
     level[1] = look_up_64(table, low_6(_mm256_srli_epi16(q, 2)));
     level[2] = look_up_64(table, low_6(later));
     level[3] = look_up_64(table, low_6(_mm256_srli_epi16(later, 2)));
 }
+
+static inline void levels_3w(vec_b q, vec_b high, vec_w table, vec_b level[4]) { levels_3_of(q, rotated(q, 6), high, table, level); }
+static inline void levels_2w(vec_b q, vec_w table, vec_b level[4])             { levels_2_of(q, rotated(q, 4), table, level); }
+
+// A word of 64 bits, to the right, `state` behind it.
+static inline vec_b followed(vec_b q, vec_b state, const int bits) {
+    return _mm256_or_si256(_mm256_srli_epi64(q, bits), _mm256_slli_epi64(state, 64 - bits));
+}
+
+static inline vec_b load_states(const uint8_t * d)              { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) d)); }
+static inline vec_b states_first(vec_b d, const int drop)       { const vec_b s = _mm256_srli_epi32(d, drop); return _mm256_unpacklo_epi32(s, s); }
+static inline vec_b states_second(vec_b d, const int drop)      { const vec_b s = _mm256_srli_epi32(d, drop); return _mm256_unpackhi_epi32(s, s); }
+static inline vec_b open_later(vec_b qh, vec_b d)  { return _mm256_or_si256(_mm256_srli_epi32(qh, 4), _mm256_slli_epi32(d, 28)); }
+static inline vec_b open_first(vec_b qh, vec_b d)  { return _mm256_unpacklo_epi8(qh, open_later(qh, d)); }
+static inline vec_b open_second(vec_b qh, vec_b d) { return _mm256_unpackhi_epi8(qh, open_later(qh, d)); }
+
+static inline void levels_3wo(vec_b q, vec_b high, vec_b state, vec_w table, vec_b level[4]) { levels_3_of(q, followed(q, state, 6), high, table, level); }
+static inline void levels_2wo(vec_b q, vec_b state, vec_w table, vec_b level[4])             { levels_2_of(q, followed(q, state, 4), table, level); }
 
 #define SPLITQ_TWO_Q(x) _mm256_setr_m128i(_mm_loadu_si128((const __m128i *) x[0].q), _mm_loadu_si128((const __m128i *) x[1].q))
 
@@ -704,6 +794,21 @@ static inline vec_d unpack_sq3w(const splitq_block_sq3w * x, int v, vec_w table,
 
 static inline vec_d unpack_sq2w(const splitq_block_sq2w * x, int v, vec_w table, vec_b level[4], vec_d d) {
     levels_2w(SPLITQ_FOUR_QS(x), table, level);
+    return d | SPLITQ_FOUR_D(x, v);
+}
+
+#define SPLITQ_FOUR_STATES(x) _mm256_setr_epi32(x[0].d, x[1].d, 0, 0, x[2].d, x[3].d, 0, 0)
+
+static inline vec_d unpack_sq3wo(const splitq_block_sq3wo * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    int32_t high[4];
+    for (int i = 0; i < 4; ++i) { memcpy(&high[i], x[i].qh, 4); }
+    const vec_b qh = _mm256_setr_epi32(high[0], high[1], 0, 0, high[2], high[3], 0, 0), state = SPLITQ_FOUR_STATES(x);
+    levels_3wo(SPLITQ_FOUR_QS(x), open_first(qh, state), states_first(state, 1), table, level);
+    return d | SPLITQ_FOUR_D(x, v);
+}
+
+static inline vec_d unpack_sq2wo(const splitq_block_sq2wo * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    levels_2wo(SPLITQ_FOUR_QS(x), states_first(SPLITQ_FOUR_STATES(x), 0), table, level);
     return d | SPLITQ_FOUR_D(x, v);
 }
 
@@ -803,6 +908,13 @@ static inline vec_i reduce_2(const vec_i p[2]) {
 static inline vec_f scale_f(vec_d d) {
     const int16x4_t word = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(d))));
     return vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(vshl_n_s16(word, 7), vdup_n_s16((int16_t) 0xbfff))));
+}
+
+// The number's place is that of a scale's lowest bits in such a half, or `shift` bits further.
+static inline vec_f scale_open(vec_d d, const int bits, const struct grid * grid) {
+    const int16x4_t mask = vdup_n_s16((int16_t) (0x8000 | ((2 << bits) - 1) << (7 + grid->shift)));
+    const int16x4_t word = vshl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(d)))), vdup_n_s16((int16_t) (1 + bits + grid->shift)));
+    return vcvt_f32_f16(vreinterpret_f16_s16(vadd_s16(vand_s16(word, mask), vdup_n_s16((int16_t) (grid->base << 7)))));
 }
 
 // Of bytes d: the index of the step where every octave has 4. A difference below 0 wraps around, to one that is larger.
@@ -977,20 +1089,54 @@ static inline void levels_4w(vec_b words, vec_w table, vec_b level[2]) {
     level[1] = look_up_64(table, SPLITQ_ROTATED(q, 4));
 }
 
-static inline void levels_3w(vec_b words, vec_b high, vec_w table, vec_b level[4]) {
-    const uint8x16_t q = vreinterpretq_u8_s8(words), h = vreinterpretq_u8_s8(high);
+static inline void levels_3_of(uint8x16_t q, uint8x16_t last, vec_b high, vec_w table, vec_b level[4]) {
+    const uint8x16_t h = vreinterpretq_u8_s8(high);
     level[0] = look_up_64(table, vsliq_n_u8(q, h, 4));
     level[1] = look_up_64(table, vsliq_n_u8(vshrq_n_u8(q, 2), vshrq_n_u8(h, 1), 4)); // four bits are in one byte, but for the last
     level[2] = look_up_64(table, vsliq_n_u8(vshrq_n_u8(q, 4), vshrq_n_u8(h, 2), 4));
-    level[3] = look_up_64(table, vsliq_n_u8(SPLITQ_ROTATED(q, 6), vshrq_n_u8(h, 3), 4));
+    level[3] = look_up_64(table, vsliq_n_u8(last, vshrq_n_u8(h, 3), 4));
 }
 
-static inline void levels_2w(vec_b words, vec_w table, vec_b level[4]) {
-    const uint8x16_t q = vreinterpretq_u8_s8(words), later = SPLITQ_ROTATED(q, 4);
+static inline void levels_2_of(uint8x16_t q, uint8x16_t later, vec_w table, vec_b level[4]) {
     level[0] = look_up_64(table, q);
     level[1] = vqtbl4q_s8(table, vshrq_n_u8(q, 2));
     level[2] = look_up_64(table, later);
     level[3] = vqtbl4q_s8(table, vshrq_n_u8(later, 2));
+}
+
+static inline void levels_3w(vec_b words, vec_b high, vec_w table, vec_b level[4]) {
+    const uint8x16_t q = vreinterpretq_u8_s8(words);
+    levels_3_of(q, SPLITQ_ROTATED(q, 6), high, table, level);
+}
+
+static inline void levels_2w(vec_b words, vec_w table, vec_b level[4]) {
+    const uint8x16_t q = vreinterpretq_u8_s8(words);
+    levels_2_of(q, SPLITQ_ROTATED(q, 4), table, level);
+}
+
+// A word of 64 bits, to the right, `state` behind it.
+#define SPLITQ_FOLLOWED(q, state, bits) vreinterpretq_u8_u64(vsliq_n_u64( \
+    vshrq_n_u64(vreinterpretq_u64_u8(q), bits), vreinterpretq_u64_s8(state), 64 - (bits)))
+
+static inline vec_b load_states(const uint8_t * d) {
+    return vreinterpretq_s8_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(load_d(d)))))));
+}
+
+static inline uint32x4_t dropped(vec_b d, const int drop) { return vshlq_u32(vreinterpretq_u32_s8(d), vdupq_n_s32(-drop)); }
+static inline vec_b states_first(vec_b d, const int drop)  { return vreinterpretq_s8_u32(vzip1q_u32(dropped(d, drop), dropped(d, drop))); }
+static inline vec_b states_second(vec_b d, const int drop) { return vreinterpretq_s8_u32(vzip2q_u32(dropped(d, drop), dropped(d, drop))); }
+static inline vec_b open_later(vec_b qh, vec_b d)  { return vreinterpretq_s8_u32(vsliq_n_u32(vshrq_n_u32(vreinterpretq_u32_s8(qh), 4), vreinterpretq_u32_s8(d), 28)); }
+static inline vec_b open_first(vec_b qh, vec_b d)  { return vzip1q_s8(qh, open_later(qh, d)); }
+static inline vec_b open_second(vec_b qh, vec_b d) { return vzip2q_s8(qh, open_later(qh, d)); }
+
+static inline void levels_3wo(vec_b words, vec_b high, vec_b state, vec_w table, vec_b level[4]) {
+    const uint8x16_t q = vreinterpretq_u8_s8(words);
+    levels_3_of(q, SPLITQ_FOLLOWED(q, state, 6), high, table, level);
+}
+
+static inline void levels_2wo(vec_b words, vec_b state, vec_w table, vec_b level[4]) {
+    const uint8x16_t q = vreinterpretq_u8_s8(words);
+    levels_2_of(q, SPLITQ_FOLLOWED(q, state, 4), table, level);
 }
 
 static inline vec_d unpack_sq6w(const splitq_block_sq6w * x, int v, vec_w table, vec_b level[2], vec_d d) {
@@ -1022,6 +1168,25 @@ static inline vec_d unpack_sq3w(const splitq_block_sq3w * x, int v, vec_w table,
 
 static inline vec_d unpack_sq2w(const splitq_block_sq2w * x, int v, vec_w table, vec_b level[4], vec_d d) {
     levels_2w(vreinterpretq_s8_u8(vcombine_u8(vld1_u8(x[0].q), vld1_u8(x[1].q))), table, level);
+    return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
+}
+
+static inline vec_b two_words(uint32_t a, uint32_t b) {
+    return vreinterpretq_s8_u32(vsetq_lane_u32(b, vdupq_n_u32(a), 1));
+}
+
+static inline vec_d unpack_sq3wo(const splitq_block_sq3wo * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    uint32_t high[2];
+    memcpy(&high[0], x[0].qh, 4);
+    memcpy(&high[1], x[1].qh, 4);
+    const vec_b state = two_words(x[0].d, x[1].d), high_bits = open_first(two_words(high[0], high[1]), state);
+    levels_3wo(vreinterpretq_s8_u8(vcombine_u8(vld1_u8(x[0].q), vld1_u8(x[1].q))), high_bits, states_first(state, 1), table, level);
+    return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
+}
+
+static inline vec_d unpack_sq2wo(const splitq_block_sq2wo * x, int v, vec_w table, vec_b level[4], vec_d d) {
+    const vec_b state = states_first(two_words(x[0].d, x[1].d), 0);
+    levels_2wo(vreinterpretq_s8_u8(vcombine_u8(vld1_u8(x[0].q), vld1_u8(x[1].q))), state, table, level);
     return d | (vec_d) (x[0].d | x[1].d << 8) << 16*v;
 }
 
@@ -1060,6 +1225,18 @@ static inline void panel_sq3w(const uint8_t * x, vec_w table, vec_b w[8]) {
 
 static inline void panel_sq2w(const uint8_t * x, vec_w table, vec_b w[8]) {
     for (int i = 0; i < 2; ++i) { levels_2w(load_b(x + 4*LANES*i), table, w + 4*i); }
+}
+
+static inline void panel_sq3wo(const uint8_t * x, vec_w table, vec_b w[8]) {
+    const vec_b qh = load_b(x + 8*LANES), d = load_states(x + 12*LANES);
+    levels_3wo(load_b(x),           open_first(qh, d),  states_first(d, 1),  table, w);
+    levels_3wo(load_b(x + 4*LANES), open_second(qh, d), states_second(d, 1), table, w + 4);
+}
+
+static inline void panel_sq2wo(const uint8_t * x, vec_w table, vec_b w[8]) {
+    const vec_b d = load_states(x + 8*LANES);
+    levels_2wo(load_b(x),           states_first(d, 0),  table, w);
+    levels_2wo(load_b(x + 4*LANES), states_second(d, 0), table, w + 4);
 }
 
 static inline vec_i dot_token_w(vec_i sum, const vec_b w[8], const int8_t * y) {
