@@ -2,6 +2,7 @@
 """Calibration: streamed layers against whole models, Hessians against brute force, many architectures, bad input."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -725,6 +727,23 @@ code = cli.main(sys.argv[1:])
 print("PEAK", int(re.search(r"VmHWM:[^0-9]*([0-9]+) kB", open("/proc/self/status").read())[1]) * 1024)
 sys.exit(code)
 """
+
+
+def test_a_model_is_gone_with_the_last_reference(checkpoint):
+    """Not when Python looks for cycles: the next one needs the memory."""
+    gc.disable()
+    try:
+        tiny = Model(checkpoint("llama"))
+        [hidden] = tiny.inputs(torch.ones(1, 512, dtype=torch.long))
+        with tiny.layer(0) as layer, torch.no_grad():
+            hidden = tiny.forward(layer, 0, hidden)
+        with tiny.heads() as head, torch.no_grad():
+            head(hidden)
+        embedding = weakref.ref(tiny.matrix("embedding"))
+        del tiny, layer, head
+        assert embedding() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")

@@ -248,6 +248,19 @@ def test_less_than_one_sequence_needs_is_refused(
         convert.convert(checkpoint("llama"), **given)
 
 
+def test_where_training_does_not_fit_layers_are_named(runtime_library, checkpoint, tmp_path, monkeypatch):  # noqa: F811
+    given = dict(type="sq2", tune="codes", calib=str(TEXT), outfile=tmp_path / "out.gguf")
+    words = "--max-ram 700.0 MiB is too small: --tune codes needs about [0-9.]+ MiB: give that, or --tune layers"
+    with pytest.raises(errors.UsageError, match=words):
+        convert.convert(checkpoint("llama"), **given, device="cpu", max_ram="700M")
+    monkeypatch.setattr(options, "check_device", lambda device: "cuda")
+    monkeypatch.setattr(convert, "_gpu_memory", lambda device: 20 << 20)
+    words = "--tune needs about [0-9.]+ MiB of a GPU's memory, and cuda has 20.0 MiB: .*--device cpu, or --tune layers"
+    with pytest.raises(errors.UsageError, match=words):
+        convert.convert(checkpoint("llama"), **given)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_needed_is_stated_and_less_is_refused(checkpoint, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(options, "check_device", lambda device: "cuda")
     monkeypatch.setattr(convert, "calibrate", lambda job, *_: 1 / 0)

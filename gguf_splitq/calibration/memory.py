@@ -50,12 +50,16 @@ def peak(
     calibrating += 3 * max(map(_floats, layers), default=0) if several else 0
     stages = [reading, calibrating + sum(_end(e, threads) for e in ends)]
     if tune and not by_layer:
-        stages.append(training(entries, tune) - _floats(outside) + sum(e.n_bytes for e in inside))  # as it was stored
+        stages.append(
+            training(entries, tune, keeps=True) - _floats(outside) + sum(e.n_bytes for e in inside)
+        )  # as it was stored
     return BASE + _floats(outside) + max(stages)
 
 
-def training(entries: Sequence[Entry], tune: str, sequences: int = BATCH) -> int:
+def training(entries: Sequence[Entry], tune: str, sequences: int = BATCH, keeps: bool = False) -> int:
     """Bytes at most of `tune.run`, on a GPU by estimate, when that runs so many sequences at a time.
+
+    keeps: as a CPU does, all layers' weights, and what they have computed of a batch, until the way back.
 
     The ends, what is trained, and what else a layer has. Besides, while the original is run, its ends and a layer; and
     then a batch's hidden states between the layers, and a layer's weights, gradients, inputs and outputs.
@@ -69,6 +73,8 @@ def training(entries: Sequence[Entry], tune: str, sequences: int = BATCH) -> int
         matrix = max((e.tensor.shape[-2] * e.tensor.n_cols for e in layer if len(e.tensor.shape) > 1), default=0)
         passing = ON_THE_WAY * _floats(layer) + MOVED * matrix + _outputs(layer)
         most = max(most, batch + max(_floats(outside) + 2 * _floats(layer), states + passing))
+    if keeps:
+        most += sum(_floats(layer) + 2 * _outputs(layer) for layer in layers)
     return kept + most + 2 * _logits(outside)
 
 

@@ -406,11 +406,10 @@ class Model:
             quantizer.read_header(str(self.path))
             quantizer.update_dtype(self.dtype)
             quantizer.preprocess_model(model=self.module, dtype=self.dtype, device_map=None, checkpoint_files=None)
-            self.read = self._read_loaded
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                 self.tensors = quantizer.get_state_dict(str(self.path), self.module)
         else:
-            self.read, self.tensors = self._read_files, checkpoint.weight_files(self.path)
+            self.tensors = checkpoint.weight_files(self.path)
         mapping = get_model_conversion_mapping(self.module, None, quantizer)
         self.loading = LoadStateDictConfig(
             pretrained_model_name_or_path=str(self.path), device_map={"": self.device}, dtype=self.dtype,
@@ -452,12 +451,13 @@ class Model:
         if ahead and ahead[0] == index:
             yield ahead[1].result()
             return
-        with self.read(self.names[index]) as tensors:
+        read = self._read_loaded if "gguf_file" in self.source else self._read_files  # no method is kept: a model would
+        with read(self.names[index]) as tensors:  # then be a part of itself, and its memory not given back at once
             yield tensors
 
     def _read_ahead(self, index: int | None) -> None:
         """Begin to read a layer into memory, if there is one of that number and something reads."""
-        if self.reader and index is not None and 0 <= index < len(self) and self.read == self._read_files:
+        if self.reader and index is not None and 0 <= index < len(self) and "gguf_file" not in self.source:
             self.ahead = index, self.reader.submit(self._in_memory, self.names[index])
 
     def _in_memory(self, names: list[str]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ learn the text by heart. Other text decides whether the result is taken: if it d
 as it was. training.py has what is trained of a matrix; of formats with side tensors norms alone are.
 
 The float model is run once, layer by layer: what its last layer gives for each token is kept. Of the quantized one its
-codes and what trains them are in memory, and hidden states between its layers. The weights of a layer are made when it
-is run, and made and run again on the way back (checkpointing, Chen et al., arXiv 1604.06174), where a step is taken as
-soon as the layer's gradient is there.
+codes and what trains them are in memory, and hidden states between its layers. On a GPU the weights of a layer are made
+when it is run, and made and run again on the way back (checkpointing, Chen et al., arXiv 1604.06174). On a CPU, which
+has more memory than time, they stay until then, with all that the layer has computed. A step is taken as soon as a
+layer's gradient is there.
 
 A sequence has its place in a batch, and a process has some of the places. On a CPU a sequence is run by one thread, and
 rows of a matrix are trained by one; so neither the number of threads shows, nor, but for rounding, that of processes.
@@ -24,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -240,24 +241,38 @@ class _Student:
     def descend(self, batch: Batch, count: int, step: Step) -> None:
         """Take a step against the gradient of the mean over `count` tokens, those of all processes' batch."""
         tokens, answers = batch
-        states = self._forward(tokens) if len(tokens) else []
+        runs: list[list[_Run]] | None = [] if self.model.at_once is None else None
+        states = self._forward(tokens, runs) if len(tokens) else []
         found, slope = self._behind(states.pop(), answers, count) if states else ([], torch.empty(0))
         self._descend(None, found, step)
         for index in reversed(range(len(self.layers))):
             parts: list[Gradients] = []
             if states:
-                backward = functools.partial(self._backward, index, self.layers[index].weights())
-                parts = fisher.each_part(self.model, self.pool, backward, states.pop(), slope)
+                hidden = states.pop()
+                if runs:
+                    backward = functools.partial(self._backward, index)
+                    parts = list(self.pool.map(backward, runs.pop(), slope.split(1)))
+                else:
+                    again = functools.partial(self._again, index, self.layers[index].weights())
+                    parts = fisher.each_part(self.model, self.pool, again, hidden, slope)
                 slope = torch.cat([first for first, *_ in parts])
             self.layers[index].descend((call for *_, calls in parts for call in calls), step, self.ranks)
             self._descend(index, parts, step)
 
-    def _forward(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Hidden states [sequences, CONTEXT, hidden] before each layer, and after the last."""
+    def _forward(self, tokens: torch.Tensor, runs: list[list[_Run]] | None = None) -> list[torch.Tensor]:
+        """Hidden states [sequences, CONTEXT, hidden] before each layer, and after the last.
+
+        runs: takes in those of each layer, by sequence.
+        """
         states = [*self.model.inputs([tokens])]
         for index, layer in enumerate(self.layers):
-            through = functools.partial(self._through, index, layer.weights())
-            states.append(torch.cat(fisher.each_part(self.model, self.pool, through, states[-1])))
+            if runs is None:
+                through = functools.partial(self._through, index, layer.weights())
+                states.append(torch.cat(fisher.each_part(self.model, self.pool, through, states[-1])))
+            else:
+                run = functools.partial(self._run, index, layer.weights())
+                runs.append(fisher.each_part(self.model, self.pool, run, states[-1]))
+                states.append(torch.cat([run.output.detach() for run in runs[-1]]))
         return states
 
     def _through(self, index: int, weights: Mapping[Key, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
@@ -266,17 +281,25 @@ class _Student:
         with torch.no_grad(), _Instead(self.instead), Products(module, weights):
             return self.model.forward(module, index, hidden)
 
-    def _backward(
-        self, index: int, weights: Mapping[Key, torch.Tensor], hidden: torch.Tensor, slope: torch.Tensor
-    ) -> Gradients:
-        """From the gradient behind a layer, given what is in front of it."""
-        module, values = self.modules[index], [norm.value for norm in self._norms_of(index)]
+    def _run(self, index: int, weights: Mapping[Key, torch.Tensor], hidden: torch.Tensor) -> _Run:
+        """Through a layer, with all that is needed on the way back."""
+        module = self.modules[index]
         with torch.enable_grad(), _Instead(self.instead), Products(module, weights, self.layers[index].shapes) as seen:
             hidden = hidden.detach().to(self.model.device).requires_grad_()
-            output = self.model.forward(module, index, hidden)
-        calls, (first, *rest) = seen.gradients(output, slope, [hidden, *values])
+            return _Run(seen, hidden, self.model.forward(module, index, hidden))
+
+    def _backward(self, index: int, run: _Run, slope: torch.Tensor) -> Gradients:
+        """From the gradient behind a layer."""
+        values = [norm.value for norm in self._norms_of(index)]
+        calls, (first, *rest) = run.seen.gradients(run.output, slope, [run.hidden, *values])
         assert first is not None
         return first, rest, calls
+
+    def _again(
+        self, index: int, weights: Mapping[Key, torch.Tensor], hidden: torch.Tensor, slope: torch.Tensor
+    ) -> Gradients:
+        """The same, given what is in front of the layer."""
+        return self._backward(index, self._run(index, weights, hidden), slope)
 
     def _at_the_head(self, hidden: torch.Tensor, answers: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Hidden states of both models, so many tokens that a sequence's logits are there once."""
@@ -328,6 +351,14 @@ class _Student:
                 if (gradient := rest[number]) is not None:
                     total += gradient
             norm.descend(self.ranks.summed(total), step)
+
+
+class _Run(NamedTuple):
+    """A pass through a layer, and the tensors between which it is differentiable."""
+
+    seen: Products
+    hidden: torch.Tensor
+    output: torch.Tensor
 
 
 class _Norm:
