@@ -7,7 +7,7 @@ that are ours (coding/codebooks.py), which those named cq have. AP spends all th
 type on wide columns, OR all on outliers. Then the same for the model with outlier channels: in about 1 % of the
 channels the norms' gains are multiplied by 20 to 50 and what follows is divided by it, which changes nothing in F16.
 sq2 and sq3 are there to compare with, and sq2c, sq3c, sq2.x and sq3.x, blocks that spend bits on columns as AP does,
-and window codes, with scales of columns (wc) and without.
+and window codes, with scales of columns (wc, and with open chains wo) and without.
 All but "nearest" have error feedback from one calibration. Embeddings and output are F16.
 """
 
@@ -140,6 +140,7 @@ def measure(model: Path, folder: Path, args) -> dict[str, dict]:
             converted(f"sq{bits}c", f"sq{bits}c")
             converted(f"sq{bits}w", f"sq{bits}w")
             converted(f"sq{bits}wc", f"sq{bits}wc")
+            converted(f"sq{bits}wo", f"sq{bits}wo")
             converted(f"sq{bits} + AP", target.name.replace("cq", "sq"))
         converted("sq4wc", "sq4wc")
     return rows
@@ -178,11 +179,13 @@ def main() -> None:
             claims.append(ratio(name, rows, f"sq{bits} + AP", both, at_most=1))
             for peer in (f"cq{bits}", f"sq{bits}c", f"sq{bits}w"):
                 claims.append(ratio(name, rows, f"sq{bits}wc", peer, **({"at_most": 1} if rows is outliers else {})))
+            claims.append(ratio(name, rows, f"sq{bits}wo", f"sq{bits}wc", at_most=1))
         claims.append(ratio(name, rows, "sq4wc", "cq4", **({"at_most": 1} if rows is outliers else {})))
     same = outliers["F16"]["ppl"] / plain["F16"]["ppl"]
     claims.append({"claim": "F16 with outlier channels: perplexity / plain", "measured": same, "at_most": 1.001})
     rows = {"plain": list(plain.values()), "outliers": list(outliers.values())}
-    save("paper-claq", {"model": args.model, "rows": rows, "claims": claims}, args.keep)
+    name = args.model.removesuffix("/").rpartition("/")[2]
+    save(f"paper-claq.{name}", {"model": args.model, "rows": rows, "claims": claims}, args.keep)
     judge(claims)
 
 
