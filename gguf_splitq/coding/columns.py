@@ -62,7 +62,8 @@ def solve_windows(
     """`solve` for sq4wc, sq3wo and their like, which have no layout but the plain one."""
     scale, inverse, hessian = _scaled(weight, hessian)
     units = weight * inverse
-    plain = kind.rows_for([units.cpu().numpy()], hessian.diagonal().float().cpu().numpy())
+    whole = (part.cpu().numpy() for part in (units,))  # from a GPU only where it is looked at
+    plain = kind.rows_for(whole, hessian.diagonal().float().cpu().numpy())
     solved = windows.solve(units, hessian, plain, passes=passes, each=each)
     side = kind.side_of(len(weight), scale.cpu().numpy(), plain)
     return replace(solved, weight=solved.weight * scale.float(), side=side)

@@ -34,9 +34,8 @@ from .windowsc import METHOD, ROWS, WindowColumns
 
 BASES = range(1, 128)
 GRIDS = (1, 2, 4)  # steps there can be, in eighths of an octave
-_FAR = (
-    64  # eighths of an octave; what a base loses that is further from a block's scale is the same, or never the least
-)
+# Eighths of an octave: what a base loses that is further from a block's scale is the same, or never the least.
+_FAR = 64
 _SAMPLE = 64  # blocks that this is measured on
 
 
