@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Training scales, norms and codes: it helps on other tokens, stores what it trained, and refuses what harms."""
 
+import gc
 import json
 import math
+import weakref
 
 import crafted
 import numpy as np
@@ -112,6 +114,22 @@ def test_the_nearest_path_is_found_from_any_other(runtime_library, name):
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.01 * errors[0]
     same = windows.nearest(aims, wanted, fmt, chance)  # of two windows with one level either may be taken
     assert torch.equal(fmt.levels[same.int()], aims)
+
+
+def test_a_pass_that_is_over_holds_no_memory():
+    """What a GPU has computed of a layer is given back at once, not when Python looks for cycles."""
+    module = torch.nn.Linear(4, 4)
+    gc.disable()
+    try:
+        with training.Products(module, {}, [("weight", None)]) as seen:
+            output = module(torch.ones(1, 4))
+        calls, _ = seen.gradients(output.sum())
+        assert [key for key, *_ in calls] == [("weight", None)]
+        over = weakref.ref(seen)
+        del seen
+        assert over() is None
+    finally:
+        gc.enable()
 
 
 def test_numbers_are_rounded_at_random_and_right_on_average():

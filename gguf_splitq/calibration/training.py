@@ -447,7 +447,7 @@ class Products(Watch):
     """A pass with other matrices. calls: products of those in `wanted`, in order."""
 
     def __init__(self, module: torch.nn.Module, weights: Mapping[Key, torch.Tensor], wanted: Collection[Key] = ()):
-        super().__init__(module, self._keep)
+        super().__init__(module, lambda *_: None)  # nothing that refers to this, or what it holds waits to be collected
         self.weights, self.wanted = weights, wanted
         self.calls: list[Call] = []
 
@@ -455,7 +455,10 @@ class Products(Watch):
         self, name: str, expert: int | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `Watch`."""
-        return super().product(name, expert, x, self.weights.get((name, expert), weight), bias)
+        y = super().product(name, expert, x, self.weights.get((name, expert), weight), bias)
+        if (name, expert) in self.wanted:
+            self.calls.append(((name, expert), x, y))
+        return y
 
     def gradients(
         self, output: torch.Tensor, slope: torch.Tensor | None = None, leaves: Sequence[torch.Tensor] = ()
@@ -466,10 +469,6 @@ class Products(Watch):
         calls = zip(self.calls, found[len(leaves) :], strict=True)
         kept = [(key, x.detach().flatten(0, -2), g.flatten(0, -2)) for (key, x, _), g in calls if g is not None]
         return kept, list(found[: len(leaves)])
-
-    def _keep(self, name: str, expert: int | None, x: torch.Tensor, y: torch.Tensor, *_: Any) -> None:
-        if (name, expert) in self.wanted:
-            self.calls.append(((name, expert), x, y))
 
 
 def _done(results: Iterable[object]) -> None:
