@@ -10,7 +10,7 @@ from test_solve import problem
 from test_sweeps import to_search, to_sweep
 
 from gguf_splitq import types
-from gguf_splitq.coding import families, formats, solver, sweeps
+from gguf_splitq.coding import families, formats, graphs, solver, sweeps
 from gguf_splitq.runtime import native
 from gguf_splitq.types.columns import PLAIN
 
@@ -103,3 +103,15 @@ def test_whole_solutions_are_as_good_and_the_same_again(monkeypatch, name):
     for stage, error in expected.errors.items():
         assert found.errors[stage] == pytest.approx(error, rel=3e-3), stage
     assert INTERPRETED or torch.equal(solve(*moved(weight, hessian)).packed, found.packed)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a CPU records nothing")
+@pytest.mark.parametrize("name", ["sq4", "q4_k", "sdr4", "sq4w"])
+def test_what_is_recorded_gives_the_same_bytes(monkeypatch, name):
+    needs(name)
+    kind = types.get(name)
+    weight, hessian = (part.to(DEVICE) for part in problem(40, 512))
+    code = families.coder(kind, PLAIN)
+    recorded = code(weight, hessian)
+    monkeypatch.setattr(graphs.Repeated, "__call__", lambda _, work, *given: work(*given))
+    assert torch.equal(recorded.packed, code(weight, hessian).packed)

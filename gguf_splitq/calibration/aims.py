@@ -102,10 +102,10 @@ def information(
     before = {0: begin * BATCH}
 
     def take(x: torch.Tensor, g: torch.Tensor, numbers: torch.Tensor | None) -> torch.Tensor:
-        weights = g.float().square().sum(1).cpu()
+        weights = g.float().square().sum(1)
         if numbers is None:  # then all of the batch get the mean
             weights, numbers = weights.mean()[None], torch.zeros(1)
-        return torch.stack([weights, numbers])
+        return torch.stack([weights, numbers.to(g.device, non_blocking=True)])
 
     def see(index: int, batch: int, taken: fisher.Seen) -> None:
         for key, parts in taken.items():
@@ -114,7 +114,8 @@ def information(
     with fisher.workers(threads) as pool:
         for index, _ in fisher.backward(model, batches, take, see, scratch, pool, progress, before, ends):
             every: dict[Key, dict[int, torch.Tensor]] = {}
-            for key, parts in itertools.chain(*(part.items() for part in ranks.gathered(found))):
+            own = {key: {batch: part.cpu() for batch, part in parts.items()} for key, parts in found.items()}
+            for key, parts in itertools.chain(*(part.items() for part in ranks.gathered(own))):
                 every.setdefault(key, {}).update(parts)
             if not ranks.rank:
                 keep(index, every)
@@ -173,6 +174,7 @@ def run(
                 if tried:
                     instead: list[Mapping[Key, torch.Tensor]] = [{}, decoder.nearest, decoder.stored]
                     tried = [decoder.through(*pair) for pair in zip(tried, instead, strict=True)]
+                fisher.check(model, module, index)
             progress(index + 1, len(model))
         if ends.output is not None:
             if len(model) not in done:
@@ -392,7 +394,7 @@ def _weighted(pairs: list[_Pair], known: torch.Tensor) -> list[moments.Taken]:
     found = []
     for pair in pairs:
         own = mean.expand(len(pair.x)) if pair.rows is None else every[pair.rows]
-        found.append((pair.x, own.to(pair.x.device), pair.off))
+        found.append((pair.x, own.to(pair.x.device, non_blocking=True), pair.off))
     return [[part for part in parts if part is not None][: 2 if plain else 3] for parts in found]
 
 

@@ -16,11 +16,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
@@ -83,6 +83,7 @@ def backward(
             through_it = functools.partial(forward, model, layer, index)
             for hidden in boundaries[-1]:
                 after.append(torch.cat(each_part(model, pool, through_it, hidden)))
+            check(model, layer, index, boundaries[-1])
         boundaries.append(after)
         progress(index + 1, 2 * len(model))
     random = torch.Generator(model.device).manual_seed(0)
@@ -143,14 +144,30 @@ def each_part(model: Model, pool: Executor, work: Callable[..., T], *batches: to
 
 
 def forward(model: Model, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-    """The hidden states after a layer."""
+    """The hidden states after a layer. Of a GPU `check` learns later whether they are finite: it is not waited for."""
     with torch.no_grad():
         output = model.forward(layer, index, hidden)
-        if not torch.isfinite(output).all():
-            with Watch(layer, _finite(index)):  # where it comes from
-                model.forward(layer, index, hidden)
-            raise InputError(f"decoder layer {index}: an activation is NaN or Inf: check the checkpoint")
+        finite = torch.isfinite(output).all()
+        if model.at_once:
+            model.finite.append(finite)
+        elif not finite:
+            _refuse(model, layer, index, [hidden])
         return output
+
+
+def check(model: Model, layer: torch.nn.Module, index: int, inputs: Iterable[torch.Tensor] = ()) -> None:
+    """Raises InputError when what `forward` gave since the last call has NaN or Inf; inputs: where it may come from."""
+    sound = not model.finite or bool(torch.stack(model.finite).all())
+    model.finite.clear()
+    if not sound:
+        _refuse(model, layer, index, inputs)
+
+
+def _refuse(model: Model, layer: torch.nn.Module, index: int, inputs: Iterable[torch.Tensor]) -> NoReturn:
+    with torch.no_grad(), Watch(layer, _finite(index)):  # which names the matrix
+        for hidden in inputs:
+            model.forward(layer, index, hidden)
+    raise InputError(f"decoder layer {index}: an activation is NaN or Inf: check the checkpoint")
 
 
 def _finite(index: int) -> Callable:

@@ -107,7 +107,7 @@ class Model:
     folder: a Hugging Face checkpoint in safetensors, or a GGUF file of an architecture that transformers can read.
     dtype: of weights and hidden states, float32 or bfloat16. Embeddings, final norm and output stay loaded.
     encoder: it gives hidden states and no logits. room: what it may take. at_once: sequences that a GPU runs at a time;
-    None on a CPU, a thread of which takes one.
+    None on a CPU, a thread of which takes one. finite: bool [] of a GPU's batches, to be looked at: see `fisher.check`.
     Raises UnsupportedError when transformers cannot load it, InputError when a tensor is missing or damaged.
     """
 
@@ -117,6 +117,7 @@ class Model:
         self.path, self.device, self.dtype = Path(folder), torch.device(device), dtype
         self.room, cuda = room or Room(), self.device.type == "cuda"
         self.at_once = BATCH if cuda else None
+        self.finite: list[torch.Tensor] = []
         self.reader = ThreadPoolExecutor(1, "read") if cuda else None
         if cuda and self.room.vram is not None:
             total = _gpu_memory(self.device)[2]

@@ -169,12 +169,13 @@ class Sizes:
 class Moment:
     """total: float64, the sum of |g|^2 x x^T over `count` tokens, in each block of columns down to its last row.
 
-    pull: float64, the sum of |g|^2 e x^T, None where there is no e. information: the sum of |g|^2.
+    pull: float64, the sum of |g|^2 e x^T, None where there is no e. information: float64 [], the sum of |g|^2, or a
+    number. A GPU is not waited for when something is added.
     """
 
     total: torch.Tensor | None = None
     pull: torch.Tensor | None = None
-    information: float = 0.0
+    information: torch.Tensor | float = 0.0
     count: int = 0
 
     def add(self, taken: Sequence[Taken]) -> list[functools.partial[None]]:
@@ -188,7 +189,7 @@ class Moment:
             self.pull = taken[0][0].new_zeros(taken[0][2].shape[1], size, dtype=torch.float64) if aimed else None
         elif not aimed:
             self.pull = None
-        self.information += sum(float(information.sum()) for _, information, *_ in taken)
+        self.information = sum((information.sum().double() for _, information, *_ in taken), self.information)
         self.count += sum(len(x) for x, *_ in taken)
         width = ON_GPU if self.total.is_cuda else COLUMNS
         starts = range(0, size, width)
@@ -200,7 +201,7 @@ class Moment:
     def sizes(self) -> Sizes:
         """What other processes are told of it."""
         total, pull = (None if of is None else of.shape for of in (self.total, self.pull))
-        return Sizes(total, pull, self.information, self.count)
+        return Sizes(total, pull, float(self.information), self.count)
 
     def mean(self) -> torch.Tensor | None:
         """The Hessian, float64 [in, in]; None where there was nothing to add."""

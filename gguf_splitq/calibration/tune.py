@@ -176,6 +176,7 @@ def _answers(
                 found = torch.cat(fisher.each_part(model, pool, through, hidden))
                 for i, after in zip(some, found.split(1), strict=True):
                     states[i] = after
+            fisher.check(model, module, index)
         progress(index + 1, len(model))
     return states
 

@@ -16,13 +16,15 @@ scales and offsets can be stored. The error is the trace of (W - Q) H (W - Q)^T,
 Only feedback can do worse than nearest rounding, and is then dropped; refit and search change nothing that does not
 lower the error, and see the whole Hessian. Rows are independent of each other.
 
-A GPU is never waited for inside a pass, and what can be done for all columns at once is.
+A GPU is never waited for inside a pass, what can be done for all columns at once is, and the rest is recorded and
+launched as one from the second pass on (graphs.py).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +34,7 @@ import torch
 from ..errors import EnvironmentFailed, InputError
 from ..runtime import native
 from . import sweeps, sweeps_c
+from .graphs import Repeated
 
 DAMPING = 1e-3  # of the Hessian's mean diagonal; GPTQ uses ten times as much
 MOST_DAMPING = 1.0
@@ -242,7 +245,7 @@ def costs(factor: torch.Tensor) -> torch.Tensor:
 
 
 class Group(NamedTuple):
-    """Columns coded together, in the order of coding.
+    """Columns coded together, in the order of coding; or several groups of them, stacked.
 
     columns: int64 [n]. h: float32 [n, n], the Hessian's part; inverse: alike. push, costs: as `pushes` and `costs` give
     them. usable: bool [], False where that part is not positive definite in float32, and the last are of a unit matrix.
@@ -256,16 +259,36 @@ class Group(NamedTuple):
     usable: torch.Tensor
 
 
-def groups(h: torch.Tensor, columns: torch.Tensor) -> Iterator[Group]:
-    """For int64 [n_groups, n] columns of float32 h, FACTORED at a time."""
-    for some in columns.split(FACTORED):
-        parts = h[some[:, :, None], some[:, None]]
-        factor, failed = torch.linalg.cholesky_ex(backwards(parts).double())
-        unit, usable = torch.eye(parts.shape[-1], dtype=factor.dtype, device=h.device), failed == 0
-        factor = torch.where(usable[:, None, None], factor, unit)
-        inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
-        inverse = backwards(inverse.mT @ inverse).float()
-        yield from map(Group, some, parts, inverse, pushes(factor), costs(factor), usable)
+def groups(h: torch.Tensor, columns: torch.Tensor) -> Group:
+    """For int64 [n_groups, n] columns of float32 h, stacked."""
+    return Group(*map(torch.cat, zip(*(_factored(h, some) for some in columns.split(FACTORED)), strict=True)))
+
+
+def _factored(h: torch.Tensor, columns: torch.Tensor) -> Group:
+    parts = h[columns[:, :, None], columns[:, None]]
+    factor, failed = torch.linalg.cholesky_ex(backwards(parts).double())
+    unit, usable = torch.eye(parts.shape[-1], dtype=factor.dtype, device=h.device), failed == 0
+    factor = torch.where(usable[:, None, None], factor, unit)
+    inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
+    inverse = backwards(inverse.mT @ inverse).float()
+    return Group(columns, parts, inverse, pushes(factor), costs(factor), usable)
+
+
+class Turn(NamedTuple):
+    """Groups of blocks to be searched one after the other.
+
+    blocks: int64 [n_groups, n_blocks]; order: int64 [n_groups, n_columns], in which of these blocks each column is that
+    is coded then. The rest: as of `Group`.
+    """
+
+    blocks: torch.Tensor
+    order: torch.Tensor
+    columns: torch.Tensor
+    h: torch.Tensor
+    inverse: torch.Tensor
+    push: torch.Tensor
+    costs: torch.Tensor
+    usable: torch.Tensor
 
 
 def in_groups(order: torch.Tensor, size: int) -> list[torch.Tensor]:
@@ -293,6 +316,7 @@ class Rows:
         self.levels, self.inner = sweeps.Levels.of(fmt.levels, fmt.wide_levels, fmt.wide), _inner(h.device)
         self.params = fmt.fit(weight, h.diagonal())
         self.block = torch.arange(len(h), device=h.device) // fmt.block_size  # of each column
+        self.repeated: dict[str, Repeated] = defaultdict(Repeated)
         scale, offset = self.columns_of(self.params, self.block)
         units = (self.weight - offset) * sweeps.inverse(scale)
         parts = (units[: fmt.wide], fmt.wide_levels), (units[fmt.wide :], fmt.levels)
@@ -332,18 +356,32 @@ class Rows:
     def refit(self, stretch: bool = True) -> torch.Tensor:
         """Least squares for the parameters of each block in turn, then of each super-block, given the codes.
 
-        stretch: the latter, too; where blocks have no parameters of their own in any case. Returns `pull`.
+        stretch: the latter, too; where blocks have no parameters of their own in any case. Returns `pull`, which is
+        valid until the next call.
         """
-        fmt, size = self.fmt, self.fmt.block_size
-        pull = self.pull()
-        steps = [(max(COLUMNS // size, 1) * size, self.inner.refit)] if fmt.grid(self.params) else []
-        steps += [(fmt.super_size, _stretched)] if fmt.super_size > size and (stretch or not steps) else []
-        for span, step in steps:
-            for first in range(0, len(pull), span):
-                inside, blocks = slice(first, first + span), slice(first // size, (first + span) // size)
-                given = self.units[inside], pull[inside], self.h[inside, inside], self.params[:, blocks]
-                self.params[:, blocks], change = step(*given, fmt)
-                pull.addmm_(self.h[:, inside], change, alpha=-1)
+        fmt, pull = self.fmt, self.pull()
+        has_own = fmt.grid(self.params) is not None
+        if has_own:
+            pull = self.repeated["refit"](self._refit, pull)
+        if fmt.super_size > fmt.block_size and (stretch or not has_own):
+            pull = self.repeated["stretch"](self._stretch, pull)
+        return pull
+
+    def _refit(self, pull: torch.Tensor) -> torch.Tensor:
+        size = self.fmt.block_size
+        return self._step(self.inner.refit, max(COLUMNS // size, 1) * size, pull)
+
+    def _stretch(self, pull: torch.Tensor) -> torch.Tensor:
+        return self._step(_stretched, self.fmt.super_size, pull)
+
+    def _step(self, step: Callable, span: int, pull: torch.Tensor) -> torch.Tensor:
+        """`step` for `span` columns after the other; `pull` is overwritten."""
+        size = self.fmt.block_size
+        for first in range(0, len(pull), span):
+            inside, blocks = slice(first, first + span), slice(first // size, (first + span) // size)
+            given = self.units[inside], pull[inside], self.h[inside, inside], self.params[:, blocks]
+            self.params[:, blocks], change = step(*given, self.fmt)
+            pull.addmm_(self.h[:, inside], change, alpha=-1)
         return pull
 
     def search(self, chance: torch.Generator, pull: torch.Tensor) -> None:
@@ -351,22 +389,28 @@ class Rows:
 
         pull: as `refit` returns it; overwritten.
         """
-        fmt, size, n_rows, device = self.fmt, self.fmt.block_size, self.weight.shape[1], self.weight.device
-        value, params = self.value(), self.params
-        shape = COPIES - 1, 1 + fmt.has_offset, n_rows, params.shape[1]
-        some = torch.randperm(params.shape[1], generator=chance)
-        factors = sent(1 + SPREAD * torch.randn(shape, generator=chance), device)
+        fmt, size, device = self.fmt, self.fmt.block_size, self.weight.device
+        n_rows, n_blocks = self.params.shape[:2]
+        some = torch.randperm(n_blocks, generator=chance)
+        factors = 1 + SPREAD * torch.randn(COPIES - 1, 1 + fmt.has_offset, n_rows, n_blocks, generator=chance)
+        diagonal, inside = self.h.diagonal(), torch.arange(size, device=device)
+        turns: list[torch.Tensor] = []
+        for blocks in in_groups(sent(some, device), max(COLUMNS // size, 1)):
+            columns = (blocks[..., None] * size + inside).flatten(1)
+            order = diagonal[columns].argsort(dim=1, descending=True, stable=True)
+            turns += Turn(blocks, order // size, *groups(self.h, columns.gather(1, order)))
+        self.repeated["search"](self._search, pull, sent(factors, device), *turns)
+
+    def _search(self, pull: torch.Tensor, factors: torch.Tensor, *turns: torch.Tensor) -> None:
+        """turns: the parts of each `Turn`."""
+        fmt, value, params = self.fmt, self.value(), self.params
         scale, offset = fmt.scale(params), fmt.offset(params)
         copies = torch.stack([params, *(fmt.nearest(scale * f[0], offset * f[-1], params) for f in factors)])
         scale, offset = (of(copies).transpose(1, 2).contiguous() for of in (fmt.scale, fmt.offset))
         taken = torch.zeros_like(scale[0], dtype=torch.int64)
-
-        diagonal, inside = self.h.diagonal(), torch.arange(size, device=device)
-        for blocks in in_groups(sent(some, device), max(COLUMNS // size, 1)):
-            columns = (blocks[..., None] * size + inside).flatten(1)
-            order = diagonal[columns].argsort(dim=1, descending=True, stable=True)
-            for number, group in enumerate(groups(self.h, columns.gather(1, order))):
-                here, block = blocks[number], order[number] // size
+        for turn in map(Turn, *[iter(turns)] * len(Turn._fields)):
+            for here, block, *parts in zip(*turn, strict=True):
+                group = Group(*parts)
                 columns, base, drawn = group.columns, value[group.columns], pull[group.columns]
                 found = self.inner.search(
                     torch.addmm(base, group.inverse, drawn), base, drawn, group.push, group.h,
@@ -377,7 +421,7 @@ class Rows:
                 self.units[columns] = torch.where(better, found.units, self.units[columns])
                 pull.addmm_(self.h[:, columns], found.change.masked_fill(~better, 0), alpha=-1)
         at = taken.T.reshape(1, *params.shape[:2], *[1] * (params.dim() - 2))
-        self.params = copies.gather(0, at.expand(1, *params.shape))[0]
+        params.copy_(copies.gather(0, at.expand(1, *params.shape))[0])
 
 
 def _stretched(

@@ -22,6 +22,7 @@ Open chains (windowso.py) need no second run, and can begin nowhere else.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -147,7 +148,7 @@ class _Rows(solver.Rows):
     ) -> None:
         """Fitted: coded with a Hessian that is diagonal, at scales near those that the root mean squares ask for."""
         self.weight, self.h, self.fmt, self.trellis = weight.T.contiguous(), h, fmt, trellis
-        self.inner = solver._inner(h.device)
+        self.inner, self.repeated = solver._inner(h.device), defaultdict(solver.Repeated)
         self.order, self.push, self.costs = order, push, costs
         self.block = torch.arange(len(h), device=h.device) // BLOCK
         self.edges = torch.empty_like(self.weight, dtype=torch.uint8)
@@ -190,7 +191,8 @@ class _Rows(solver.Rows):
         for blocks in solver.in_groups(solver.sent(some, device), BLOCKS):
             blocks = blocks.gather(1, weights[blocks].argsort(dim=1, descending=True, stable=True))
             chains = walk[blocks] + blocks[..., None, None] * BLOCK
-            for number, group in enumerate(solver.groups(self.h, chains.flatten(1))):
+            stacked = solver.groups(self.h, chains.flatten(1))
+            for number, group in enumerate(map(solver.Group, *stacked)):
                 here, columns = blocks[number], group.columns
                 states = None if trellis.open else self.edges[chains[number, ..., 0]] >> bits
                 base, drawn = value[columns], pull[columns]
@@ -203,7 +205,7 @@ class _Rows(solver.Rows):
                 self.params[:, here] = torch.where(better[:, None], params, self.params[:, here])
                 self.edges[columns] = torch.where(better, edges, self.edges[columns])
                 pull.addmm_(self.h[:, columns], change.masked_fill(~better, 0), alpha=-1)
-        self.units = trellis.levels[self.edges.int()]
+        torch.index_select(trellis.levels, 0, self.edges.int().flatten(), out=self.units.view(-1))
 
 
 def nearest(units: torch.Tensor, codes: torch.Tensor, fmt: WindowFormat, chance: torch.Generator) -> torch.Tensor:
