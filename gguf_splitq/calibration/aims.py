@@ -203,7 +203,7 @@ def moved(weight: torch.Tensor, layer: Layer, order: torch.Tensor) -> torch.Tens
         pull = layer.pull[order]
     else:
         return weight
-    _, _, factor, _ = solver.factored(layer.hessian, RIDGE, solver.unordered)
+    _, _, factor, _ = solver.factored(layer.hessian, RIDGE)
     change = torch.cholesky_solve(solver.backwards(pull.T), factor)  # which is of the reverse order
     return weight + SHARE * solver.backwards(change).T.to(weight)
 

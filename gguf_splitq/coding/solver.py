@@ -177,7 +177,7 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING, size: torch.Tensor |
     """
     h = hessian.double().clone()
     diagonal = h.diagonal()
-    if not torch.isfinite(h).all():
+    if not torch.isfinite(h.sum()):  # as soon as one of them is not
         raise InputError("the Hessian is not finite: an activation was NaN or Inf; calibrate in float32")
     diagonal[diagonal <= 0] = 1
     diagonal += damping * (diagonal * size**2).mean() / size**2
@@ -197,25 +197,21 @@ def falling(diagonal: torch.Tensor) -> torch.Tensor:
     return diagonal.argsort(descending=True, stable=True)
 
 
-def unordered(diagonal: torch.Tensor) -> torch.Tensor:
-    """The columns as they come."""
-    return torch.arange(len(diagonal), device=diagonal.device)
-
-
 def factored(
     hessian: torch.Tensor,
     damping: float,
-    ordered: Callable[[torch.Tensor], torch.Tensor],
+    ordered: Callable[[torch.Tensor], torch.Tensor] | None = None,
     size: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """As `prepare`, with the factor that `pushes` takes in place of the pushes. ordered: diagonal -> order of coding.
+    """As `prepare`, with the factor that `pushes` takes in place of the pushes.
 
-    Raises InputError as `solve` does.
+    ordered: diagonal -> order of coding; None: as the columns come. Raises InputError as `solve` does.
     """
     while True:
         h = damped(hessian, damping, size)
-        order = ordered(h.diagonal())
-        factor, failed = torch.linalg.cholesky_ex(backwards(h[order][:, order]))
+        order = ordered(h.diagonal()) if ordered else torch.arange(len(h), device=h.device)
+        back = order.flip(0)
+        factor, failed = torch.linalg.cholesky_ex(h[back[:, None], back] if ordered else backwards(h))
         if not failed:
             return h.float(), order, factor, damping
         damping = max(10 * damping, 1e-6)
