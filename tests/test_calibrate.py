@@ -291,7 +291,7 @@ def test_experts_have_their_own_hessians_or_the_pooled_one(checkpoint, tmp_path,
             weights = g.square().sum(1, keepdim=True)
             part = layers[0, f"{name}[{expert}]"]
             torch.testing.assert_close(part.hessian, x.T @ (x * weights) / weights.sum(), rtol=1e-4, atol=1e-7)
-            assert part.pooled == few
+            assert part.pooled == few and (part.hessian is layers[0, f"{name}[0]"].hessian) == (few or expert == 0)
 
 
 def test_rows_are_matched_by_content():
@@ -456,7 +456,7 @@ def test_what_is_left_has_the_reason(runtime_library, checkpoint, tmp_path):
     entry = plan.Entry(tensor, types.get("sq4"), "")
     for seen, reason in [({}, "no token reached it"), ({("a", None): moments.Moment()}, "no gradient reached it")]:
         layer = moments.Layer("a", weight)
-        moments.measured(layer, seen, {})
+        moments.measured([layer], seen, {})
         place = layer, torch.arange(len(weight))
         with pieces.alone(1) as pool:
             found = solve._solve_all(None, [entry], lambda _, place=place: [place], [layer], moments.ALONE, pool)

@@ -320,9 +320,7 @@ class _Decoder:
                 if known is not None:
                     blocks += moment.add(_weighted(found, known))
             moments.add_up(blocks, self.pool, self.model)
-        every = moments.joined(sums, self.model.device, self.ranks)
-        for layer in members:
-            moments.measured(layer, every, {})
+        moments.measured(members, moments.joined(sums, self.model.device, self.ranks), {})
 
     def store(self, members: list[Layer]) -> None:
         """Take over what stands in place of matrices."""

@@ -117,8 +117,7 @@ def run(
         for index, module in fisher.backward(model, every, _take, see, scratch, pool, progress, before, ends):
             if index not in skip:
                 layers, sums = layers_of(module), joined(moments, model.device, ranks)
-                for layer in layers:
-                    measured(layer, sums, tried)
+                measured(layers, sums, tried)
                 moments.clear()
                 tried = {}
                 yield index, layers
@@ -310,20 +309,28 @@ def _work(block: functools.partial[None]) -> int:
     return block.args[1] * sum(len(x) for x, *_ in block.args[0])
 
 
-def measured(layer: Layer, moments: Mapping[Key, Moment], tried: fisher.Seen) -> None:
-    """Gives a layer its Hessian and what it saw of the tokens that are not in it."""
-    name, number = layer.key
-    layer.held, own = tried.get(layer.key, ()), moments.get(layer.key)
-    layer.pooled = number is not None and (own is None or own.count < layer.weight.shape[1])
-    seen = [own] if own else []
-    if layer.pooled:
-        seen = [moment for (n, expert), moment in moments.items() if n == name and expert is not None]
-    totals = [moment.total for moment in seen if moment.total is not None]
-    if totals:
-        information = sum(m.information for m in seen)
-        layer.hessian = Moment(sum(totals[1:], totals[0]), information=information).mean()
-        pulls = [moment.pull for moment in seen if moment.pull is not None]
-        if information and len(pulls) == len(totals):
-            layer.pull = sum(pulls[1:], pulls[0]) / information
-    if layer.hessian is None and seen:
-        layer.unknown = "no gradient reached it"
+def measured(layers: Iterable[Layer], moments: Mapping[Key, Moment], tried: fisher.Seen) -> None:
+    """Gives layers their Hessians, pooled experts one in common, and what they saw of tokens that are not in them."""
+    pools: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+    for layer in layers:
+        name, number = layer.key
+        layer.held, own = tried.get(layer.key, ()), moments.get(layer.key)
+        layer.pooled = number is not None and (own is None or own.count < layer.weight.shape[1])
+        seen = [own] if own else []
+        if layer.pooled:
+            seen = [moment for (n, expert), moment in moments.items() if n == name and expert is not None]
+            pools[name] = pools.get(name) or _means(seen)
+        layer.hessian, layer.pull = pools[name] if layer.pooled else _means(seen)
+        if layer.hessian is None and seen:
+            layer.unknown = "no gradient reached it"
+
+
+def _means(moments: Sequence[Moment]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The Hessian and the pull of all these together."""
+    information = sum(moment.information for moment in moments)
+    totals = [moment.total for moment in moments if moment.total is not None]
+    pulls = [moment.pull for moment in moments if moment.pull is not None]
+    if not (totals and information):
+        return None, None
+    hessian = Moment(sum(totals[1:], totals[0]), information=information).mean()
+    return hessian, sum(pulls[1:], pulls[0]) / information if len(pulls) == len(totals) else None
