@@ -45,9 +45,10 @@ def show_plan(path: Path, entries: Sequence[plan.Entry]) -> None:
 
 
 def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stats], result: dict) -> None:
-    """One row per type, then what did not go as asked."""
+    """The size, one row per type, then what did not go as asked."""
     bits = f"{result['bpw']:.3f} bpw, linear layers {result['linear_bpw']:.3f} bpw"
-    table = Table(title=f"{printable(str(path))}: {gguf_file.mib(result['size'])}, {bits}")
+    out, table = console(), Table()
+    out.print(f"{printable(str(path))}: {gguf_file.mib(result['size'])}, {bits}", soft_wrap=True)
     table.add_column("type")
     for column in ("tensors", "weights", "size", "bpw", "SQNR dB", "largest error"):
         table.add_column(column, justify="right")
@@ -60,7 +61,6 @@ def show_summary(path: Path, entries: Sequence[plan.Entry], stats: Sequence[Stat
         noise = "exact" if total.sqnr_db is None else f"{total.sqnr_db:.2f}"
         row = [len(chosen), f"{total.weights:,}", gguf_file.mib(size), f"{plan.bpw(e for e, _ in chosen):.3f}", noise]
         table.add_row(name, *map(str, row), f"{total.largest:.3g}")
-    out = console()
     out.print(table)
     for note in result["notes"]:
         out.print(printable(note), soft_wrap=True)

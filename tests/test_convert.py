@@ -232,6 +232,12 @@ def test_outputs_are_protected(tmp_path, llama):
     assert convert(llama, "sq4", tmp_path).name == "tiny-sq4.gguf"
 
 
+@pytest.mark.parametrize("length", [1, 40, 120])
+def test_the_summary_has_the_size_on_one_line(tmp_path, llama, capsys, length):
+    found = inspect(convert(llama, "q8_0", tmp_path / f"{'x' * length}.gguf", threads=1))
+    assert f" MiB, {found['bpw']:.3f} bpw, linear layers {found['linear_bpw']:.3f} bpw\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, llama, capsys):
     before = sorted(tmp_path.iterdir())
     convert(llama, "sq4", dry_run=True)
