@@ -17,7 +17,6 @@ from .quality import OURS, plot
 
 PICTURE = RESULTS / "quality.svg"
 PICTURED = "quality.ref-a"
-BLOCKS = ("files", "ends")  # one table's name for the results of all models, and how the names of these begin
 DOCS = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Table = tuple[list[str], list[list[str]]]  # headings, rows
@@ -30,15 +29,21 @@ def results() -> dict[str, dict]:
 
 def tables(kept: dict[str, dict]) -> dict[str, str]:
     """Name -> Markdown, with a line on what was measured."""
-    models: dict[str, list[str]] = {block: [] for block in BLOCKS}
+    blocks = {"files": whole_files, "ends": ends}  # one table for the results of all models
+    models: dict[str, list[str]] = {block: [] for block in blocks}
     found = {}
     for name, result in kept.items():
-        if (block := name.partition(".")[0]) in BLOCKS:
-            models[block].append({"files": whole_files, "ends": ends}[block](name, result))
+        if block := blocks.get(kind(name)):
+            models[kind(name)].append(block(name, result))
             continue
         for part, table, measured in parts(name, result):
             found[part] = markdown(table) + "\n" + source(measured)
     return found | {block: "\n".join(parts) for block, parts in models.items()}
+
+
+def kind(name: str) -> str:
+    """Which experiment has made a result of that file name."""
+    return name.partition(".")[0]
 
 
 def parts(name: str, result: dict) -> Iterator[tuple[str, Table, dict]]:
@@ -47,7 +52,7 @@ def parts(name: str, result: dict) -> Iterator[tuple[str, Table, dict]]:
         for part, table in result["tables"].items():
             yield f"{name}.{part}", (table["headings"], table["rows"]), table["measured"]
         return
-    make = {"quality": quality, "bench": bench, "paper-claq": claq}.get(name.partition(".")[0], plain)
+    make = {"quality": quality, "bench": bench, "paper-claq": claq}.get(kind(name), plain)
     yield name, make(result), result["measured"]
     if make is bench and any("/ read, plain" in row for row in result["0.6B"]["rows"]):
         yield f"{name}.roofline", roofline(result), result["measured"]
@@ -78,11 +83,6 @@ def quality(result: dict) -> Table:
     table.sort(key=lambda entry: -entry[0])
     fed = ["perplexity / F16, feedback", "top-1, feedback"] if "feedback" in kinds else []
     return ["type", "bits per weight", *kinds.values(), *fed], [cells for _, cells in table]
-
-
-def is_files(name: str) -> bool:
-    """Whether it is a result of `make quality ARGS="--files"`."""
-    return name.startswith("files.")
 
 
 def whole_files(name: str, result: dict) -> str:
@@ -255,7 +255,7 @@ def filled(text: str, found: dict[str, str]) -> str:
 def draw(kept: dict[str, dict], folder: Path) -> None:
     """KLD over stored bits: of linear layers, and of whole files for each model that is kept."""
     pictures = {PICTURE.name: (plot, kept[PICTURED])}
-    pictures |= {f"{name}.svg": (files.plot, result) for name, result in kept.items() if is_files(name)}
+    pictures |= {f"{name}.svg": (files.plot, result) for name, result in kept.items() if kind(name) == "files"}
     for picture, (drawn, result) in pictures.items():
         title = f"{result['model']} on {result['chunks']} chunks of {result['text']}"
         drawn(result["rows"], title, folder / picture)

@@ -86,7 +86,7 @@ def test_three_digits_count(value, text):
 
 def test_the_pictures_are_of_the_kept_figures(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
-    pictures = [tables.PICTURE, *(tables.RESULTS / f"{name}.svg" for name in KEPT if tables.is_files(name))]
+    pictures = [tables.PICTURE, *(tables.RESULTS / f"{name}.svg" for name in KEPT if tables.kind(name) == "files")]
     if any(f"Matplotlib v{matplotlib.__version__}," not in picture.read_text() for picture in pictures):
         pytest.skip("drawn by another version of matplotlib")
     tables.draw(KEPT, tmp_path)
