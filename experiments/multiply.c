@@ -3,15 +3,14 @@
 // that the kernels use on this processor: NAME RATE. The best of several passes.
 //   multiply THREADS
 #define _GNU_SOURCE
-#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-#define PASSES 8
-#define SUMS   12 // independent ones, more than an instruction takes cycles
+#include "team.h"
+
+#define SUMS 12 // independent ones, more than an instruction takes cycles
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -123,60 +122,35 @@ static const struct kernel kernels[] = {
     { NULL, NULL, 0 },
 };
 
-static pthread_barrier_t barrier;
-
 struct worker {
-    pthread_t id;
     const struct kernel * kernel;
     int64_t turns;
-    double  best; // seconds of the fastest pass, from its own start to the last worker's end
     char    out[64];
 };
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec*1e-9;
-}
-
-static void * work(void * arg) {
-    struct worker * w = arg;
-    w->best = 1e9;
-    for (int pass = 0; pass < PASSES; ++pass) {
-        pthread_barrier_wait(&barrier);
-        const double start = seconds();
-        w->kernel->run(w->turns, w->out);
-        pthread_barrier_wait(&barrier);
-        const double taken = seconds() - start;
-        w->best = taken < w->best ? taken : w->best;
-    }
-    return NULL;
+static void work(void * own) {
+    struct worker * w = own;
+    w->kernel->run(w->turns, w->out);
 }
 
 int main(int argc, char ** argv) {
     const int threads = argc > 1 ? atoi(argv[1]) : 1;
-    static struct worker team[256];
-    if (threads < 1 || threads > 256) {
+    static struct worker workers[MOST];
+    static void * own[MOST];
+    if (threads < 1 || threads > MOST) {
         return 2;
     }
     for (size_t i = 0; i < sizeof(numbers); ++i) { ((int8_t *) numbers)[i] = (int8_t) (i*37 % 101); }
-    pthread_barrier_init(&barrier, NULL, threads);
     for (const struct kernel * k = kernels; k->name; ++k) {
 #if defined(TILES)
         if (k->run != plain && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */)) {
             continue; // the kernels go without them, too
         }
 #endif
-        double slowest = 0;
         for (int i = 0; i < threads; ++i) { // 2e9 multiply-adds of each thread
-            team[i].kernel = k, team[i].turns = (int64_t) (2e9/k->each);
-            pthread_create(&team[i].id, NULL, work, &team[i]);
+            workers[i].kernel = k, workers[i].turns = (int64_t) (2e9/k->each), own[i] = &workers[i];
         }
-        for (int i = 0; i < threads; ++i) {
-            pthread_join(team[i].id, NULL);
-            slowest = team[i].best > slowest ? team[i].best : slowest;
-        }
-        printf("%s\t%f\n", k->name, team[0].turns*k->each*threads/slowest/1e9);
+        printf("%s\t%f\n", k->name, workers[0].turns*k->each*threads/fastest(threads, work, own)/1e9);
     }
     return 0;
 }

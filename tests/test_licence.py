@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = "gguf_splitq", "convert", "experiments", "tests", "patches"
 PYTHON = "gguf_splitq/**/*.py", "convert/*.py", "experiments/*.py", "tests/*.py"
-PATTERNS = *PYTHON, "experiments/*.c", "tests/c/*.c*", "patches/files/**/*.*"
+PATTERNS = *PYTHON, "experiments/*.[ch]", "tests/c/*.c*", "patches/files/**/*.*"
 SOURCES = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern)) if path.stat().st_size]
 
 
