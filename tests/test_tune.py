@@ -197,6 +197,13 @@ def test_the_number_of_threads_does_not_show(given, tmp_path, monkeypatch, what)
     assert not list(tmp_path.iterdir())
 
 
+def test_what_ends_in_no_number_is_not_stored(given, tmp_path, monkeypatch):
+    found = iter([0.5, math.nan])
+    monkeypatch.setattr(tune._Student, "divergence", lambda *_: next(found))
+    rows, report = trained(given, tmp_path, steps=1, what="scales")
+    assert rows == {} and report["before"] == report["after"] == 0.5
+
+
 def test_gradients_are_those_of_the_definition(given, tmp_path, monkeypatch):
     """The mean divergence of two sequences, by autograd through the whole model."""
     (folder, stored, tokens), parts, norms = given, [], {}

@@ -154,7 +154,7 @@ class Bundle:
         """Take the codes nearest to the units."""
         self.codes = self._nearest(self.wanted, chance)
 
-    @property
+    @functools.cached_property
     def gap(self) -> float:
         """Between neighbouring levels of a weight, on average."""
         fmt = self.fmt

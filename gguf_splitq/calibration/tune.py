@@ -117,7 +117,7 @@ def run(
             after = student.divergence(text.held(answers), held.numel())
         changed, share = student.changed() if after < before and not ranks.rank else ({}, 0.0)
     tried = {"what": what, "steps": steps, "tokens": tokens.numel()}
-    return changed, tried | {"before": before, "after": min(after, before), "changed": share}
+    return changed, tried | {"before": before, "after": min(before, after), "changed": share}
 
 
 Batch = tuple[torch.Tensor, list[torch.Tensor]]  # int64 [sequences, CONTEXT], and the original's states of each
