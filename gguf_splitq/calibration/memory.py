@@ -24,7 +24,7 @@ KEY = 256  # bytes a row while rows of a matrix are looked for
 TRAINED = {"scales": 2, "codes": 8}  # bytes that stay for a weight of which that is trained, its block's share included
 ON_THE_WAY = 3  # floats besides for each weight of the layer that is trained: itself, its gradient, and what it was
 MOVED = 40  # bytes that a GPU takes for each weight of a matrix while it takes a step
-SOLVED = 48, 40  # bytes that a GPU takes for each weight of a Hessian, and of a matrix, while that is solved
+SOLVED = 48, 64  # bytes that a GPU takes for each weight of a Hessian, and of a matrix, while that is solved
 
 
 def peak(
