@@ -75,11 +75,12 @@ class Matrix:
     def product(self, x: np.ndarray, tiles: bool = False) -> np.ndarray:
         """float64 [..., rows] of float32 [..., columns] as the kernels round it: 8 bits for 32 stored columns.
 
-        tiles: as AMX tiles do, which multiply window types only.
+        tiles: as AMX tiles do, weights without their outliers and then with them.
         """
         x = x[..., self.order]
         if tiles:
-            return bfloat16(x * self.scale.astype(np.float32)) @ bfloat16(self.levels.T)
+            weights = bfloat16(self.levels * self.scale.astype(np.float64))
+            return bfloat16(x) @ bfloat16(weights + self.added).T
         blocks = (x * self.scale.astype(np.float32)).reshape(-1, 32)
         largest = np.abs(blocks).max(1, keepdims=True)
         inverse = np.divide(127, largest, where=largest > 0, out=np.zeros_like(largest), dtype=np.float32)
@@ -139,7 +140,10 @@ def test_matrix_products(driver, has_products, name, blocks, rows, tokens, wide,
     threads = (1, 2, 3, 4) if blocks in (18, 40) else (1,)
     got = multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), threads=threads)
     full = x @ matrix.dense.T
-    check(got, matrix.product(x, name in WINDOWS and by_tiles(driver, tokens)), full, has_products)
+    tiles = by_tiles(driver, tokens)
+    if tiles:
+        assert np.square(got.reshape(full.shape) - full).sum() < 0.2 * np.square(matrix.product(x) - full).sum()
+    check(got, matrix.product(x, tiles), full, has_products)
     if has_products:
         got = multiply(driver, "mul", name, *sizes, data=data, side=sides([matrix]), reference=1)
         check(got, full, full, False)
@@ -162,7 +166,7 @@ def test_experts(driver, has_products, name, tokens, used, experts, shared, inte
     data = b"".join(m.weights for m in matrices) + x.tobytes() + ids.tobytes()
     sizes = (columns, rows, experts, tokens, used, interleaved)
     pairs = [(matrices[ids[t, u]], x[t, 0 if shared else u]) for t in range(tokens) for u in range(used)]
-    tiles = by_tiles(driver, np.bincount(ids.ravel(), minlength=experts)[ids.ravel()]) & (name in WINDOWS)
+    tiles = by_tiles(driver, np.bincount(ids.ravel(), minlength=experts)[ids.ravel()])
     exact = np.stack([m.product(v[None], tiled)[0] for (m, v), tiled in zip(pairs, tiles, strict=True)])
     full = np.stack([v @ m.dense.T for m, v in pairs])
     got = multiply(driver, "mul_id", name, *sizes, data=data, side=sides(matrices), last=[shared], threads=(1, 4))

@@ -17,12 +17,8 @@
 #endif
 
 #if defined(__GNUC__)
-#define COLUMNS_INLINE static inline __attribute__((always_inline))
-#define COLUMNS_UNROLL _Pragma("GCC unroll 16")
 #define COLUMNS_PREFETCH(at, bytes) for (size_t i = 0; i < (bytes); i += 64) { __builtin_prefetch((at) + i, 0, 2); }
 #else
-#define COLUMNS_INLINE static inline
-#define COLUMNS_UNROLL
 #define COLUMNS_PREFETCH(at, bytes)
 #endif
 
@@ -86,15 +82,27 @@ void columns_pack(const struct columns_side * side, const float * x, int first, 
 }
 
 // The sum and a block's products, scaled by the activations' d and, without codebooks, the weights'.
-COLUMNS_INLINE vec_f add_dots(const bool codebooks, vec_i dots, float y_d, vec_f d, vec_f sum) {
+SPLITQ_ALWAYS_INLINE vec_f add_dots(const bool codebooks, vec_i dots, float y_d, vec_f d, vec_f sum) {
     return codebooks ? fma_f(to_f(dots), set_f(y_d), sum) : fma_f(mul_f(to_f(dots), set_f(y_d)), d, sum);
 }
 
-// Blocks [first, last) of `panels` times LANES rows, with n tokens, 1 or even. more: by how many bits all their codes are longer.
-COLUMNS_INLINE void mul_columns_blocks(const int bits, const int more, const bool codebooks, const int panels, const int n, const struct columns_side * side,
-                                 const uint8_t * x, size_t row, uint32_t first, uint32_t last, const struct token_block * y, vec_f * sum) {
+// Block b of LANES rows from `row` on, whose words are at x; more: by how many bits its codes are longer.
+SPLITQ_ALWAYS_INLINE void unpack_block(const int bits, const int more, const bool codebooks, const struct columns_side * side, const uint8_t * x, size_t row, size_t b,
+                                 vec_t table, const int8_t * levels, vec_b w[8]) {
+    const uint8_t * extra = more ? columns_extra(side, more, row, b) : NULL;
+    SPLITQ_UNROLL_16
+    for (int j = 0; j < 8; ++j) { w[j] = codebooks ? unpack_own(bits, more, x, extra, j, levels) : unpack_fixed(bits, more, x, extra, j, table); }
+}
+
+static inline vec_t table_of(int bits) {
     static const int8_t * const fixed[] = { table_sq2, table_sq3, table_sq4 };
-    const vec_t table = load_tables(fixed[bits + more - 2], 1 << (bits + more));
+    return load_tables(fixed[bits - 2], 1 << bits);
+}
+
+// Blocks [first, last) of `panels` times LANES rows, with n tokens, 1 or even. more: by how many bits all their codes are longer.
+SPLITQ_ALWAYS_INLINE void mul_columns_blocks(const int bits, const int more, const bool codebooks, const int panels, const int n, const struct columns_side * side,
+                                 const uint8_t * x, size_t row, uint32_t first, uint32_t last, const struct token_block * y, vec_f * sum) {
+    const vec_t table = table_of(bits + more);
     const size_t nb = side->columns/COLUMNS_QK, size = (4*bits + !codebooks)*LANES;
     for (size_t b = first; b < last; ++b) {
         const int8_t * levels = codebooks ? columns_levels(side, bits, b) : NULL;
@@ -104,21 +112,18 @@ COLUMNS_INLINE void mul_columns_blocks(const int bits, const int more, const boo
         if (n == 1 && !codebooks) {
             SPLITQ_PANEL_PREFETCH(x + b*size, size)
         }
-        COLUMNS_UNROLL
+        SPLITQ_UNROLL_16
         for (int p = 0; p < panels; ++p) {
-            const uint8_t * block = x + (nb*p + b)*size, * extra = more ? columns_extra(side, more, row + LANES*p, b) : NULL;
+            const uint8_t * block = x + (nb*p + b)*size;
             vec_b w[8];
-            COLUMNS_UNROLL
-            for (int j = 0; j < 8; ++j) {
-                w[j] = codebooks ? unpack_own(bits, more, block, extra, j, levels) : unpack_fixed(bits, more, block, extra, j, table);
-            }
+            unpack_block(bits, more, codebooks, side, block, row + LANES*p, b, table, levels, w);
             const vec_f d = codebooks ? zero_f() : scale_f(load_d(block + 4*bits*LANES));
             if (n == 1) {
                 sum[p] = add_dots(codebooks, dot_token(set_i(y[b].bias), w, y[b].q), y[b].d, d, sum[p]);
                 continue;
             }
             arrange(w);
-            COLUMNS_UNROLL
+            SPLITQ_UNROLL_16
             for (int t = 0; t < n; t += 2) {
                 const struct token_block * y0 = y + nb*t + b, * y1 = y0 + nb;
                 vec_i dots[2] = { set_i(y0->bias), set_i(y1->bias) };
@@ -131,7 +136,7 @@ COLUMNS_INLINE void mul_columns_blocks(const int bits, const int more, const boo
 }
 
 // A row's outliers times n tokens.
-COLUMNS_INLINE void add_outliers(const int n, const struct columns_side * side, size_t row, const float * plain, int64_t width, float * const * out, int64_t r) {
+SPLITQ_ALWAYS_INLINE void add_outliers(const int n, const struct columns_side * side, size_t row, const float * plain, int64_t width, float * const * out, int64_t r) {
     float sum[16] = { 0 };
     for (uint32_t i = side->start[row]; i < side->start[row + 1]; ++i) {
         const float value = to_float(side->value[i]), * x = plain + width*side->column[i];
@@ -160,7 +165,7 @@ static bool add_outliers_of_panel(const struct columns_side * side, size_t row, 
     return true;
 }
 
-COLUMNS_INLINE void mul_columns_rows(const int bits, const bool codebooks, const int n, const struct columns_side * side, const uint8_t * x, size_t row, int64_t rows,
+SPLITQ_ALWAYS_INLINE void mul_columns_rows(const int bits, const bool codebooks, const int n, const struct columns_side * side, const uint8_t * x, size_t row, int64_t rows,
                                const char * packed, int64_t t, int64_t count, float * const * out) {
     const struct token_block * y = blocks_of(side, packed, t);
     int64_t width;
@@ -204,6 +209,45 @@ COLUMNS_INLINE void mul_columns_rows(const int bits, const bool codebooks, const
             }
             for (int64_t k = i; k < end; ++k) { add_outliers(n, side, row + k, plain, width, out, k); }
         }
+    }
+}
+
+SPLITQ_ALWAYS_INLINE void decode_blocks(const int bits, const int more, const bool codebooks, const struct columns_side * side, const uint8_t * x, size_t row,
+                                  uint32_t first, uint32_t last, tile * to) {
+    const vec_t table = table_of(bits + more);
+    const size_t size = (4*bits + !codebooks)*LANES;
+    for (size_t b = first; b < last; ++b) {
+        const uint8_t * block = x + b*size;
+        vec_b w[8];
+        unpack_block(bits, more, codebooks, side, block, row, b, table, codebooks ? columns_levels(side, bits, b) : NULL, w);
+        arrange(w);
+        const vec_f d = codebooks ? load_half(side->row + row) : mul_f(scale_f(load_d(block + 4*bits*LANES)), set_f(0x1p-4f));
+        tile_rows(w, d, side->scale + COLUMNS_QK*b, to + b);
+    }
+}
+
+SPLITQ_ALWAYS_INLINE void decode_rows(const int bits, const bool codebooks, const struct columns_side * side, const uint8_t * x, size_t row, int64_t rows, tile * to) {
+    if (bits != 4) {
+        decode_blocks(bits, columns_more_bits(bits, codebooks), codebooks, side, x, row, 0, side->wide, to);
+    }
+    decode_blocks(bits, 0, codebooks, side, x, row, side->wide, side->columns/COLUMNS_QK, to);
+    for (int64_t r = 0; side->outliers && r < rows; ++r) {
+        for (uint32_t i = side->start[row + r]; i < side->start[row + r + 1]; ++i) {
+            const uint32_t c = side->column[i] % COLUMNS_QK;
+            uint16_t * at = &to[side->column[i]/COLUMNS_QK].bf16[c/2][2*r + c % 2];
+            *at = ggml_compute_fp32_to_bf16(ggml_compute_bf16_to_fp32((ggml_bf16_t) { *at }) + to_float(side->value[i])).bits;
+        }
+    }
+}
+
+void columns_decode(enum ggml_type type, const struct columns_side * side, const uint8_t * x, int64_t row, int64_t rows, tile * to) {
+    switch (type) {
+        case GGML_TYPE_SPLITQ_CQ4:  decode_rows(4, true,  side, x, row, rows, to); break;
+        case GGML_TYPE_SPLITQ_CQ3:  decode_rows(3, true,  side, x, row, rows, to); break;
+        case GGML_TYPE_SPLITQ_CQ2:  decode_rows(2, true,  side, x, row, rows, to); break;
+        case GGML_TYPE_SPLITQ_SQ3C: decode_rows(3, false, side, x, row, rows, to); break;
+        case GGML_TYPE_SPLITQ_SQ2C: decode_rows(2, false, side, x, row, rows, to); break;
+        default: GGML_ABORT("type without a side tensor");
     }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ggml-columns.h"
+#include "splitq-amx.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -23,6 +24,10 @@ void columns_pack(const struct columns_side * side, const float * x, int first, 
 // out[i]: where the results of the rows go for token t + i.
 int columns_mul(enum ggml_type type, const struct columns_side * side, const uint8_t * x, int64_t row, int64_t rows,
              const char * packed, int64_t t, int64_t count, float * const * out);
+
+// Rows [row, row + rows), at most LANES, for tiles: scales of rows and columns multiplied in, outliers added, the columns in the
+// order in which they are stored. x: the rows, interleaved.
+void columns_decode(enum ggml_type type, const struct columns_side * side, const uint8_t * x, int64_t row, int64_t rows, tile * to);
 
 #ifdef __cplusplus
 }

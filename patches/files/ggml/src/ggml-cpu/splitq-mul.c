@@ -2,6 +2,7 @@
 #include "splitq-mul.h"
 
 #include "quants.h"
+#include "splitq-amx.h"
 #include "splitq-ints.h"
 #include "splitq-vec.h"
 #include "columns.h"
@@ -22,18 +23,6 @@
 // a row alone.
 
 #if defined(LANES)
-
-#if defined(__GNUC__)
-#define SPLITQ_ALWAYS_INLINE   static inline __attribute__((always_inline))
-#define SPLITQ_UNROLL_8 _Pragma("GCC unroll 8")
-#define SPLITQ_UNROLL_16 _Pragma("GCC unroll 16")
-#else
-#define SPLITQ_ALWAYS_INLINE   static inline
-#define SPLITQ_UNROLL_8
-#define SPLITQ_UNROLL_16
-#endif
-
-#include "splitq-amx.h"
 
 #define SPLITQ_FEW 3 // tokens up to which rows are multiplied as stored
 
@@ -141,7 +130,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
 // mul_rows_<type>: rows times one token. A last group that is not whole is read beyond the row's end, which meets
 // activations of zero, or from a copy where that would be beyond `end`, the end of the tensor.
 // mul_panel_<type>: LANES rows times n tokens, n constant, 1 or even; y: a token's blocks after the other's.
-// decode_<type>: LANES rows as nb tiles.
+// decode_<type>: LANES rows as nb tiles; scale: of columns, if there are any.
 #define SPLITQ_KERNELS(name, units, scale, kind)                                                                      \
     static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_##kind table, const struct grid * grid, const struct few * y, vec_f sum) { \
         GGML_UNUSED(grid);                                                                                            \
@@ -217,7 +206,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
         return 1;                                                                                                     \
     }                                                                                                                 \
                                                                                                                       \
-    static void decode_##name(const uint8_t * x, int nb, const struct grid * grid, tile * to) {                       \
+    static void decode_##name(const uint8_t * x, int nb, const struct grid * grid, const ggml_half * scales, tile * to) { \
         GGML_UNUSED(grid);                                                                                            \
         const size_t size = sizeof(splitq_block_##name);                                                              \
         const vec_##kind table = load_table_##kind(name);                                                             \
@@ -225,7 +214,8 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
             vec_b w[8];                                                                                               \
             panel_##name(x, table, w);                                                                                \
             arrange_##kind(w);                                                                                        \
-            tile_rows(w, mul_f(scale(load_d(x + LANES*(size - 1))), set_f(0x1p-4f)), to + b);                         \
+            const vec_f d = mul_f(scale(load_d(x + LANES*(size - 1))), set_f(0x1p-4f));                               \
+            tile_rows(w, d, scales ? scales + 32*b : NULL, to + b);                                                   \
         }                                                                                                             \
     }
 
@@ -246,7 +236,7 @@ struct kernels {
     int units;
     void (*mul_rows)(const char * row, size_t stride, int64_t rows, const char * end, int nb, const struct grid * grid, const struct few * y, float * out);
     int  (*mul_panel)(const uint8_t * x, int nb, const struct grid * grid, const struct many * y, int n, float * const * out);
-    void (*decode)(const uint8_t * x, int nb, const struct grid * grid, tile * to);
+    void (*decode)(const uint8_t * x, int nb, const struct grid * grid, const ggml_half * scales, tile * to);
 };
 
 static const struct kernels * kernels_of(enum ggml_type type) {
@@ -269,7 +259,7 @@ static const struct kernels * kernels_of(enum ggml_type type) {
         case GGML_TYPE_SPLITQ_SDR4: return &sdr4;
         case GGML_TYPE_SPLITQ_SQ6W:  return &sq6w;
         case GGML_TYPE_SPLITQ_SQ5W:  return &sq5w;
-        case GGML_TYPE_SPLITQ_SQ4WC: // scales of columns are in the activations
+        case GGML_TYPE_SPLITQ_SQ4WC: // scales of columns are in the activations, with tiles in the weights
         case GGML_TYPE_SPLITQ_SQ4W:  return &sq4w;
         case GGML_TYPE_SPLITQ_SQ3WC:
         case GGML_TYPE_SPLITQ_SQ3W:  return &sq3w;
@@ -346,7 +336,7 @@ static bool row_by_row(const struct layout * l, int64_t count) {
 }
 
 static bool by_tiles(const struct layout * l, int64_t count) {
-    return !l->columns && count >= TILES_FROM && tiles_allowed();
+    return count >= TILES_FROM && tiles_allowed();
 }
 
 static size_t packed_size(const struct layout * l, int64_t count) {
@@ -476,12 +466,11 @@ static void pack(const struct layout * l, const struct job * job, const struct g
     const struct kernels * k = kernels_of(dst->src[0]->type);
     const struct columns_side side = l->side ? side_of(job, dst) : (struct columns_side) { 0 };
     for (int64_t t = 0; t < job->count; ++t) {
-        if (l->columns) {
-            columns_pack(&side, row_of(job, dst, t), first, last, t, job->count, job->packed);
-        } else if (tiles) {
-            const float * x = row_of(job, dst, t);
+        if (tiles) {
             tile * y = (tile *) job->packed + t/TILE*l->nb;
-            for (int b = first; b < last; ++b) { tile_token(x + 32*b, side.scale ? side.scale + 32*b : NULL, y[b].bf16[t % TILE]); }
+            for (int b = first; b < last; ++b) { tile_token(row_of(job, dst, t), side.order, 32*b, y[b].bf16[t % TILE]); }
+        } else if (l->columns) {
+            columns_pack(&side, row_of(job, dst, t), first, last, t, job->count, job->packed);
         } else if (rows) {
             pack_few(row_of(job, dst, t), side.scale, l->nb, k->units, k->word, first, last, (struct few *) (job->packed + l->few*t));
         } else {
@@ -501,8 +490,15 @@ static void mul_by_tiles(const struct layout * l, const struct job * job, const 
     const int64_t panels = (last - first + LANES - 1)/LANES, nb = l->nb;
     const size_t panel_size = LANES*ggml_row_size(dst->src[0]->type, dst->src[0]->ne[0]);
     const struct grid grid = grid_of(l, job, dst);
+    const struct columns_side side = l->side ? side_of(job, dst) : (struct columns_side) { 0 };
     struct tile_config before;
-    for (int64_t p = 0; p < panels; ++p) { kernels_of(dst->src[0]->type)->decode(x + p*panel_size, nb, &grid, decoded + p*nb); }
+    for (int64_t p = 0; p < panels; ++p) {
+        if (l->columns) {
+            columns_decode(dst->src[0]->type, &side, x + p*panel_size, first + p*LANES, MIN(LANES, last - first - p*LANES), decoded + p*nb);
+        } else {
+            kernels_of(dst->src[0]->type)->decode(x + p*panel_size, nb, &grid, side.scale, decoded + p*nb);
+        }
+    }
     tiles_begin(&before);
     for (int64_t t = 0; t < job->count; t += 2*TILE) {
         const int64_t tokens = MIN(2*TILE, job->count - t);

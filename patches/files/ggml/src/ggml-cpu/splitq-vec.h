@@ -44,6 +44,16 @@ struct grid {
     float scales[32];
 };
 
+#if defined(__GNUC__)
+#define SPLITQ_ALWAYS_INLINE   static inline __attribute__((always_inline))
+#define SPLITQ_UNROLL_8 _Pragma("GCC unroll 8")
+#define SPLITQ_UNROLL_16 _Pragma("GCC unroll 16")
+#else
+#define SPLITQ_ALWAYS_INLINE   static inline
+#define SPLITQ_UNROLL_8
+#define SPLITQ_UNROLL_16
+#endif
+
 // The processor's own prefetching ends with each page of 4 KB, also inside of larger pages.
 #if defined(__GNUC__)
 #define SPLITQ_PREFETCH(at, distance, bytes) for (size_t byte = (distance); byte + 32 < (distance) + (bytes); byte += 64) { __builtin_prefetch((const void *) ((uintptr_t) (at) + byte)); }
