@@ -48,8 +48,11 @@ DECODE_SMALL = [
     ("sq3w", "sq3", 0.95),
     ("sq2w", "sq2", 0.95),
 ]
-PROMPT = [("sq4", "Q4_K_S", 1.1), ("sq3", "Q4_K_S", 1.1), ("sq2", "Q4_K_S", 1.1)]
-PROMPT_WINDOWS = [("sq4w", "sq4", 0.95), ("sq3w", "sq3", 0.95), ("sq2w", "sq2", 0.95)]
+LEAST = {"4": 1.5, "3": 1.3, "2": 1.3}  # by bits: of either stock type of 4 bits, the ones whose prompts are fastest
+PROMPT, PROMPT_WINDOWS = (
+    [(f"sq{bits}{kind}", theirs, least) for bits, least in LEAST.items() for theirs in ("Q4_K_S", "Q4_0")]
+    for kind in ("", "w")
+)
 PROMPT_SMALL = [
     ("sdr4", "Q4_0", 1.0),
     ("cq3", "IQ3_XXS", 1.0),
@@ -57,13 +60,14 @@ PROMPT_SMALL = [
     ("sq2.5", "IQ3_XXS", 1.0),
     *PROMPT_WINDOWS,
 ]
+PROMPTS = [512, 2048]  # tokens; all but the first with the 0.6 B model and these types only, as they take long
 READ_FRACTION = 0.8  # of the memory's plain read rate, reached by sq4's decode
 CONVERSION = 0.3  # of the time that llama-quantize Q4_K_S takes
 COPY = 2.0  # times what `cp` of the input takes
 COPIED = ("sq4", "q8_0", "f16")  # of a checkpoint: types for which that is claimed
 ONE_BILLION = 60.0  # seconds for a checkpoint of 1 B parameters; SplitQuantV2 reports 126 on an Apple M4
 WINDOWS = ("sq4w", "sq3w", "sq2w")
-TILES = {"tdpbf16ps": ("sq4", "sq3", "sq2", "sdr4", *WINDOWS), "tdpbssd": ("Q4_0", "Q4_K_S")}  # for prompts, with AMX
+STOCK_TILES = ("Q4_0", "Q4_K_S")  # with AMX; ours all have tiles of bfloat16
 LINEAR = 1.15  # seconds per weight, of 3 B to those of 0.6 B
 PARTS = ["conversion", "0.6B", "3B", "cache"]
 RESULTS = BUILD / "bench.json"
@@ -129,19 +133,22 @@ def multiplied(file: Path) -> int:
 
 def instruction(type: str, peaks: dict[str, float]) -> str | None:
     """The one of `peaks` that a prompt of this type is multiplied with; None where none is known."""
-    wanted = next((name for name, types in TILES.items() if type in types), None)
+    wanted = "tdpbf16ps" if type.islower() else "tdpbssd" if type in STOCK_TILES else None
     return wanted if wanted in peaks else next(iter(peaks), None)
 
 
-def claimed(size: str) -> tuple[list[tuple], list[tuple]]:
-    """The ratios claimed for a model, of decoding and of prompts."""
-    return (DECODE + DECODE_SMALL, PROMPT + PROMPT_SMALL) if size == "0.6B" else (DECODE, PROMPT)
+def claimed(size: str, prompts: list[int]) -> tuple[list[tuple], dict[int, list[tuple]]]:
+    """The ratios claimed for a model, of decoding and of prompts of so many tokens."""
+    if size != "0.6B":
+        return DECODE, {prompts[0]: PROMPT}
+    longer = dict.fromkeys(prompts, PROMPT + PROMPT_WINDOWS)
+    return DECODE + DECODE_SMALL, longer | {prompts[0]: PROMPT + PROMPT_SMALL}
 
 
-def llama_bench(file: Path, *options) -> dict[tuple[int, str], float]:
-    """One run: (threads, "tg" or "pp") -> tokens per second."""
+def llama_bench(file: Path, *options) -> dict[tuple[int, int], float]:
+    """One run: (threads, tokens of the prompt, 0 for decoding) -> tokens per second."""
     results = json.loads(llama("llama-bench", "-m", file, *options, "-r", 1, "-o", "json"))
-    return {(r["n_threads"], "tg" if r["n_gen"] else "pp"): r["samples_ts"][0] for r in results}
+    return {(r["n_threads"], r["n_prompt"]): r["samples_ts"][0] for r in results}
 
 
 def medians(samples: list[dict]) -> dict:
@@ -155,9 +162,9 @@ def counts(threads: int) -> list[int]:
 
 def running(size: str, args) -> dict:
     """Decoding and prompts of one model."""
-    decode, prompt = claimed(size)
-    wanted = list(dict.fromkeys(type for claim in decode + prompt for type in claim[:2]))
-    prompted = {type for claim in prompt for type in claim[:2]}
+    decode, prompts = claimed(size, args.prompt or PROMPTS)
+    wanted = list(dict.fromkeys(type for claim in sum(prompts.values(), decode) for type in claim[:2]))
+    prompted = {n: {type for claim in ratios for type in claim[:2]} for n, ratios in prompts.items()}
     files = make_files(size, args.threads, wanted)
     samples: dict[str, list[dict]] = {type: [] for type in wanted}
     reads: dict[int, list[dict]] = {n: [] for n in counts(args.threads)}
@@ -171,31 +178,34 @@ def running(size: str, args) -> dict:
             tokens = args.generate if size == "0.6B" else args.generate // 2
             tokens = tokens // 2 if type.startswith("IQ") else tokens  # several times as slow
             # a prompt is warm-up enough, and its own warm-up would be all of it again
-            prompt_options = ("-p", args.prompt, "--no-warmup") if type in prompted else ("-p", 0)
+            lengths = ",".join(str(n) for n, types in prompted.items() if type in types)
+            prompt_options = ("-p", lengths, "--no-warmup") if lengths else ("-p", 0)
             samples[type].append(llama_bench(file, *prompt_options, "-n", tokens, "-t", ",".join(map(str, reads))))
     rates = {type: medians(found) for type, found in samples.items()}
     rows, claims = [], []
     for n in reads:
-        found, judged = compare(size, n, rates, medians(reads[n]), medians(peaks[n]), files, decode, prompt)
+        found, judged = compare(size, n, rates, medians(reads[n]), medians(peaks[n]), files, decode, prompts)
         rows += found
         claims += judged
     return {"rows": rows, "claims": claims}
 
 
 def compare(
-    size: str, n: int, rates: dict, reads: dict, peaks: dict, files: dict, decode: list, prompt: list
+    size: str, n: int, rates: dict, reads: dict, peaks: dict, files: dict, decode: list, prompts: dict[int, list]
 ) -> tuple[list, list]:
-    """The table's rows, which are shown, and the claims of one size and `n` threads."""
+    """The table's rows, which are shown, and the claims of one size and `n` threads; prompts: claims by length."""
+    first, *longer = prompts
     where = f"{size}, {n} thread{'s' * (n > 1)}"
     rows = []
     for type, rate in rates.items():
-        gigabytes = decoded_bytes(files[type]) * rate[n, "tg"] / 1e9
+        gigabytes = decoded_bytes(files[type]) * rate[n, 0] / 1e9
         row = {"size": size, "threads": n, "type": type, "bpw": linear_bpw(files[type])}
-        row |= {"decode t/s": rate[n, "tg"], "prompt t/s": rate.get((n, "pp")), "decode GB/s": gigabytes}
+        row |= {"decode t/s": rate[n, 0], "prompt t/s": rate.get((n, first)), "decode GB/s": gigabytes}
+        row |= {f"prompt {length} t/s": rate.get((n, length)) for length in longer}
         row |= {f"/ read, {kind}": gigabytes / read for kind, read in reads.items()}
-        row |= {"decode / Q4_K_S": rate[n, "tg"] / rates["Q4_K_S"][n, "tg"]}
-        row |= {"prompt / Q4_K_S": rate[n, "pp"] / rates["Q4_K_S"][n, "pp"] if (n, "pp") in rate else None}
-        products, by = multiplied(files[type]) * rate.get((n, "pp"), 0) / 1e9, instruction(type, peaks)
+        row |= {"decode / Q4_K_S": rate[n, 0] / rates["Q4_K_S"][n, 0]}
+        row |= {"prompt / Q4_K_S": rate[n, first] / rates["Q4_K_S"][n, first] if (n, first) in rate else None}
+        products, by = multiplied(files[type]) * rate.get((n, first), 0) / 1e9, instruction(type, peaks)
         row |= {"prompt GMAC/s": products or None, "/ peak": products / peaks[by] if products and by else None}
         rows.append(row | {"instruction": by if products else None})
     texts = ("type", "instruction")
@@ -206,10 +216,11 @@ def compare(
     claims = [
         {
             "claim": f"{where}: {name} of {ours} / {theirs}",
-            "measured": rates[ours][n, key] / rates[theirs][n, key],
+            "measured": rates[ours][n, length] / rates[theirs][n, length],
             "at_least": least,
         }
-        for name, key, ratios in (("decode", "tg", decode), ("prompt", "pp", prompt))
+        for length, ratios in ({0: decode} | prompts).items()
+        for name in (f"prompt ({length})" if length else "decode",)
         for ours, theirs, least in ratios
     ]
     sq4 = next(row for row in rows if row["type"] == "sq4")
@@ -237,7 +248,7 @@ def cache(args) -> dict:
         "claims": [
             {
                 "claim": f"{args.depth} tokens in the cache, {n} thread{'s' * (n > 1)}: decode with sdr4 / with q4_0",
-                "measured": rates["sdr4"][n, "tg"] / rates["q4_0"][n, "tg"],
+                "measured": rates["sdr4"][n, 0] / rates["q4_0"][n, 0],
                 "at_least": 1.0,
             }
             for n in counts(args.threads)
@@ -350,7 +361,9 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--only", action="append", choices=PARTS, help="may be repeated; default: all, in this order")
-    p.add_argument("--prompt", type=int, default=512, help="tokens of the prompt test")
+    p.add_argument(
+        "--prompt", action="append", type=int, help=f"tokens of a prompt, may be repeated; default: {PROMPTS}"
+    )
     p.add_argument("--generate", type=int, default=32, help="tokens of the decode test; half as many on larger models")
     p.add_argument("--depth", type=int, default=8192, help="tokens in the cache when its types are compared")
     p.add_argument("--rounds", type=int, default=5)

@@ -140,9 +140,10 @@ def bench(result: dict) -> Table:
     """A column for each type, tokens per second and their ratio to Q4_K_S."""
     rows = result["0.6B"]["rows"]
     types = list(dict.fromkeys(row["type"] for row in rows))
+    kinds = {key: key.removesuffix(" t/s") for row in rows for key in row if key.endswith(" t/s")}
     table = []
     for threads in sorted({row["threads"] for row in rows}):
-        for what, heading in (("decode t/s", "decode"), ("prompt t/s", "prompt")):
+        for what, heading in kinds.items():
             rates = {row["type"]: row.get(what) for row in rows if row["threads"] == threads}
             if not any(rates.values()):
                 continue

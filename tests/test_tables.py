@@ -77,6 +77,16 @@ def test_a_roofline_is_a_share_of_the_limits_where_they_were_measured():
     assert "bench.x.roofline" not in tables.tables(kept)
 
 
+def test_prompts_of_another_length_are_rows_of_their_own():
+    rows = [{"type": type, "threads": 1, "decode t/s": 10.0, "prompt t/s": rate, "prompt 2048 t/s": long}
+            for type, rate, long in (("Q4_K_S", 100.0, 80.0), ("sq4", 150.0, 160.0), ("cq3", 90.0, None))]  # fmt: skip
+    _, table = tables.bench({"0.6B": {"rows": rows}})
+    assert [line[0] for line in table[2:]] == [
+        f"prompt{n}, 1 thread{by}" for n in ("", " 2048") for by in ("", " / Q4_K_S")
+    ]
+    assert table[-1][1:] == ["1.00", "2.00", ""]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0123456, "0.0123"), (1.61, "1.61"), (0.00012, "0.000120"), (-1e-9, "0")]
 )
