@@ -2,13 +2,14 @@
 // Products as a model makes them, through ggml's allocator and every kind of buffer that the CPU back end has for weights.
 //
 //   test-splitq                        each type's products against the reference path: what a build must pass to be used
+//   test-splitq errors [FOLDER]        the same, and prints the largest error of each type as a share of its products' square;
+//                                      FOLDER: where the libraries are of a build that loads its CPU back end when it runs
 //   test-splitq fused RUNS [REPACK]    gate, up and SwiGLU in one pass, as often as told, with 1 to 8 threads: always the
 //                                      bits that one thread gives; REPACK 0: weights as they are in a file
 //
 // Prints a line for each failure and exits with 1, with 0 when there is none.
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 #include "ggml.h"
 
 #include <algorithm>
@@ -81,17 +82,23 @@ struct matrix {
     }
 };
 
+// The CPU back end and, by their names, those of its functions that are its own: it may be loaded when the program runs.
+static ggml_backend_dev_t cpu() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
+
+template <typename F> static F of_cpu(const char * name) {
+    return (F) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu()), name);
+}
+
 static std::vector<ggml_backend_buffer_type_t> buffer_types() {
     std::vector<ggml_backend_buffer_type_t> all = { ggml_backend_cpu_buffer_type() };
-    ggml_backend_reg_t reg = ggml_backend_cpu_reg();
-    auto extra = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
-    for (auto buft = extra ? extra(ggml_backend_reg_dev_get(reg, 0)) : nullptr; buft && *buft; ++buft) { all.push_back(*buft); }
+    auto extra = of_cpu<ggml_backend_dev_get_extra_bufts_t>("ggml_backend_dev_get_extra_bufts");
+    for (auto buft = extra ? extra(cpu()) : nullptr; buft && *buft; ++buft) { all.push_back(*buft); }
     return all;
 }
 
 // A graph of matrices, all of one type and in one kind of buffer, and the memory it needs.
 struct model {
-    ggml_backend_t backend = ggml_backend_cpu_init();
+    ggml_backend_t backend = ggml_backend_dev_init(cpu(), nullptr);
     ggml_context * weights = ggml_init({ 64*ggml_tensor_overhead(), nullptr, true });
     ggml_context * sides   = ggml_init({ 64*ggml_tensor_overhead(), nullptr, true });
     ggml_context * rest    = ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true });
@@ -137,7 +144,7 @@ struct model {
     }
 
     std::vector<float> run(ggml_cgraph * g, const std::vector<float> & x, int threads) {
-        ggml_backend_cpu_set_n_threads(backend, threads);
+        of_cpu<ggml_backend_set_n_threads_t>("ggml_backend_set_n_threads")(backend, threads);
         ggml_backend_tensor_set(input, x.data(), 0, x.size()*sizeof(float));
         ggml_backend_graph_compute(backend, g);
         std::vector<float> y(ggml_nelements(output));
@@ -154,11 +161,11 @@ static std::vector<float> product(const matrix & m, ggml_type type, int64_t rows
     net.output = ggml_mul_mat(net.rest, net.w[0], net.input);
     if (!net.takes(net.output)) { return {}; }
     net.fill({ &m });
-    ggml_backend_cpu_set_use_ref(net.backend, reference);
+    of_cpu<void (*)(ggml_backend_t, bool)>("ggml_backend_cpu_set_use_ref")(net.backend, reference);
     return net.run(net.graph(), x, 2);
 }
 
-static int products() {
+static int products(bool say) {
     const ggml_type types[] = {
         GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_SPLITQ_TYPES(GGML_SPLITQ_ITEM)
     };
@@ -166,6 +173,7 @@ static int products() {
     int failures = 0;
     for (ggml_type type : types) {
         const matrix m(type, rows, columns);
+        double largest = 0;
         for (int64_t tokens : { 1, 5, 33, 70 }) { // 33, 70: by tiles, where the processor has them
             const std::vector<float> x = normal(tokens*columns);
             const std::vector<float> wanted = product(m, type, rows, columns, tokens, x, ggml_backend_cpu_buffer_type(), true);
@@ -176,6 +184,7 @@ static int products() {
                     error += ((double) found[i] - wanted[i])*((double) found[i] - wanted[i]);
                     all   += (double) wanted[i]*wanted[i];
                 }
+                if (!found.empty()) { largest = std::max(largest, error/all); }
                 if (!found.empty() && !(error < 5e-4*all)) { // the limit of test-backend-ops
                     printf("%s times %d tokens in %s: error %g of the result\n", ggml_type_name(type), (int) tokens,
                         ggml_backend_buft_name(buft), error/all);
@@ -183,6 +192,7 @@ static int products() {
                 }
             }
         }
+        if (say) { printf("%s %.2g\n", ggml_type_name(type), largest); }
     }
     return failures;
 }
@@ -235,8 +245,14 @@ static int fused(int runs, bool repack) {
 }
 
 int main(int argc, char ** argv) {
+    const bool say = argc > 1 && strcmp(argv[1], "errors") == 0;
+    if (say && argc > 2) { ggml_backend_load_all_from_path(argv[2]); }
+    if (cpu() == nullptr) {
+        printf("no CPU back end for this processor\n");
+        return 1;
+    }
     if (argc > 2 && strcmp(argv[1], "fused") == 0) {
         return fused(atoi(argv[2]), argc < 4 || atoi(argv[3])) > 0;
     }
-    return argc > 1 ? 2 : products() > 0;
+    return argc > 1 && !say ? 2 : products(say) > 0;
 }
