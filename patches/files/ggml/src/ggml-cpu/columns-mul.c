@@ -212,6 +212,7 @@ SPLITQ_ALWAYS_INLINE void mul_columns_rows(const int bits, const bool codebooks,
     }
 }
 
+// Blocks [first, last) of LANES rows, for tiles.
 SPLITQ_ALWAYS_INLINE void decode_blocks(const int bits, const int more, const bool codebooks, const struct columns_side * side, const uint8_t * x, size_t row,
                                   uint32_t first, uint32_t last, tile * to) {
     const vec_t table = table_of(bits + more);

@@ -3,8 +3,9 @@
 //
 // A tile of weights has a block of 32 columns of a panel, a tile of activations the same columns of TILE tokens, both as
 // bfloat16, and TDPBF16PS adds their product to float sums. So scales, of blocks, columns and rows, are multiplied in once,
-// when the weights are decoded, and no sum is touched until the row ends. Tiles of int8 would take as many of these instructions, since scales are of 32
-// columns, and the sums of each block would have to leave their tile to be scaled: a third of the speed.
+// when the weights are decoded, and no sum is touched until the row ends. Tiles of int8 would take as many of these
+// instructions, since scales are of 32 columns, and the sums of each block would have to leave their tile to be scaled: a
+// third of the speed.
 //
 // What rounding costs: a level times its scale has at most 11 significant bits and bfloat16 keeps 8, as of activations.
 // Both errors together are smaller than that of q8_0, see docs/kernels.md.

@@ -130,7 +130,7 @@ static void interleave(const char * row, size_t stride, int rows, int nb, size_t
 // mul_rows_<type>: rows times one token. A last group that is not whole is read beyond the row's end, which meets
 // activations of zero, or from a copy where that would be beyond `end`, the end of the tensor.
 // mul_panel_<type>: LANES rows times n tokens, n constant, 1 or even; y: a token's blocks after the other's.
-// decode_<type>: LANES rows as nb tiles; scale: of columns, if there are any.
+// decode_<type>: LANES rows as nb tiles; scales: of columns, if there are any.
 #define SPLITQ_KERNELS(name, units, scale, kind)                                                                      \
     static inline vec_f mul_groups_##name(const splitq_block_##name * x, int groups, vec_##kind table, const struct grid * grid, const struct few * y, vec_f sum) { \
         GGML_UNUSED(grid);                                                                                            \
@@ -324,7 +324,7 @@ struct layout {
     int64_t nb;                     // blocks in a row
     int64_t chunk;                  // rows of a unit of work
     bool    interleaved;
-    bool    side, columns;          // whether there is a side tensor; whether columns-mul.c multiplies
+    bool    side, columns;          // whether there is a side tensor; whether columns-mul.c multiplies, or decodes for tiles
     bool    alone;                  // a single token: each thread packs it for itself and takes its share of the rows
     size_t  few, many;              // bytes of a token's activations
     size_t  tokens, packed, panels; // offsets
@@ -467,8 +467,9 @@ static void pack(const struct layout * l, const struct job * job, const struct g
     const struct columns_side side = l->side ? side_of(job, dst) : (struct columns_side) { 0 };
     for (int64_t t = 0; t < job->count; ++t) {
         if (tiles) {
+            const float * x = row_of(job, dst, t);
             tile * y = (tile *) job->packed + t/TILE*l->nb;
-            for (int b = first; b < last; ++b) { tile_token(row_of(job, dst, t), side.order, 32*b, y[b].bf16[t % TILE]); }
+            for (int b = first; b < last; ++b) { tile_token(x, side.order, 32*b, y[b].bf16[t % TILE]); }
         } else if (l->columns) {
             columns_pack(&side, row_of(job, dst, t), first, last, t, job->count, job->packed);
         } else if (rows) {
