@@ -27,16 +27,17 @@ def build(jobs: int) -> Path:
     source, folder = fetching.fetch(), (BUILD / "variants").resolve()
     defines = [f"-D{key}={value}" for key, value in OPTIONS.items()]
     defines += [f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    configure = [cmake, "-G", "Ninja", "-S", source, "-B", folder, *defines]
-    subprocess.run(configure, env=patching.isolated(source) | compilers, check=True)
-    subprocess.run([ninja, "-C", folder, "-j", str(jobs), "ggml"], check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    log, env = folder / "log", patching.isolated(source) | compilers
+    configure = [cmake, "-G", "Ninja", "-S", str(source), "-B", str(folder), *defines]
+    building._run_logged(configure, log, env, "Configuring llama.cpp")
+    building._run_logged([ninja, "-C", str(folder), "-j", str(jobs), "ggml"], log, env, "Building the variants")
     (bin,) = {path.parent for path in folder.rglob("libggml-cpu-*")}
     libraries = [next(folder.rglob(f"libggml{part}.*")) for part in ("", "-base")]
     paths = [f"-Wl,-rpath,{library.parent}" for library in libraries]
-    options = ["-std=c++17", "-O2", f"-I{source / 'ggml/include'}", source / "tests/test-splitq.cpp"]
-    subprocess.run(
-        [*shlex.split(compilers["CXX"]), *options, *libraries, *paths, "-o", bin / "test-splitq"], check=True
-    )
+    command = [*shlex.split(compilers["CXX"]), "-std=c++17", "-O2", f"-I{source / 'ggml/include'}"]
+    command += [source / "tests/test-splitq.cpp", *libraries, *paths, "-o", bin / "test-splitq"]
+    subprocess.run(command, check=True)
     return bin
 
 
