@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from test_solve import problem
-from test_sweeps import to_search, to_sweep
+from test_sweeps import to_sweep
 
 from gguf_splitq import types
 from gguf_splitq.coding import families, formats, graphs, solver, sweeps
@@ -35,6 +35,18 @@ def needs(name: str) -> None:
 
 def moved(*given: torch.Tensor) -> list[torch.Tensor]:
     return [each.to(DEVICE) for each in given]
+
+
+def to_search(n_rows: int) -> list[torch.Tensor]:
+    """Arguments of `search`, the levels aside."""
+    rng, n = torch.Generator().manual_seed(n_rows), 64
+    weight, hessian = problem(n_rows, n)
+    h = solver.damped(hessian).float()
+    numbers = torch.randperm(n, generator=rng)
+    scale = 0.01 * torch.rand(2, n // 32, n_rows, generator=rng)
+    offset, value = 0.01 * torch.randn(2, n // 32, n_rows, generator=rng), 0.02 * torch.randn(n, n_rows, generator=rng)
+    pull, push = h @ (weight.T - value), torch.triu(-h / h.diagonal())
+    return [weight.T.contiguous(), value, pull, push, h, scale, offset, numbers // 32, numbers]
 
 
 @pytest.fixture

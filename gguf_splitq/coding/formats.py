@@ -18,7 +18,7 @@ from ..resources import cores
 from ..types import TensorType, sdr, splitquant, sqc, windows
 from ..types.columns import Layout
 from ..types.splitquant import pack_4bit
-from .sweeps import Grid, inverse
+from .sweeps import Grid, Shared, inverse
 from .sweeps import nearest as nearest_level
 
 FITTED = 1 << 22  # weights of super-blocks fitted at a time on a GPU
@@ -65,6 +65,14 @@ class BlockFormat:
     def stretch(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         """Parameters whose super-blocks' factors are multiplied by these, float32 [n_rows, n_super_blocks]."""
         raise NotImplementedError("only blocks that share a factor can be stretched")
+
+    def shared(self, params: torch.Tensor) -> Shared | None:
+        """See `solver.Format`."""
+        return None
+
+    def share(self, factors: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """See `solver.Format`."""
+        raise NotImplementedError("of blocks that share a factor which is any float16")
 
     def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         """uint8 codes [n_rows, n_cols] -> uint8 [n_rows, row_bytes], on the CPU."""
@@ -316,6 +324,12 @@ class SuperBlockFormat(BlockFormat):
     def stretch(self, scale: torch.Tensor, offset: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         factors = torch.stack([scale, offset], -1)
         return torch.cat([params[..., :2], _half(params[..., 2:] * factors).float()], -1)
+
+    def shared(self, params: torch.Tensor) -> Shared:
+        return Shared(params[..., 0], -params[..., 1], params[:, :: self.super_size // self.block_size, 2:])
+
+    def share(self, factors: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return torch.cat([params[..., :2], factors.repeat_interleave(self.super_size // self.block_size, 1)], -1)
 
     def _read(self, blocks: np.ndarray) -> torch.Tensor:
         scale, minimum, d, dmin = (np.asarray(part, np.float32) for part in self._read_parts(blocks))

@@ -40,7 +40,6 @@ DAMPING = 1e-3  # of the Hessian's mean diagonal; GPTQ uses ten times as much
 MOST_DAMPING = 1.0
 PASSES = 8  # of search and refit
 STRETCHED = 4  # super-blocks are refitted in one of so many passes: in all of them the error is the same, to 0.2 %
-COLUMNS = 128  # searched at a time
 COPIES = 2  # of the parameters, the unchanged ones included
 SPREAD = 0.05  # standard deviation of the relative change in a copy
 FACTORED = 32  # groups at a time
@@ -87,6 +86,12 @@ class Format(Protocol):
 
         params: [n_rows, super_size / block_size, ...]; the factors: float32 [n_rows, 1].
         """
+
+    def shared(self, params: torch.Tensor) -> sweeps.Shared | None:
+        """Scales and offsets of blocks as products with their super-blocks' factors, if these can be any float16."""
+
+    def share(self, factors: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """The parameters of blocks with other factors, as `shared` has them, of their super-blocks."""
 
     def pack(self, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         """uint8 codes [n_rows, n_cols] -> uint8 [n_rows, row_bytes], on the CPU."""
@@ -364,20 +369,11 @@ class Rows:
         return pull
 
     def _refit(self, pull: torch.Tensor) -> torch.Tensor:
-        size = self.fmt.block_size
-        return self._step(self.inner.refit, max(COLUMNS // size, 1) * size, pull)
+        self.inner.refit_all(self.units, pull, self.h, self.params, self.fmt)
+        return pull
 
     def _stretch(self, pull: torch.Tensor) -> torch.Tensor:
-        return self._step(_stretched, self.fmt.super_size, pull)
-
-    def _step(self, step: Callable, span: int, pull: torch.Tensor) -> torch.Tensor:
-        """`step` for `span` columns after the other; `pull` is overwritten."""
-        size = self.fmt.block_size
-        for first in range(0, len(pull), span):
-            inside, blocks = slice(first, first + span), slice(first // size, (first + span) // size)
-            given = self.units[inside], pull[inside], self.h[inside, inside], self.params[:, blocks]
-            self.params[:, blocks], change = step(*given, self.fmt)
-            pull.addmm_(self.h[:, inside], change, alpha=-1)
+        self.inner.stretch_all(self.units, pull, self.h, self.params, self.fmt)
         return pull
 
     def search(self, chance: torch.Generator, pull: torch.Tensor) -> None:
@@ -391,7 +387,7 @@ class Rows:
         factors = 1 + SPREAD * torch.randn(COPIES - 1, 1 + fmt.has_offset, n_rows, n_blocks, generator=chance)
         diagonal, inside = self.h.diagonal(), torch.arange(size, device=device)
         turns: list[torch.Tensor] = []
-        for blocks in in_groups(sent(some, device), max(COLUMNS // size, 1)):
+        for blocks in in_groups(sent(some, device), max(sweeps.COLUMNS // size, 1)):
             columns = (blocks[..., None] * size + inside).flatten(1)
             order = diagonal[columns].argsort(dim=1, descending=True, stable=True)
             turns += Turn(blocks, order // size, *groups(self.h, columns.gather(1, order)))
@@ -404,32 +400,12 @@ class Rows:
         copies = torch.stack([params, *(fmt.nearest(scale * f[0], offset * f[-1], params) for f in factors)])
         scale, offset = (of(copies).transpose(1, 2).contiguous() for of in (fmt.scale, fmt.offset))
         taken = torch.zeros_like(scale[0], dtype=torch.int64)
+        rest = value, pull, self.h, scale, offset, self.levels, self.units, taken
         for turn in map(Turn, *[iter(turns)] * len(Turn._fields)):
             for here, block, *parts in zip(*turn, strict=True):
-                group = Group(*parts)
-                columns, base, drawn = group.columns, value[group.columns], pull[group.columns]
-                found = self.inner.search(
-                    torch.addmm(base, group.inverse, drawn), base, drawn, group.push, group.h,
-                    scale[:, here], offset[:, here], block, columns, self.levels,
-                )  # fmt: skip
-                better = (found.copy >= 0) & group.usable
-                taken[here] = found.copy.long() * better
-                self.units[columns] = torch.where(better, found.units, self.units[columns])
-                pull.addmm_(self.h[:, columns], found.change.masked_fill(~better, 0), alpha=-1)
+                self.inner.search_group(Group(*parts), here, block, *rest)
         at = taken.T.reshape(1, *params.shape[:2], *[1] * (params.dim() - 2))
         params.copy_(copies.gather(0, at.expand(1, *params.shape))[0])
-
-
-def _stretched(
-    units: torch.Tensor, pull: torch.Tensor, h: torch.Tensor, params: torch.Tensor, fmt: Format
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `sweeps.Sweeps.refit`, for the factors that the blocks of one super-block share."""
-    block = torch.arange(len(units), device=units.device) // fmt.block_size
-    scale, offset = (of(params).T[block] for of in (fmt.scale, fmt.offset))
-    x, y = sweeps.least_squares(h, pull, units * scale, offset, fmt.has_offset)
-    new = fmt.stretch(1 + x[:, None], 1 + y[:, None], params)
-    change = _value(units, *(of(new).T[block] for of in (fmt.scale, fmt.offset))) - _value(units, scale, offset)
-    return sweeps.improved(h, pull, change, new, params)
 
 
 def _inner(device: torch.device) -> sweeps.Sweeps:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from .solver import Format
+    from .solver import Format, Group
 
+COLUMNS = 128  # searched or refitted at a time
 LEAF = 16  # columns whose changes are pushed on one by one
 
 
@@ -64,6 +65,14 @@ class Grid(NamedTuple):
     most: int = 0
 
 
+class Shared(NamedTuple):
+    """scale, offset: float32 [n_rows, n_blocks], to be multiplied by factors [n_rows, n_super_blocks, 2]."""
+
+    scale: torch.Tensor
+    offset: torch.Tensor
+    factors: torch.Tensor
+
+
 class Sweeps(Protocol):
     """An implementation. scale, offset: float32 [..., n_blocks, n_rows]; block: int64 [n_cols], which of these a column
     has; numbers: int64 [n_cols], which columns these are of all; the rest is float32 [n_cols, n_rows] if not said
@@ -97,6 +106,38 @@ class Sweeps(Protocol):
 
         Returns the new params of these blocks, and what that changes of the weights. units, pull and h as of `search`.
         """
+
+    def search_group(
+        self, group: Group, here: torch.Tensor, block: torch.Tensor, value: torch.Tensor, pull: torch.Tensor,
+        h: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, levels: Levels, units: torch.Tensor,
+        taken: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """`search` for the columns of some blocks, int64 `here`, kept where it lowers a row's error.
+
+        block: which of these a column has. The rest is of all columns and all blocks. Changes units, pull, and taken
+        int64 [n_blocks, n_rows]: which copy of its parameters each block takes.
+        """
+        columns, base, drawn = group.columns, value[group.columns], pull[group.columns]
+        found = self.search(
+            torch.addmm(base, group.inverse, drawn), base, drawn, group.push, group.h,
+            scale[:, here], offset[:, here], block, columns, levels,
+        )  # fmt: skip
+        better = (found.copy >= 0) & group.usable
+        taken[here] = found.copy.long() * better
+        units[columns] = torch.where(better, found.units, units[columns])
+        pull.addmm_(h[:, columns], found.change.masked_fill(~better, 0), alpha=-1)
+
+    def refit_all(
+        self, units: torch.Tensor, pull: torch.Tensor, h: torch.Tensor, params: torch.Tensor, fmt: Format
+    ) -> None:
+        """`refit` for the blocks of all columns. Changes params and pull."""
+        in_spans(self.refit, max(COLUMNS // fmt.block_size, 1) * fmt.block_size, units, pull, h, params, fmt)
+
+    def stretch_all(
+        self, units: torch.Tensor, pull: torch.Tensor, h: torch.Tensor, params: torch.Tensor, fmt: Format
+    ) -> None:
+        """As `refit_all`, of the factors that the blocks of each super-block share."""
+        in_spans(stretched, fmt.super_size, units, pull, h, params, fmt)
 
 
 class Reference(Sweeps):
@@ -157,6 +198,34 @@ class Reference(Sweeps):
             if end < len(units):
                 pull[end:].addmm_(h[end:, here], changes[here], alpha=-1)
         return params, changes
+
+
+def stretched(
+    units: torch.Tensor, pull: torch.Tensor, h: torch.Tensor, params: torch.Tensor, fmt: Format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Sweeps.refit`, for the factors that the blocks of one super-block share."""
+    block = torch.arange(len(units), device=units.device) // fmt.block_size
+    scale, offset = (of(params).T[block] for of in (fmt.scale, fmt.offset))
+    x, y = least_squares(h, pull, units * scale, offset, fmt.has_offset)
+    new = fmt.stretch(1 + x[:, None], 1 + y[:, None], params)
+    change = units * fmt.scale(new).T[block] + fmt.offset(new).T[block] - (units * scale + offset)
+    return improved(h, pull, change, new, params)
+
+
+def in_spans(
+    step: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    span: int,
+    units: torch.Tensor,
+    pull: torch.Tensor,
+    h: torch.Tensor,
+    params: torch.Tensor,
+    fmt: Format,
+) -> None:
+    """As `Sweeps.refit_all`, by a `step` like `Sweeps.refit` for so many columns after the other."""
+    for first in range(0, len(pull), span):
+        inside, blocks = slice(first, first + span), slice(first // fmt.block_size, (first + span) // fmt.block_size)
+        params[:, blocks], change = step(units[inside], pull[inside], h[inside, inside], params[:, blocks], fmt)
+        pull.addmm_(h[:, inside], change, alpha=-1)
 
 
 def in_halves(

@@ -33,7 +33,7 @@ import torch
 from ..runtime import native
 from ..types.windows import Window
 from ..types.windowso import OpenWindow
-from . import solver, sweeps
+from . import solver, sweeps, windows_c
 from .formats import WindowFormat
 from .solver import Solution
 
@@ -170,9 +170,14 @@ class _Rows(solver.Rows):
     def _code(self, push: torch.Tensor | None, costs: torch.Tensor, steps: range) -> None:
         order, blocks = self.order, self.block[self.order[::BLOCK]]
         tried = _scales(steps, (0, 128), self.weight.device)
-        self.edges[order], self.params[:, blocks] = _sweep(
-            self.weight[order], push, costs, self.params[:, blocks], tried, self.fmt, self.trellis, None
-        )
+        if coder := _coder(self.trellis, self.fmt, tried):
+            params = self.params.T[blocks]
+            self.edges[order] = coder.code(self.weight[order], push, costs, params)
+            self.params[:, blocks] = params.T
+        else:
+            self.edges[order], self.params[:, blocks] = _sweep(
+                self.weight[order], push, costs, self.params[:, blocks], tried, self.fmt, self.trellis, None
+            )
         self.units = self.trellis.levels[self.edges.int()]
 
     def search(self, chance: torch.Generator, pull: torch.Tensor) -> None:
@@ -188,23 +193,30 @@ class _Rows(solver.Rows):
         weights = self.h.diagonal().view(-1, BLOCK).sum(1)
         walk, column = trellis.walk.expand(len(some), -1, -1), torch.arange(length, device=device)
         walk = walk.gather(2, (column + turns) % length)  # of each block, its chains begun somewhere
+        tried = _scales(SEARCH, (0,), device)
+        coder, params = _coder(trellis, self.fmt, tried), self.params.T.contiguous()
         for blocks in solver.in_groups(solver.sent(some, device), BLOCKS):
             blocks = blocks.gather(1, weights[blocks].argsort(dim=1, descending=True, stable=True))
             chains = walk[blocks] + blocks[..., None, None] * BLOCK
             stacked = solver.groups(self.h, chains.flatten(1))
             for number, group in enumerate(map(solver.Group, *stacked)):
                 here, columns = blocks[number], group.columns
+                if coder:
+                    coder.search(group, here, value, pull, self.h, params, self.edges)
+                    continue
                 states = None if trellis.open else self.edges[chains[number, ..., 0]] >> bits
                 base, drawn = value[columns], pull[columns]
-                edges, params = _sweep(
+                edges, chosen = _sweep(
                     torch.addmm(base, group.inverse, drawn), group.push, group.costs,
-                    self.params[:, here], _scales(SEARCH, (0,), device), self.fmt, trellis, states,
+                    self.params[:, here], tried, self.fmt, trellis, states,
                 )  # fmt: skip
-                change = trellis.levels[edges.int()] * self.fmt.scale(params).T.repeat_interleave(BLOCK, 0) - base
+                change = trellis.levels[edges.int()] * self.fmt.scale(chosen).T.repeat_interleave(BLOCK, 0) - base
                 better = (sweeps.gains(group.h, drawn, change) > 0) & group.usable
-                self.params[:, here] = torch.where(better[:, None], params, self.params[:, here])
+                self.params[:, here] = torch.where(better[:, None], chosen, self.params[:, here])
                 self.edges[columns] = torch.where(better, edges, self.edges[columns])
                 pull.addmm_(self.h[:, columns], change.masked_fill(~better, 0), alpha=-1)
+        if coder:
+            self.params.copy_(params.T)
         torch.index_select(trellis.levels, 0, self.edges.int().flatten(), out=self.units.view(-1))
 
 
@@ -290,6 +302,12 @@ def _sweeper(device: torch.device) -> Sweep:
             raise solver.no_triton(error) from None
         return functools.partial(sweep, closed=CLOSED)
     return in_c if device.type == "cpu" and native.library() else in_torch
+
+
+def _coder(trellis: Trellis, fmt: WindowFormat, tried: tuple[torch.Tensor, torch.Tensor]) -> windows_c.Coder | None:
+    """What does in C what is done here, on CPUs where it is built."""
+    library = native.library() if trellis.levels.device.type == "cpu" else None
+    return windows_c.Coder(library, trellis, fmt, tried, CLOSED) if library else None
 
 
 def in_c(
