@@ -2,7 +2,8 @@
 """The solver's inner loops in C (ggml-splitq-solve.c), for CPUs. What they compute: sweeps.py.
 
 C keeps some rows of a group of columns in the first-level cache, where PyTorch makes several small operations of every
-column. A call holds no lock: each thread that solves a matrix has a processor to itself.
+column. Each of these takes Python's lock, which a call of C does not hold: so C does all of a group but the large
+products, and threads that solve pieces of a matrix seldom wait for each other.
 """
 
 from __future__ import annotations
@@ -48,11 +49,7 @@ class _Grid(ctypes.Structure):
 
 
 class Sweeps(sweeps.Reference):
-    """See `sweeps.Sweeps`. All tensors are float32 on the CPU, and whole matrices contiguous; h is symmetric.
-
-    Of a group of columns C takes the rows of the whole matrices by itself, since each operation of PyTorch takes
-    Python's lock, for which many threads wait.
-    """
+    """See `sweeps.Sweeps`. All tensors are on the CPU, matrices of all columns are contiguous, and h is symmetric."""
 
     def __init__(self, library: ctypes.CDLL):
         pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -135,7 +132,7 @@ class Sweeps(sweeps.Reference):
             )  # fmt: skip
             self._refit(
                 ctypes.byref(of), end - first, size, n_rows, _row(units, first), _row(second, first), _row(pull, first),
-                _row(h, first, first), h.stride(0), _row(scale, block), _row(offset, block), changes.data_ptr(),
+                _row(h, first, first), n_cols, _row(scale, block), _row(offset, block), changes.data_ptr(),
             )  # fmt: skip
             pull.addmm_(h[:, first:end], changes[: end - first], alpha=-1)
 

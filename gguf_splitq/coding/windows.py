@@ -194,7 +194,8 @@ class _Rows(solver.Rows):
         walk, column = trellis.walk.expand(len(some), -1, -1), torch.arange(length, device=device)
         walk = walk.gather(2, (column + turns) % length)  # of each block, its chains begun somewhere
         tried = _scales(SEARCH, (0,), device)
-        coder, params = _coder(trellis, self.fmt, tried), self.params.T.contiguous()
+        coder = _coder(trellis, self.fmt, tried)
+        params = self.params.T.contiguous() if coder else self.params
         for blocks in solver.in_groups(solver.sent(some, device), BLOCKS):
             blocks = blocks.gather(1, weights[blocks].argsort(dim=1, descending=True, stable=True))
             chains = walk[blocks] + blocks[..., None, None] * BLOCK

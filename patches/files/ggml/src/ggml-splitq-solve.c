@@ -6,9 +6,9 @@
 #include <math.h>
 #include <string.h>
 
-#define LANES 16 // rows at a time: a vector of AVX-512, two of AVX2, four of NEON
-#define GROUP 4  // columns whose changes are added to the later ones' aims at once
-#define MOST  SPLITQ_SOLVE_COLUMNS
+#define LANES    16 // rows at a time: a vector of AVX-512, two of AVX2, four of NEON
+#define GROUP    4  // columns whose changes are added to the later ones' aims at once
+#define MOST     SPLITQ_SOLVE_COLUMNS
 #define REFITTED SPLITQ_REFIT_COLUMNS
 
 typedef float   vec  __attribute__((vector_size(4*LANES)));
@@ -281,7 +281,8 @@ static SPLITQ_INLINE void to_grid(const struct splitq_solve_grid * g, const vec 
 }
 
 SPLITQ_CLONES void splitq_solve_refit(const struct splitq_solve_grid * g, int32_t count, int32_t size, int64_t rows, const float * units,
-                                      const float * second, const float * pull, const float * h, int64_t width, float * scale, float * offset, float * changes) {
+                                      const float * second, const float * pull, const float * h, int64_t width, float * scale,
+                                      float * offset, float * changes) {
     vec u[REFITTED], v[REFITTED], hu[REFITTED], hv[REFITTED], left[REFITTED], moved[REFITTED]; // hu, hv: a block's part of h times u, v
     for (int i = 0; i < count; ++i) {
         float sum = 0.0f;

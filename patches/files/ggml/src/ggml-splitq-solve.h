@@ -61,7 +61,8 @@ struct splitq_solve_grid {
 // units, pull, changes: [count][rows], pull as of the search; h has `width` floats in a row. scale, offset: [blocks][rows], set,
 // as changes are; offset: NULL where there are none. second: [count][rows], what an offset is multiplied by, or NULL: by 1.
 GGML_API void splitq_solve_refit(const struct splitq_solve_grid * grid, int32_t count, int32_t size, int64_t rows, const float * units,
-                                 const float * second, const float * pull, const float * h, int64_t width, float * scale, float * offset, float * changes);
+                                 const float * second, const float * pull, const float * h, int64_t width, float * scale,
+                                 float * offset, float * changes);
 
 #ifdef __cplusplus
 }
