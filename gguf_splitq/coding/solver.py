@@ -40,6 +40,7 @@ DAMPING = 1e-3  # of the Hessian's mean diagonal; GPTQ uses ten times as much
 MOST_DAMPING = 1.0
 PASSES = 8  # of search and refit
 STRETCHED = 4  # super-blocks are refitted in one of so many passes: in all of them the error is the same, to 0.2 %
+EXACT = 4  # H (W - Q) is multiplied anew in one of so many passes, and else kept up to date
 COPIES = 2  # of the parameters, the unchanged ones included
 SPREAD = 0.05  # standard deviation of the relative change in a copy
 FACTORED = 32  # groups at a time
@@ -153,9 +154,11 @@ def polished(
         fed = rows.error()
         if not fed < nearest:  # possible where the Hessian is nearly diagonal
             rows = rounded
+        pull = None
         for number in range(passes):
-            rows.search(chance, rows.refit(number % STRETCHED == 0))
-        rows.refit()
+            known = pull if number % EXACT else None
+            pull = rows.search(chance, rows.refit(number % STRETCHED == 0, known))
+        rows.refit(pull=pull)
         return (nearest, fed, rows.error()), (rows.fmt.pack(rows.codes(), rows.params), rows.value().T)
 
     size = rows_together(len(weight), weight.shape[1], ON_GPU if weight.is_cuda else 1)
@@ -354,13 +357,14 @@ class Rows:
         self.units = torch.empty_like(units)
         self.units[order] = units
 
-    def refit(self, stretch: bool = True) -> torch.Tensor:
+    def refit(self, stretch: bool = True, pull: torch.Tensor | None = None) -> torch.Tensor:
         """Least squares for the parameters of each block in turn, then of each super-block, given the codes.
 
-        stretch: the latter, too; where blocks have no parameters of their own in any case. Returns `pull`, which is
-        valid until the next call.
+        stretch: the latter, too; where blocks have no parameters of their own in any case. pull: as `search` returns
+        it; overwritten. Returns `pull`, which is valid until the next call.
         """
-        fmt, pull = self.fmt, self.pull()
+        fmt = self.fmt
+        pull = self.pull() if pull is None else pull
         has_own = fmt.grid(self.params) is not None
         if has_own:
             pull = self.repeated["refit"](self._refit, pull)
@@ -376,10 +380,10 @@ class Rows:
         self.inner.stretch_all(self.units, pull, self.h, self.params, self.fmt)
         return pull
 
-    def search(self, chance: torch.Generator, pull: torch.Tensor) -> None:
+    def search(self, chance: torch.Generator, pull: torch.Tensor) -> torch.Tensor:
         """Code every block again, a few random ones at a time, and keep in each row what lowers its error.
 
-        pull: as `refit` returns it; overwritten.
+        pull: as `refit` returns it; overwritten. Returns `pull`, which is valid until the next call.
         """
         fmt, size, device = self.fmt, self.fmt.block_size, self.weight.device
         n_rows, n_blocks = self.params.shape[:2]
@@ -391,9 +395,9 @@ class Rows:
             columns = (blocks[..., None] * size + inside).flatten(1)
             order = diagonal[columns].argsort(dim=1, descending=True, stable=True)
             turns += Turn(blocks, order // size, *groups(self.h, columns.gather(1, order)))
-        self.repeated["search"](self._search, pull, sent(factors, device), *turns)
+        return self.repeated["search"](self._search, pull, sent(factors, device), *turns)
 
-    def _search(self, pull: torch.Tensor, factors: torch.Tensor, *turns: torch.Tensor) -> None:
+    def _search(self, pull: torch.Tensor, factors: torch.Tensor, *turns: torch.Tensor) -> torch.Tensor:
         """turns: the parts of each `Turn`."""
         fmt, value, params = self.fmt, self.value(), self.params
         scale, offset = fmt.scale(params), fmt.offset(params)
@@ -406,6 +410,7 @@ class Rows:
                 self.inner.search_group(Group(*parts), here, block, *rest)
         at = taken.T.reshape(1, *params.shape[:2], *[1] * (params.dim() - 2))
         params.copy_(copies.gather(0, at.expand(1, *params.shape))[0])
+        return pull
 
 
 def _inner(device: torch.device) -> sweeps.Sweeps:

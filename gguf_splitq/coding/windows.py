@@ -180,10 +180,10 @@ class _Rows(solver.Rows):
             )
         self.units = self.trellis.levels[self.edges.int()]
 
-    def search(self, chance: torch.Generator, pull: torch.Tensor) -> None:
+    def search(self, chance: torch.Generator, pull: torch.Tensor) -> torch.Tensor:
         """Code every block again, a few random ones at a time, and keep in each row what lowers its error.
 
-        pull: as `refit` returns it; overwritten.
+        pull: as `refit` returns it; overwritten, and returned.
         """
         trellis, device, bits = self.trellis, self.weight.device, self.trellis.bits
         n_chains, length = trellis.walk.shape
@@ -219,6 +219,7 @@ class _Rows(solver.Rows):
         if coder:
             self.params.copy_(params.T)
         torch.index_select(trellis.levels, 0, self.edges.int().flatten(), out=self.units.view(-1))
+        return pull
 
 
 def nearest(units: torch.Tensor, codes: torch.Tensor, fmt: WindowFormat, chance: torch.Generator) -> torch.Tensor:
