@@ -613,9 +613,10 @@ def test_a_gguf_that_transformers_cannot_load_is_refused(tmp_path):
 # Bad input
 
 
-def walk(folder):
-    """The whole calibration without a solver."""
+def walk(folder, at_once=None):
+    """The whole calibration without a solver. at_once: 8 as on a GPU."""
     model = Model(folder)
+    model.at_once = at_once
     with tempfile.TemporaryDirectory() as scratch:
         for _ in moments.run(model, tokens(4), Path(scratch)):
             pass
@@ -627,10 +628,11 @@ def refuses(error, cause, call, *args):
     assert str(caught.value).count("\n") == 0
 
 
-def test_an_infinite_activation_is_named(copy):
+@pytest.mark.parametrize("at_once", [None, 8])
+def test_an_infinite_activation_is_named(copy, at_once):
     with changed(copy) as tensors:
         tensors["model.layers.1.post_attention_layernorm.weight"].fill_(3e38)
-    refuses(errors.InputError, "decoder layer 1, mlp.gate_proj: an activation is NaN or Inf", walk, copy)
+    refuses(errors.InputError, "decoder layer 1, mlp.gate_proj: an activation is NaN or Inf", walk, copy, at_once)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
