@@ -2,7 +2,7 @@
 """What each way to calibrate takes and what it gains: time, memory and KL divergence, on one model.
 
 Each file is made by a process of its own, from the checkpoint and with the same text. Training is for types of 2 and 3
-bits. Memory and time grow with the model; `make slices` has what larger ones take.
+bits, that of codes for a GPU. Memory and time grow with the model; `make slices` has what larger ones take.
 
   python -m experiments.options --model examples/demo
 """
@@ -15,7 +15,8 @@ from .journeys import convert_apart
 
 TYPES = ["sq4w", "sq2w"]
 PLAIN = ["--aim", "plain"]
-WAYS = [None, PLAIN, [], ["--tune", "scales"], ["--tune", "layers"], ["--tune", "codes"]]  # None: without a text
+WAYS = [None, PLAIN, [], ["--tune", "scales"], ["--tune", "layers"]]  # None: without a text
+ON_GPU = [["--tune", "codes"]]
 LARGEST = 4  # bits a weight, from which training gains little
 FORMATS = {"type": "", "options": "", "minutes": ".2f", "peak": ".0f", "mean_kld": ".5f", "of_none": ".2f"}
 
@@ -35,7 +36,7 @@ def main() -> None:
     rows, file = [], folder / "made.gguf"
     with Baseline(f16, args.text, chunks=args.chunks, threads=args.threads) as base:
         for type in args.type or TYPES:
-            for way in WAYS:
+            for way in WAYS + (ON_GPU if args.device != "cpu" else []):
                 if "--tune" in (way or []) and types.get(type).bpw >= LARGEST:
                     continue
                 used = convert_apart([str(model), "--type", type, *where, *([] if way is None else text + way)], file)
