@@ -14,8 +14,7 @@ from .common import BUILD, chosen, convert, model_and_texts, parser, run, save, 
 from .journeys import convert_apart
 
 TYPES = ["sq4w", "sq2w"]
-PLAIN = ["--aim", "plain"]
-WAYS = [None, PLAIN, [], ["--tune", "scales"], ["--tune", "layers"]]  # None: without a text
+WAYS = [None, ["--aim", "plain"], [], ["--tune", "scales"], ["--tune", "layers"]]  # None: without a text
 ON_GPU = [["--tune", "codes"]]
 LARGEST = 4  # bits a weight, from which training gains little
 FORMATS = {"type": "", "options": "", "minutes": ".2f", "peak": ".0f", "mean_kld": ".5f", "of_none": ".2f"}

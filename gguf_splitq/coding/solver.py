@@ -278,23 +278,6 @@ def _factored(h: torch.Tensor, columns: torch.Tensor) -> Group:
     return Group(columns, parts, inverse, pushes(factor), costs(factor), usable)
 
 
-class Turn(NamedTuple):
-    """Groups of blocks to be searched one after the other.
-
-    blocks: int64 [n_groups, n_blocks]; order: int64 [n_groups, n_columns], in which of these blocks each column is that
-    is coded then. The rest: as of `Group`.
-    """
-
-    blocks: torch.Tensor
-    order: torch.Tensor
-    columns: torch.Tensor
-    h: torch.Tensor
-    inverse: torch.Tensor
-    push: torch.Tensor
-    costs: torch.Tensor
-    usable: torch.Tensor
-
-
 def in_groups(order: torch.Tensor, size: int) -> list[torch.Tensor]:
     """Split into `size` each, [n_groups, size], and the rest, [1, less]."""
     whole = len(order) // size * size
@@ -338,7 +321,8 @@ class Rows:
 
     def value(self) -> torch.Tensor:
         """What is stored, float32 [n_cols, n_rows]."""
-        return _value(self.units, *self.columns_of(self.params, self.block))
+        scale, offset = self.columns_of(self.params, self.block)
+        return self.units * scale + offset
 
     def pull(self) -> torch.Tensor:
         """H (W - Q), float32 [n_cols, n_rows]."""
@@ -394,18 +378,20 @@ class Rows:
         for blocks in in_groups(sent(some, device), max(sweeps.COLUMNS // size, 1)):
             columns = (blocks[..., None] * size + inside).flatten(1)
             order = diagonal[columns].argsort(dim=1, descending=True, stable=True)
-            turns += Turn(blocks, order // size, *groups(self.h, columns.gather(1, order)))
+            turns += [blocks, order // size, *groups(self.h, columns.gather(1, order))]
         return self.repeated["search"](self._search, pull, sent(factors, device), *turns)
 
     def _search(self, pull: torch.Tensor, factors: torch.Tensor, *turns: torch.Tensor) -> torch.Tensor:
-        """turns: the parts of each `Turn`."""
+        """turns: of groups that are searched one after the other, stacked: the numbers of their blocks, in which of
+        these each column is, in the order of coding, and the parts of `Group`; then of others, alike.
+        """
         fmt, value, params = self.fmt, self.value(), self.params
         scale, offset = fmt.scale(params), fmt.offset(params)
         copies = torch.stack([params, *(fmt.nearest(scale * f[0], offset * f[-1], params) for f in factors)])
         scale, offset = (of(copies).transpose(1, 2).contiguous() for of in (fmt.scale, fmt.offset))
         taken = torch.zeros_like(scale[0], dtype=torch.int64)
         rest = value, pull, self.h, scale, offset, self.levels, self.units, taken
-        for turn in map(Turn, *[iter(turns)] * len(Turn._fields)):
+        for turn in zip(*[iter(turns)] * (2 + len(Group._fields)), strict=True):
             for here, block, *parts in zip(*turn, strict=True):
                 self.inner.search_group(Group(*parts), here, block, *rest)
         at = taken.T.reshape(1, *params.shape[:2], *[1] * (params.dim() - 2))
@@ -428,7 +414,3 @@ def _inner(device: torch.device) -> sweeps.Sweeps:
 def no_triton(error: ImportError) -> EnvironmentFailed:
     """Instead of PyTorch's operations, which take 100 times as long."""
     return EnvironmentFailed(f"a GPU needs Triton to solve ({error}): run `pip install triton`, or use --device cpu")
-
-
-def _value(unit: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    return unit * scale + offset
